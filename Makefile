@@ -1,0 +1,48 @@
+# Everything runs in .venv, which `make setup` makes from constraints.txt. CONTRIBUTING.md says when to use which.
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+PIP    := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+CSRC   := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: setup build demo test format bench asan clean
+
+setup: $(VENV)/.built
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@echo "installing psykern and what it needs into $(VENV) (the first time takes minutes: torch is large)"
+	$(PIP) torch setuptools pybind11 cmake
+	$(PIP) --no-build-isolation --editable '.[test]'
+	touch $@
+
+$(VENV)/.built: $(VENV)/.installed setup.py CMakeLists.txt $(CSRC)
+	$(PY) setup.py --quiet build_ext --inplace
+	touch $@
+
+# Rebuilds what changed, also where the stamp of `setup` sees no change (another compiler, other CMAKE_ARGS).
+build: setup
+	$(PY) setup.py --quiet build_ext --inplace
+
+demo: setup
+	$(VENV)/bin/psykern demo
+
+test: export CMAKE_ARGS += -DPSYKERN_WERROR=ON
+test: build
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(CSRC)
+	$(PY) -m mypy
+	$(PY) -m pytest
+
+format: setup
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CSRC)
+
+bench: setup
+	$(PY) benchmarks/bench_score.py $(ARGS)
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks psykern/*.so $(VENV)/.built
+	find psykern tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,412 @@
+#include "prefix_trie.h"
+
+#include <algorithm>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+#include <unordered_map>
+
+namespace psykern {
+namespace {
+
+struct EdgeKey {
+  int32_t segment, offset, token;
+  bool operator==(const EdgeKey& other) const {
+    return segment == other.segment && offset == other.offset && token == other.token;
+  }
+};
+
+struct EdgeHash {
+  size_t operator()(const EdgeKey& key) const {
+    uint64_t h = (static_cast<uint64_t>(static_cast<uint32_t>(key.segment)) << 32) | static_cast<uint32_t>(key.offset);
+    h = (h ^ (h >> 31)) * 0x9E3779B97F4A7C15ULL + static_cast<uint32_t>(key.token);
+    return static_cast<size_t>((h ^ (h >> 29)) * 0xBF58476D1CE4E5B9ULL);
+  }
+};
+
+// Child segment by the token before it and its own first token.
+using Edges = std::unordered_map<EdgeKey, int32_t, EdgeHash>;
+
+int64_t common_prefix(const int32_t* a, int64_t a_length, const int32_t* b, int64_t b_length) {
+  const int64_t limit = std::min(a_length, b_length);
+  return std::mismatch(a, a + limit, b).first - a;
+}
+
+// Appends [begin, end), merged with the interval before where they touch.
+void append(std::vector<Interval>& intervals, int64_t begin, int64_t end) {
+  if (begin >= end) return;
+  if (!intervals.empty() && intervals.back().end == begin) {
+    intervals.back().end = end;
+  } else {
+    intervals.push_back({begin, end});
+  }
+}
+
+void check(bool holds, const std::string& message) {
+  if (!holds) throw std::invalid_argument(message);
+}
+
+void check_arguments(const Sequences& sequences, const Branches& branches, int64_t min_share, int64_t wave_tokens) {
+  check(min_share >= 1, "min_share: expected at least 1 token, got " + std::to_string(min_share));
+  check(wave_tokens >= 1, "wave_tokens: expected at least 1, got " + std::to_string(wave_tokens));
+  check(sequences.count < INT32_MAX, "a group of at most 2^31 - 2 transcripts can be planned");
+  for (int64_t i = 0; i < sequences.count; ++i) {
+    const int64_t own = sequences.offsets[i + 1] - sequences.offsets[i];
+    check(sequences.lengths[i] >= 0 && sequences.lengths[i] <= own && own < INT32_MAX,
+          "lengths[" + std::to_string(i) + "]: expected 0 to " + std::to_string(own) + " tokens, got " +
+              std::to_string(sequences.lengths[i]));
+  }
+  for (int64_t b = 0; b < branches.count; ++b) {
+    const std::string name = "branch " + std::to_string(b) + ": ";
+    check(branches.sequence[b] >= 0 && branches.sequence[b] < sequences.count, name + "no such sequence");
+    check(b == 0 || branches.sequence[b] >= branches.sequence[b - 1], name + "sequences must ascend");
+    check(branches.parent[b] >= 1 && branches.parent[b] <= sequences.lengths[branches.sequence[b]],
+          name + "parent: expected 1 to " + std::to_string(sequences.lengths[branches.sequence[b]]) + " tokens, got " +
+              std::to_string(branches.parent[b]));
+    const int64_t length = branches.offsets[b + 1] - branches.offsets[b];
+    check(branches.scored[b] >= 0 && branches.scored[b] < length,
+          name + "scored: expected 0 to " + std::to_string(length - 1) + ", got " + std::to_string(branches.scored[b]));
+  }
+}
+
+}  // namespace
+
+PrefixTrie::PrefixTrie(const Sequences& sequences, const Branches& branches, int64_t min_share, int64_t wave_tokens) {
+  check_arguments(sequences, branches, min_share, wave_tokens);
+  add_sequences(sequences, min_share);
+  add_branches(sequences, branches);
+  lay_out_rows();
+  cut_waves(wave_tokens);
+  find_carried();
+}
+
+// Sorted, each sequence attaches to the path of its predecessor (kept as a stack) where the two part.
+void PrefixTrie::add_sequences(const Sequences& sequences, int64_t min_share) {
+  auto tokens = [&](int64_t i) { return sequences.token_ids + sequences.offsets[i]; };
+  order_.resize(static_cast<size_t>(sequences.count));
+  std::iota(order_.begin(), order_.end(), 0);
+  std::sort(order_.begin(), order_.end(), [&](int32_t a, int32_t b) {
+    const int64_t length_a = sequences.lengths[a], length_b = sequences.lengths[b];
+    const int64_t shared = common_prefix(tokens(a), length_a, tokens(b), length_b);
+    if (shared < length_a && shared < length_b) return tokens(a)[shared] < tokens(b)[shared];
+    return length_a != length_b ? length_a < length_b : a < b;
+  });
+
+  leaf_.assign(static_cast<size_t>(sequences.count), -1);
+  std::vector<int32_t> stack;  // segments of the predecessor's path
+  for (size_t k = 0; k < order_.size(); ++k) {
+    const int64_t i = order_[k], length = sequences.lengths[i];
+    int64_t shared = 0;
+    if (k > 0) shared = common_prefix(tokens(order_[k - 1]), sequences.lengths[order_[k - 1]], tokens(i), length);
+    const bool is_prefix = shared == length;  // it needs no tokens of its own, so any share is free
+    while (!stack.empty()) {
+      const int32_t top = segments_[static_cast<size_t>(stack.back())].position;
+      if (top < shared && (is_prefix || shared - top >= min_share)) break;
+      shared = std::min<int64_t>(shared, top);
+      stack.pop_back();
+    }
+    if (shared < length) {
+      segments_.push_back({tokens(i) + shared, static_cast<int32_t>(length - shared), static_cast<int32_t>(shared),
+                           stack.empty() ? -1 : stack.back(), 0});
+      stack.push_back(static_cast<int32_t>(segments_.size()) - 1);
+    }
+    leaf_[static_cast<size_t>(i)] = stack.empty() ? -1 : stack.back();
+  }
+}
+
+std::vector<int32_t> PrefixTrie::path_of(int64_t sequence) const {
+  std::vector<int32_t> path;
+  for (int32_t s = leaf_[static_cast<size_t>(sequence)]; s >= 0; s = segments_[static_cast<size_t>(s)].parent) {
+    path.push_back(s);
+  }
+  std::reverse(path.begin(), path.end());
+  return path;
+}
+
+// Follows each branch from its parent token along whatever the trie already holds, then adds the rest.
+void PrefixTrie::add_branches(const Sequences&, const Branches& branches) {
+  if (branches.count == 0) return;
+  Edges edges;
+  auto add_edge = [&](int32_t child) {
+    const Segment& s = segments_[static_cast<size_t>(child)];
+    if (s.parent < 0) return;
+    const int32_t offset = s.position - 1 - segments_[static_cast<size_t>(s.parent)].position;
+    edges.emplace(EdgeKey{s.parent, offset, s.token_ids[0]}, child);
+  };
+  for (int32_t s = 0; s < static_cast<int32_t>(segments_.size()); ++s) add_edge(s);
+
+  // The child of `at` by `token`, or segment -1.
+  auto step = [&](Place at, int32_t token) -> Place {
+    const Segment& s = segments_[static_cast<size_t>(at.segment)];
+    if (at.offset + 1 < s.length && s.token_ids[at.offset + 1] == token) return {at.segment, at.offset + 1};
+    const auto found = edges.find(EdgeKey{at.segment, at.offset, token});
+    return found == edges.end() ? Place{-1, 0} : Place{found->second, 0};
+  };
+
+  std::vector<int32_t> path;
+  int64_t path_sequence = -1;
+  std::vector<Place> places;  // before each token of the branch
+  for (int64_t b = 0; b < branches.count; ++b) {
+    if (branches.sequence[b] != path_sequence) path = path_of(path_sequence = branches.sequence[b]);
+    const int32_t* token_ids = branches.token_ids + branches.offsets[b];
+    const int64_t inputs = branches.offsets[b + 1] - branches.offsets[b] - 1;
+    const int32_t parent_tok = branches.parent[b] - 1;
+    const auto holder = std::partition_point(path.begin(), path.end(), [&](int32_t s) {
+      return segments_[static_cast<size_t>(s)].position <= parent_tok;
+    });
+    const int32_t segment = *(holder - 1);
+    places.assign(1, Place{segment, parent_tok - segments_[static_cast<size_t>(segment)].position});
+    for (int64_t k = 0; k < inputs; ++k) {
+      Place next = step(places.back(), token_ids[k]);
+      if (next.segment < 0) {
+        segments_.push_back({token_ids + k, static_cast<int32_t>(inputs - k),
+                             static_cast<int32_t>(branches.parent[b] + k), places.back().segment, 0});
+        next = {static_cast<int32_t>(segments_.size()) - 1, 0};
+        add_edge(next.segment);
+      }
+      places.push_back(next);
+    }
+    branch_targets_.insert(branch_targets_.end(), places.begin() + branches.scored[b], places.end());
+  }
+}
+
+// Depth first; of one parent's children the one that attaches last comes first.
+void PrefixTrie::lay_out_rows() {
+  const size_t count = segments_.size();
+  std::vector<int32_t> by_parent(count);
+  std::iota(by_parent.begin(), by_parent.end(), 0);
+  std::sort(by_parent.begin(), by_parent.end(), [&](int32_t a, int32_t b) {
+    const Segment &x = segments_[static_cast<size_t>(a)], &y = segments_[static_cast<size_t>(b)];
+    if (x.parent != y.parent) return x.parent < y.parent;
+    if (x.position != y.position) return x.position > y.position;
+    return a < b;
+  });
+  std::vector<size_t> first_child(count + 2, 0);  // index 0 is the root
+  for (const Segment& s : segments_) ++first_child[static_cast<size_t>(s.parent + 1) + 1];
+  std::partial_sum(first_child.begin(), first_child.end(), first_child.begin());
+
+  layout_.reserve(count);
+  std::vector<int32_t> pending;
+  auto push_children = [&](size_t node) {
+    for (size_t c = first_child[node + 1]; c > first_child[node]; --c) pending.push_back(by_parent[c - 1]);
+  };
+  push_children(0);
+  while (!pending.empty()) {
+    const int32_t s = pending.back();
+    pending.pop_back();
+    layout_.push_back(s);
+    segments_[static_cast<size_t>(s)].row = num_rows_;
+    num_rows_ += segments_[static_cast<size_t>(s)].length;
+    push_children(static_cast<size_t>(s) + 1);
+  }
+  branch_target_rows_.reserve(branch_targets_.size());
+  for (const Place& place : branch_targets_) {
+    branch_target_rows_.push_back(segments_[static_cast<size_t>(place.segment)].row + place.offset);
+  }
+  branch_targets_ = {};
+}
+
+// A segment that fits a wave but not the rest of this one starts the next, so that less is carried.
+void PrefixTrie::cut_waves(int64_t wave_tokens) {
+  wave_starts_.assign(1, 0);
+  int64_t used = 0;
+  auto close = [&](int64_t row) {
+    wave_starts_.push_back(row);
+    used = 0;
+  };
+  for (const int32_t index : layout_) {
+    const Segment& s = segments_[static_cast<size_t>(index)];
+    if (used > 0 && s.length > wave_tokens - used && s.length <= wave_tokens) close(s.row);
+    for (int64_t done = 0; done < s.length;) {
+      const int64_t take = std::min(s.length - done, wave_tokens - used);
+      done += take;
+      used += take;
+      if (used == wave_tokens) close(s.row + done);
+    }
+  }
+  if (wave_starts_.back() != num_rows_) close(num_rows_);
+}
+
+// A row is carried to every wave up to the last one that holds a descendant of it.
+void PrefixTrie::find_carried() {
+  auto wave_of = [&](int64_t row) {
+    return static_cast<int32_t>(std::upper_bound(wave_starts_.begin(), wave_starts_.end(), row) -
+                                wave_starts_.begin() - 1);
+  };
+  std::vector<int32_t> last_wave(static_cast<size_t>(num_rows_), -1);
+  for (auto it = layout_.rbegin(); it != layout_.rend(); ++it) {  // children before parents
+    const Segment& s = segments_[static_cast<size_t>(*it)];
+    int32_t last = wave_of(s.row + s.length - 1);
+    for (int64_t row = s.row + s.length - 1; row >= s.row; --row) {
+      last = std::max(last, last_wave[static_cast<size_t>(row)]);
+      last_wave[static_cast<size_t>(row)] = last;
+    }
+    if (s.parent < 0) continue;
+    const Segment& parent = segments_[static_cast<size_t>(s.parent)];
+    int32_t& before = last_wave[static_cast<size_t>(parent.row + s.position - 1 - parent.position)];
+    before = std::max(before, last);
+  }
+  carried_offsets_.assign(1, 0);
+  std::vector<Interval> carried;
+  for (int64_t w = 0; w < num_waves(); ++w) {
+    carried_.insert(carried_.end(), carried.begin(), carried.end());
+    carried_offsets_.push_back(static_cast<int64_t>(carried_.size()));
+    append(carried, wave_starts_[static_cast<size_t>(w)], wave_starts_[static_cast<size_t>(w) + 1]);
+    std::vector<Interval> next;
+    for (const Interval& interval : carried) {
+      for (int64_t row = interval.begin; row < interval.end; ++row) {
+        if (last_wave[static_cast<size_t>(row)] > w) append(next, row, row + 1);
+      }
+    }
+    carried = std::move(next);
+  }
+}
+
+int64_t PrefixTrie::max_wave_rows() const {
+  int64_t rows = 0;
+  for (size_t w = 1; w < wave_starts_.size(); ++w) rows = std::max(rows, wave_starts_[w] - wave_starts_[w - 1]);
+  return rows;
+}
+
+int64_t PrefixTrie::max_carried_rows() const {
+  int64_t most = 0;
+  for (size_t w = 0; w + 1 < carried_offsets_.size(); ++w) {
+    int64_t rows = 0;
+    for (int64_t c = carried_offsets_[w]; c < carried_offsets_[w + 1]; ++c) {
+      rows += carried_[static_cast<size_t>(c)].end - carried_[static_cast<size_t>(c)].begin;
+    }
+    most = std::max(most, rows);
+  }
+  return most;
+}
+
+void PrefixTrie::locate(const int64_t* sequence, const int32_t* position, int64_t count, int64_t* rows) const {
+  std::vector<int32_t> path;
+  int64_t path_sequence = -1;
+  for (int64_t i = 0; i < count; ++i) {
+    check(sequence[i] >= 0 && sequence[i] < static_cast<int64_t>(leaf_.size()), "target: no such sequence");
+    if (sequence[i] != path_sequence) path = path_of(path_sequence = sequence[i]);
+    const int32_t before = position[i] - 1;
+    const auto holder = std::partition_point(path.begin(), path.end(), [&](int32_t s) {
+      return segments_[static_cast<size_t>(s)].position <= before;
+    });
+    check(before >= 0 && holder != path.begin(), "target: position " + std::to_string(position[i]) + " has no row before it");
+    const Segment& s = segments_[static_cast<size_t>(*(holder - 1))];
+    check(before - s.position < s.length, "target: position " + std::to_string(position[i]) + " is beyond the sequence");
+    rows[i] = s.row + before - s.position;
+  }
+}
+
+int64_t PrefixTrie::segment_at(int64_t row) const {
+  const auto it = std::partition_point(layout_.begin(), layout_.end(),
+                                       [&](int32_t s) { return segments_[static_cast<size_t>(s)].row <= row; });
+  return it - layout_.begin() - 1;
+}
+
+void PrefixTrie::positions_of(const int64_t* rows, int64_t count, int32_t* positions) const {
+  for (int64_t i = 0; i < count; ++i) {
+    check(rows[i] >= 0 && rows[i] < num_rows_, "row " + std::to_string(rows[i]) + " is not a row of this plan");
+    const Segment& s = segments_[static_cast<size_t>(layout_[static_cast<size_t>(segment_at(rows[i]))])];
+    positions[i] = static_cast<int32_t>(s.position + rows[i] - s.row);
+  }
+}
+
+int64_t PrefixTrie::visible_keys(int64_t window) const {
+  // The sum of min(j, window) over j = 1..n.
+  auto keys_up_to = [&](int64_t n) {
+    const int64_t inside = std::min(n, window);
+    return inside * (inside + 1) / 2 + (n - inside) * window;
+  };
+  int64_t total = 0;
+  for (const Segment& s : segments_) total += keys_up_to(s.position + s.length) - keys_up_to(s.position);
+  return total;
+}
+
+// Rows of the path up to row `end` of `segment`, from the root on.
+std::vector<Interval> PrefixTrie::path_rows(int32_t segment, int64_t end) const {
+  std::vector<Interval> leaf_to_root;
+  while (segment >= 0) {
+    const Segment& s = segments_[static_cast<size_t>(segment)];
+    leaf_to_root.push_back({s.row, end});
+    segment = s.parent;
+    if (segment >= 0) {
+      const Segment& parent = segments_[static_cast<size_t>(segment)];
+      end = parent.row + s.position - parent.position;
+    }
+  }
+  std::vector<Interval> path;
+  for (auto it = leaf_to_root.rbegin(); it != leaf_to_root.rend(); ++it) append(path, it->begin, it->end);
+  return path;
+}
+
+WaveArrays PrefixTrie::wave(int64_t index, int64_t batch_tokens) const {
+  check(index >= 0 && index < num_waves(), "wave: expected 0 to " + std::to_string(num_waves() - 1) + ", got " +
+                                               std::to_string(index));
+  check(batch_tokens >= 1, "batch_tokens: expected at least 1, got " + std::to_string(batch_tokens));
+  const int64_t begin = wave_starts_[static_cast<size_t>(index)], end = wave_starts_[static_cast<size_t>(index) + 1];
+  const int64_t first_carried = carried_offsets_[static_cast<size_t>(index)];
+  const int64_t last_carried = carried_offsets_[static_cast<size_t>(index) + 1];
+  WaveArrays out;
+
+  std::vector<int64_t> carried_before;  // carried rows before each interval
+  for (int64_t c = first_carried; c < last_carried; ++c) {
+    carried_before.push_back(out.num_carried);
+    out.num_carried += carried_[static_cast<size_t>(c)].end - carried_[static_cast<size_t>(c)].begin;
+  }
+  auto store_row = [&](int64_t row) {
+    if (row >= begin) return out.num_carried + row - begin;
+    const auto first = carried_.begin() + first_carried, last = carried_.begin() + last_carried;
+    const auto it = std::partition_point(first, last, [&](const Interval& i) { return i.begin <= row; }) - 1;
+    return carried_before[static_cast<size_t>(it - first)] + row - it->begin;
+  };
+  auto append_store = [&](std::vector<Interval>& ranges, int64_t from, int64_t to) {  // both on one side of `begin`
+    if (from < to) append(ranges, store_row(from), store_row(from) + to - from);
+  };
+
+  const int64_t rows = end - begin, batches = (rows + batch_tokens - 1) / batch_tokens;
+  out.token_ids.reserve(static_cast<size_t>(rows));
+  out.positions.reserve(static_cast<size_t>(rows));
+  out.batch_offsets.push_back(0);
+  out.batch_segments.push_back(0);
+  out.segment_offsets.push_back(0);
+  out.range_offsets.push_back(0);
+  int64_t at = segment_at(begin);
+  std::vector<Interval> ranges;
+  for (int64_t b = 0; b < batches; ++b) {
+    const int64_t batch_end = begin + rows * (b + 1) / batches;
+    for (int64_t row = begin + rows * b / batches; row < batch_end;) {
+      const int32_t segment = layout_[static_cast<size_t>(at)];
+      const Segment& s = segments_[static_cast<size_t>(segment)];
+      const int64_t piece_end = std::min(batch_end, s.row + s.length);
+      for (int64_t r = row; r < piece_end; ++r) {
+        out.token_ids.push_back(s.token_ids[r - s.row]);
+        out.positions.push_back(static_cast<int32_t>(s.position + r - s.row));
+      }
+      ranges.clear();
+      for (const Interval& path : path_rows(segment, piece_end)) {
+        append_store(ranges, path.begin, std::min(path.end, begin));
+        append_store(ranges, std::max(path.begin, begin), path.end);
+      }
+      for (const Interval& range : ranges) {
+        out.key_ranges.push_back(static_cast<int32_t>(range.begin));
+        out.key_ranges.push_back(static_cast<int32_t>(range.end));
+      }
+      out.range_offsets.push_back(static_cast<int32_t>(out.key_ranges.size() / 2));
+      out.segment_offsets.push_back(static_cast<int32_t>(piece_end - begin));
+      row = piece_end;
+      if (row == s.row + s.length) ++at;
+    }
+    out.batch_offsets.push_back(static_cast<int32_t>(batch_end - begin));
+    out.batch_segments.push_back(static_cast<int32_t>(out.segment_offsets.size()) - 1);
+  }
+  if (index + 1 < num_waves()) {
+    for (int64_t c = last_carried; c < carried_offsets_[static_cast<size_t>(index) + 2]; ++c) {
+      for (int64_t r = carried_[static_cast<size_t>(c)].begin; r < carried_[static_cast<size_t>(c)].end; ++r) {
+        out.keep_rows.push_back(store_row(r));
+      }
+    }
+  }
+  return out;
+}
+
+}  // namespace psykern

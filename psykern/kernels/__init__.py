@@ -1,0 +1,178 @@
+"""The five operations that no library has as psykern needs them, each as one function with a choice of backend.
+
+``reference`` is plain torch, on any device, written to be read: it is what the others are tested against. ``auto`` takes
+the fastest backend that is built for the device of the inputs. A backend that is asked for by name and is not there is
+an error that says how to get it. No operation changes its inputs; ``out`` arrays are written and returned.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from psykern.kernels import reference
+
+Backend = Literal["auto", "reference", "cpu", "triton", "cuda"]
+
+_BACKENDS: dict[str, ModuleType] = {"reference": reference}
+_HOW_TO_GET = {
+    "cpu": "the C++ kernels are not part of this version yet; use backend='reference'",
+    "triton": "the Triton kernels are not part of this version yet; use backend='reference'",
+    "cuda": "the CUDA kernels are not part of this version yet; use backend='reference'",
+}
+
+
+class BackendError(RuntimeError):
+    """A backend that was asked for by name is not available; the message says how to get it."""
+
+
+class OptionLogprobs(NamedTuple):
+    """What :func:`option_logprobs` gives, all fp32 but ``argmax``."""
+
+    lse: Tensor  # [R] log of the sum of exp over the vocabulary, nats
+    logits: Tensor  # [nnz] of the gathered tokens; their log-probability is logits - lse of their row
+    argmax: Tensor  # [R] int64, the token of the largest logit, the lowest id on ties
+    entropy: Tensor  # [R] of the row's distribution over the vocabulary, nats
+
+
+def resolve(backend: str, device: torch.device) -> str:
+    """The backend that ``backend`` means on ``device``. Raises :class:`BackendError` where there is none."""
+    if backend == "auto":
+        return "reference"
+    if backend in _BACKENDS:
+        return backend
+    if backend in _HOW_TO_GET:
+        raise BackendError(f"backend {backend!r} is not available on {device}: {_HOW_TO_GET[backend]}")
+    raise BackendError(f"backend: expected one of auto, reference, {', '.join(_HOW_TO_GET)}, got {backend!r}")
+
+
+def option_logprobs(
+    hidden: Tensor, weight: Tensor, token_offsets: Tensor, token_ids: Tensor, *, backend: Backend = "auto"
+) -> OptionLogprobs:
+    """Log-softmax over the vocabulary of ``hidden @ weight.T``, gathered, without ever holding all logits.
+
+    hidden: [R, D]; weight: [V, D], fp32, bf16 or fp16; token_offsets: [R+1] int64 and token_ids: [nnz] int32 name the
+    tokens wanted of each row (CSR, any order, duplicates allowed). Logits are fp32 from fp32 accumulators.
+    Raises ``ValueError`` for shapes or dtypes that do not fit and for ids outside the vocabulary.
+    """
+    _expect("hidden", hidden.dim() == 2, "[R, D]", hidden)
+    _expect("weight", weight.dim() == 2 and weight.shape[1] == hidden.shape[1], f"[V, {hidden.shape[-1]}]", weight)
+    _expect("token_offsets", token_offsets.shape == (hidden.shape[0] + 1,), f"[{hidden.shape[0] + 1}]", token_offsets)
+    _expect("token_ids", token_ids.dim() == 1, "[nnz]", token_ids)
+    if token_ids.numel() and not (0 <= int(token_ids.min()) and int(token_ids.max()) < weight.shape[0]):
+        got = f"{int(token_ids.min())} to {int(token_ids.max())}"
+        raise ValueError(f"token_ids: expected ids of the vocabulary, 0 to {weight.shape[0] - 1}, got {got}")
+    op = _BACKENDS[resolve(backend, hidden.device)].option_logprobs
+    return OptionLogprobs(*op(hidden, weight, token_offsets, token_ids))
+
+
+def prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    query_offsets: Tensor,
+    range_offsets: Tensor,
+    key_ranges: Tensor,
+    *,
+    softmax_scale: float,
+    window: int | None = None,
+    out: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Attention of queries in segments to the keys on each segment's path. Gives [N, Hq, Dh] like q.
+
+    q: [N, Hq, Dh]; k, v: [M, Hkv, Dh] with Hq a multiple of Hkv. Segment s has the queries ``query_offsets[s:s+2]``
+    ([S+1] int32) and the keys of the ranges ``range_offsets[s:s+2]`` ([S+1] int32) of ``key_ranges`` ([n, 2] int32, rows
+    of k and v, half open). Concatenated, these are the path from position 0 on: the key at place j has position j.
+    A query at position p ([N] int32, ascending within a segment) sees keys p - window < j <= p; its own key must stand
+    in the segment's last range. Softmax in fp32.
+    """
+    _expect("q", q.dim() == 3, "[N, Hq, Dh]", q)
+    _expect("k", k.dim() == 3 and k.shape[2] == q.shape[2] and q.shape[1] % k.shape[1] == 0, "[M, Hkv, Dh] to fit q", k)
+    _expect("v", v.shape == k.shape, f"{list(k.shape)} like k", v)
+    _expect("positions", positions.shape == q.shape[:1], f"[{q.shape[0]}]", positions)
+    _expect("range_offsets", range_offsets.shape == query_offsets.shape, f"{list(query_offsets.shape)}", range_offsets)
+    _expect("key_ranges", key_ranges.dim() == 2 and key_ranges.shape[1] == 2, "[n, 2]", key_ranges)
+    if window is not None and window < 1:
+        raise ValueError(f"window: expected at least 1, got {window}")
+    op = _BACKENDS[resolve(backend, q.device)].prefix_attention
+    return op(q, k, v, positions, query_offsets, range_offsets, key_ranges, softmax_scale, window, _like("out", out, q))
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    *,
+    norm_first: bool = False,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Residual add and RMSNorm: gives (normed, summed), both [N, D] like x.
+
+    As in Llama and Qwen: summed = x + residual, normed = norm(summed). With ``norm_first``, as in OLMo: normed =
+    norm(x), summed = residual + normed. norm(s) = weight * s / sqrt(mean(s^2) + eps), in fp32. x, residual: [N, D]
+    (None: nothing is added); weight: [D]. Source: Zhang and Sennrich 2019, arXiv 1910.07467.
+    """
+    _expect("x", x.dim() == 2, "[N, D]", x)
+    _expect("weight", weight.shape == x.shape[1:], f"[{x.shape[-1]}]", weight)
+    if residual is not None:
+        _expect("residual", residual.shape == x.shape, f"{list(x.shape)} like x", residual)
+    return _BACKENDS[resolve(backend, x.device)].add_rms_norm(x, residual, weight, eps, norm_first)
+
+
+def qk_norm_rope(
+    x: Tensor,
+    weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    eps: float,
+    *,
+    out: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """RMSNorm and rotary embedding of queries or of keys, in one pass. Gives [N, H, Dh] like x.
+
+    x: [N, H, Dh]; weight: [Dh] to normalise each head (Qwen3), [H * Dh] to normalise the whole projection (OLMo), None
+    for no norm; cos, sin: [P, Dh/2] fp32 by position; positions: [N] int32. The pair (x[i], x[i + Dh/2]) is rotated by
+    the angle of its position. ``out`` may be x itself. Source: Su et al. 2021, arXiv 2104.09864.
+    """
+    _expect("x", x.dim() == 3 and x.shape[2] % 2 == 0, "[N, H, Dh] with even Dh", x)
+    if weight is not None:
+        sizes = (x.shape[2], x.shape[1] * x.shape[2])
+        _expect("weight", weight.dim() == 1 and weight.shape[0] in sizes, f"[{sizes[0]}] or [{sizes[1]}]", weight)
+    _expect("cos", cos.dim() == 2 and cos.shape[1] * 2 == x.shape[2], f"[P, {x.shape[2] // 2}]", cos)
+    _expect("sin", sin.shape == cos.shape, f"{list(cos.shape)} like cos", sin)
+    _expect("positions", positions.shape == x.shape[:1], f"[{x.shape[0]}]", positions)
+    op = _BACKENDS[resolve(backend, x.device)].qk_norm_rope
+    return op(x, weight, cos, sin, positions, eps, _like("out", out, x))
+
+
+def silu_mul(gate: Tensor, up: Tensor, *, out: Tensor | None = None, backend: Backend = "auto") -> Tensor:
+    """silu(gate) * up, the elementwise half of SwiGLU. gate, up: [N, F]; gives [N, F]. ``out`` may be an input.
+
+    silu(z) = z / (1 + exp(-z)). Source: Shazeer 2020, arXiv 2002.05202.
+    """
+    _expect("gate", gate.dim() == 2, "[N, F]", gate)
+    _expect("up", up.shape == gate.shape, f"{list(gate.shape)} like gate", up)
+    return _BACKENDS[resolve(backend, gate.device)].silu_mul(gate, up, _like("out", out, gate))
+
+
+def _expect(name: str, holds: bool, expected: str, got: Tensor) -> None:
+    if not holds:
+        raise ValueError(f"{name}: expected {expected}, got {list(got.shape)}")
+
+
+def _like(name: str, out: Tensor | None, like: Tensor) -> Tensor:
+    """``out`` checked against ``like``, or a new array like it."""
+    if out is None:
+        return torch.empty_like(like)
+    _expect(name, out.shape == like.shape, f"{list(like.shape)}", out)
+    if out.dtype != like.dtype or out.device != like.device:
+        raise ValueError(f"{name}: expected {like.dtype} on {like.device}, got {out.dtype} on {out.device}")
+    return out

@@ -1,0 +1,415 @@
+"""Decoder-only transformers of the study's families, described by a small table and computed one layer at a time.
+
+``ModelConfig`` reads ``config.json``; ``Model`` hands out the weights of one layer; ``decoder_layer`` computes that layer
+for one batch of a wave. There is one decoder: the families differ in where norms stand, in biases, in rotary
+embeddings and in sliding windows, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from psykern import kernels
+from psykern.checkpoint import Checkpoint, read_config, widen
+from psykern.core import CheckpointError
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """How one ``model_type`` differs. A bias is there always, never, or as a key of ``config.json`` says."""
+
+    norm_after: bool = False  # norms stand after the sublayers (OLMo), not before them
+    qk_norm: Literal["none", "head", "projection"] = "none"
+    qkv_bias: bool | str = False
+    o_bias: bool | str = False
+    mlp_bias: bool | str = False
+    window_switch: str | None = None  # key that turns sliding windows on; None: never
+    full_every: int | None = None  # where `layer_types` is absent: every n-th layer has no window
+    scaled_rope_layers: Literal["all", "full_attention"] = "all"  # layers that old-style `rope_scaling` applies to
+
+
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family(qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"),
+    "qwen2": Family(qkv_bias=True, window_switch="use_sliding_window"),
+    "qwen3": Family(
+        qk_norm="head", qkv_bias="attention_bias", o_bias="attention_bias", window_switch="use_sliding_window"
+    ),
+    "olmo2": Family(norm_after=True, qk_norm="projection", qkv_bias="attention_bias", o_bias="attention_bias"),
+    "olmo3": Family(
+        norm_after=True,
+        qk_norm="projection",
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        window_switch="sliding_window",
+        full_every=4,
+        scaled_rope_layers="full_attention",
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary angles: position times ``inverse_frequencies``, cosines and sines times ``scale``."""
+
+    inverse_frequencies: tuple[float, ...]  # [Dh/2]
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """The numbers of a ``config.json`` that the forward pass needs."""
+
+    model_type: str
+    family: Family
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_positions: int
+    tied_head: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    windows: tuple[int | None, ...]  # [layers] sliding window in tokens, None: all earlier tokens are seen
+    ropes: tuple[Rope, ...]  # [layers]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.windows)
+
+    @classmethod
+    def read(cls, folder: Path) -> ModelConfig:
+        """From ``folder/config.json``. Raises ``CheckpointError`` for what psykern does not know how to compute."""
+        return parse_config(read_config(folder), str(folder / "config.json"))
+
+
+def parse_config(config: Mapping[str, Any], name: str) -> ModelConfig:
+    """``ModelConfig`` of a parsed ``config.json``; ``name`` is used in errors."""
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        raise CheckpointError(f"{name}: model_type: expected one of {', '.join(FAMILIES)}, got {model_type!r}")
+    family = FAMILIES[model_type]
+    sizes = {}
+    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers"):
+        sizes[key] = _positive(config, key, name)
+    num_heads = sizes["num_attention_heads"]
+    num_kv_heads = _positive(config, "num_key_value_heads", name, default=num_heads)
+    head_dim = _positive(config, "head_dim", name, default=sizes["hidden_size"] // num_heads)
+    if num_heads % num_kv_heads:
+        raise CheckpointError(f"{name}: {num_heads} attention heads are not a multiple of {num_kv_heads} key heads")
+    if config.get("hidden_act", "silu") != "silu":
+        raise CheckpointError(f"{name}: hidden_act: expected 'silu', got {config['hidden_act']!r}")
+    if config.get("quantization_config"):
+        raise CheckpointError(f"{name}: quantization_config: quantised weights are not supported")
+    layer_types = _layer_types(config, family, sizes["num_hidden_layers"], name)
+    max_positions = _positive(config, "max_position_embeddings", name, default=2048)
+    ropes = {kind: _rope(config, family, kind, head_dim, max_positions, name) for kind in set(layer_types)}
+
+    def has(bias: bool | str) -> bool:
+        return bool(config.get(bias, False)) if isinstance(bias, str) else bias
+
+    window = config.get("sliding_window")
+    return ModelConfig(
+        model_type=model_type,
+        family=family,
+        vocab_size=sizes["vocab_size"],
+        hidden_size=sizes["hidden_size"],
+        intermediate_size=sizes["intermediate_size"],
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        rms_norm_eps=float(config.get("rms_norm_eps", 1e-6 if model_type != "olmo2" else 1e-5)),
+        max_positions=max_positions,
+        tied_head=bool(config.get("tie_word_embeddings", False)),
+        qkv_bias=has(family.qkv_bias),
+        o_bias=has(family.o_bias),
+        mlp_bias=has(family.mlp_bias),
+        windows=tuple(window if kind == "sliding_attention" else None for kind in layer_types),
+        ropes=tuple(ropes[kind] for kind in layer_types),
+    )
+
+
+def _positive(config: Mapping[str, Any], key: str, name: str, default: int | None = None) -> int:
+    value = config.get(key)
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise CheckpointError(f"{name}: {key}: expected a positive integer, got {value!r}")
+    return value
+
+
+def _layer_types(config: Mapping[str, Any], family: Family, num_layers: int, name: str) -> list[str]:
+    """'sliding_attention' or 'full_attention' for each layer."""
+    if family.window_switch is None or not config.get(family.window_switch) or config.get("sliding_window") is None:
+        return ["full_attention"] * num_layers
+    _positive(config, "sliding_window", name)
+    layer_types = config.get("layer_types")
+    if layer_types is None and family.full_every is not None:
+        layer_types = [
+            "full_attention" if (i + 1) % family.full_every == 0 else "sliding_attention" for i in range(num_layers)
+        ]
+    elif layer_types is None:
+        first = config.get("max_window_layers", 28)
+        layer_types = ["sliding_attention" if i >= first else "full_attention" for i in range(num_layers)]
+    if len(layer_types) != num_layers or not set(layer_types) <= {"full_attention", "sliding_attention"}:
+        raise CheckpointError(f"{name}: layer_types: expected {num_layers} of full_attention or sliding_attention")
+    return list(layer_types)
+
+
+def _rope(
+    config: Mapping[str, Any], family: Family, layer_type: str, head_dim: int, max_positions: int, name: str
+) -> Rope:
+    """The rotary embedding of one kind of layer, from ``rope_parameters`` (new) or ``rope_theta`` and
+    ``rope_scaling`` (old)."""
+    parameters: dict[str, Any] = {"rope_theta": config.get("rope_theta")}
+    new = config.get("rope_parameters")
+    old = config.get("rope_scaling")
+    if isinstance(new, dict):
+        nested = new.get(layer_type)
+        parameters |= nested if isinstance(nested, dict) else new
+    elif isinstance(old, dict) and family.scaled_rope_layers in ("all", layer_type):
+        parameters |= old
+    theta = parameters.get("rope_theta")
+    theta = 10_000.0 if theta is None else float(theta)
+    if (parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise CheckpointError(f"{name}: partial_rotary_factor: only 1.0 is supported")
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    frequencies = 1.0 / theta**exponents
+    original = config.get("original_max_position_embeddings") or parameters.get("original_max_position_embeddings")
+    parameters["original_max_position_embeddings"] = original or max_positions
+    scale = 1.0
+    try:
+        if kind == "linear":
+            frequencies = frequencies / float(parameters["factor"])
+        elif kind == "llama3":
+            frequencies = _llama3_frequencies(frequencies, parameters)
+        elif kind == "yarn":
+            frequencies, scale = _yarn_frequencies(theta**exponents, theta, head_dim, parameters)
+        elif kind != "default":
+            raise CheckpointError(f"{name}: rope_type: expected default, linear, llama3 or yarn, got {kind!r}")
+    except KeyError as error:
+        raise CheckpointError(f"{name}: rope_type {kind!r} needs {error.args[0]}") from error
+    return Rope(tuple(frequencies.tolist()), scale)
+
+
+def _llama3_frequencies(frequencies: Tensor, p: Mapping[str, Any]) -> Tensor:
+    """Long wavelengths are stretched by ``factor``, short ones kept, those between interpolated (Llama 3.1)."""
+    factor, low, high = p["factor"], p["low_freq_factor"], p["high_freq_factor"]
+    original = p["original_max_position_embeddings"]
+    wavelength = 2 * math.pi / frequencies
+    stretched = torch.where(wavelength > original / low, frequencies / factor, frequencies)
+    smooth = (original / wavelength - low) / (high - low)
+    between = (1 - smooth) * stretched / factor + smooth * stretched
+    is_between = (wavelength >= original / high) & (wavelength <= original / low)
+    return torch.where(is_between, between, stretched)
+
+
+def _yarn_frequencies(
+    wavelengths: Tensor, theta: float, head_dim: int, p: Mapping[str, Any]
+) -> tuple[Tensor, float]:
+    """Frequencies interpolated by a ramp over the dimensions, and the attention factor (Peng et al. 2023, arXiv
+    2309.00071)."""
+    factor, original = p["factor"], p["original_max_position_embeddings"]
+
+    def attention_scale(mscale: float = 1.0) -> float:
+        return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+    scale = p.get("attention_factor")
+    if scale is None and p.get("mscale") and p.get("mscale_all_dim"):
+        scale = attention_scale(p["mscale"]) / attention_scale(p["mscale_all_dim"])
+    elif scale is None:
+        scale = attention_scale()
+
+    def dimension(rotations: float) -> float:
+        return head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension(p.get("beta_fast") or 32), dimension(p.get("beta_slow") or 1)
+    if p.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    ramp = (torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low if high != low else 0.001)
+    kept = 1 - ramp.clamp(0, 1)
+    return (1 / (factor * wavelengths)) * (1 - kept) + (1 / wavelengths) * kept, float(scale)
+
+
+def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of every tensor of a checkpoint of ``config``, as ``transformers`` names them."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config.vocab_size, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    if not config.tied_head:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    linear = {
+        "self_attn.q_proj": (queries, hidden, config.qkv_bias),
+        "self_attn.k_proj": (keys, hidden, config.qkv_bias),
+        "self_attn.v_proj": (keys, hidden, config.qkv_bias),
+        "self_attn.o_proj": (hidden, queries, config.o_bias),
+        "mlp.gate_proj": (inner, hidden, config.mlp_bias),
+        "mlp.up_proj": (inner, hidden, config.mlp_bias),
+        "mlp.down_proj": (hidden, inner, config.mlp_bias),
+    }
+    norms: dict[str, tuple[int, ...]] = {"post_attention_layernorm": (hidden,)}
+    norms["post_feedforward_layernorm" if config.family.norm_after else "input_layernorm"] = (hidden,)
+    if config.family.qk_norm != "none":
+        per_head = config.family.qk_norm == "head"
+        norms["self_attn.q_norm"] = (config.head_dim if per_head else queries,)
+        norms["self_attn.k_norm"] = (config.head_dim if per_head else keys,)
+    for i in range(config.num_layers):
+        for part, (rows, columns, bias) in linear.items():
+            shapes[f"model.layers.{i}.{part}.weight"] = (rows, columns)
+            if bias:
+                shapes[f"model.layers.{i}.{part}.bias"] = (rows,)
+        for part, shape in norms.items():
+            shapes[f"model.layers.{i}.{part}.weight"] = shape
+    return shapes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layer:
+    """One layer's weights in the compute dtype, by their names within the layer, and its window and rotary tables."""
+
+    config: ModelConfig
+    tensors: Mapping[str, Tensor]
+    window: int | None
+    cos: Tensor  # [P, Dh/2] fp32
+    sin: Tensor  # [P, Dh/2] fp32
+
+    def linear(self, name: str, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """x [N, in] to [N, out], into ``out`` where given."""
+        weight, bias = self.tensors[f"{name}.weight"].T, self.tensors.get(f"{name}.bias")
+        return torch.mm(x, weight, out=out) if bias is None else torch.addmm(bias, x, weight, out=out)
+
+    def norm(self, name: str) -> Tensor:
+        return self.tensors[f"{name}.weight"]
+
+
+class Model:
+    """A checkpoint opened for scoring: weights stay mapped and are handed out one layer at a time."""
+
+    def __init__(self, folder: Path, *, device: torch.device, dtype: torch.dtype) -> None:
+        """Raises ``CheckpointError`` where the folder's config, tensors or shapes are not as they must be."""
+        self.config = ModelConfig.read(folder)
+        self.device = device
+        self.dtype = dtype
+        self._checkpoint = Checkpoint.open(folder)
+        optional = ["*.rotary_emb.inv_freq", *(["lm_head.weight"] if self.config.tied_head else [])]
+        self._checkpoint.check(expected_tensors(self.config), optional)
+        self._names = [name for name in expected_tensors(self.config) if name.startswith("model.layers.0.")]
+        self._tables: dict[Rope, tuple[Tensor, Tensor]] = {}
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """[N] token ids to [N, D] in the compute dtype."""
+        rows = self._checkpoint.tensor("model.embed_tokens.weight")[token_ids.cpu().long()]
+        return rows.to(self.device, self.dtype)
+
+    def layer(self, index: int, num_positions: int) -> Layer:
+        """Layer ``index`` with rotary tables for at least ``num_positions`` positions."""
+        cos, sin = self._rotary_tables(self.config.ropes[index], num_positions)
+        prefix = "model.layers.0."
+        tensors = {
+            name.removeprefix(prefix): self._weight(name.replace(prefix, f"model.layers.{index}.", 1))
+            for name in self._names
+        }
+        return Layer(self.config, tensors, self.config.windows[index], cos, sin)
+
+    def final_norm(self, hidden: Tensor, backend: kernels.Backend) -> Tensor:
+        weight = self._weight("model.norm.weight")
+        return kernels.add_rms_norm(hidden, None, weight, self.config.rms_norm_eps, backend=backend)[0]
+
+    def head(self) -> Tensor:
+        """The head's weight [V, D] in the checkpoint's own dtype: ``option_logprobs`` widens it tile by tile."""
+        name = "model.embed_tokens.weight" if self.config.tied_head else "lm_head.weight"
+        return self._checkpoint.tensor(name).to(self.device)
+
+    def non_finite_tensors(self, layer: int) -> list[str]:
+        """Names of the tensors of one layer that hold a NaN or an infinity; layer -1: those outside the layers."""
+        prefix = f"model.layers.{layer}."
+        names = [n for n in expected_tensors(self.config) if (n.startswith(prefix) if layer >= 0 else "layers" not in n)]
+        return [n for n in names if not torch.isfinite(self._checkpoint.tensor(n)).all()]
+
+    def _weight(self, name: str) -> Tensor:
+        return widen(self._checkpoint.tensor(name).to(self.device), self.dtype)
+
+    def _rotary_tables(self, rope: Rope, num_positions: int) -> tuple[Tensor, Tensor]:
+        tables = self._tables.get(rope)
+        if tables is None or len(tables[0]) < num_positions:
+            frequencies = torch.tensor(rope.inverse_frequencies, device=self.device)
+            angles = torch.arange(num_positions, device=self.device)[:, None].float() * frequencies
+            tables = self._tables[rope] = (angles.cos() * rope.scale, angles.sin() * rope.scale)
+        return tables
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """The rows of one batch and what their queries see; tensors on the model's device."""
+
+    positions: Tensor  # [n] int32
+    store_row: int  # first of the n rows of the key/value store that are this batch's own
+    query_rows: Tensor | None  # [m] int64, rows of the batch that need an output; None: all
+    query_offsets: Tensor  # [S+1] int32, into the queries
+    range_offsets: Tensor  # [S+1] int32
+    key_ranges: Tensor  # [.., 2] int32, rows of the store
+
+
+def decoder_layer(
+    layer: Layer, hidden: Tensor, keys: Tensor, values: Tensor, batch: Batch, out: Tensor, backend: kernels.Backend
+) -> None:
+    """One layer for one batch: hidden [n, D] to ``out`` [m, D], its keys and values into the store's rows.
+
+    keys, values: [M, Hkv, Dh], the store of this layer. ``out`` may be ``hidden`` itself where all rows are queries.
+    """
+    config, eps = layer.config, layer.config.rms_norm_eps
+    own = slice(batch.store_row, batch.store_row + hidden.shape[0])
+    x = hidden
+    if not config.family.norm_after:
+        x = kernels.add_rms_norm(x, None, layer.norm("input_layernorm"), eps, backend=backend)[0]
+    k = layer.linear("self_attn.k_proj", x, keys[own].flatten(1)).view(keys[own].shape)
+    layer.linear("self_attn.v_proj", x, values[own].flatten(1))
+    rotary = (layer.cos, layer.sin)
+    k_norm, q_norm = (layer.tensors.get(f"self_attn.{n}_norm.weight") for n in "kq")
+    kernels.qk_norm_rope(k, k_norm, *rotary, batch.positions, eps, out=k, backend=backend)
+
+    residual, positions = hidden, batch.positions
+    if batch.query_rows is not None:
+        x, residual, positions = x[batch.query_rows], hidden[batch.query_rows], positions[batch.query_rows]
+    q = layer.linear("self_attn.q_proj", x).view(-1, config.num_heads, config.head_dim)
+    q = kernels.qk_norm_rope(q, q_norm, *rotary, positions, eps, out=q, backend=backend)
+    attended = kernels.prefix_attention(
+        q,
+        keys,
+        values,
+        positions,
+        batch.query_offsets,
+        batch.range_offsets,
+        batch.key_ranges,
+        softmax_scale=config.head_dim**-0.5,
+        window=layer.window,
+        out=q,
+        backend=backend,
+    )
+    x = layer.linear("self_attn.o_proj", attended.flatten(1))
+    x, residual = kernels.add_rms_norm(
+        x, residual, layer.norm("post_attention_layernorm"), eps, norm_first=config.family.norm_after, backend=backend
+    )
+    x = residual if config.family.norm_after else x
+    gate, up = layer.linear("mlp.gate_proj", x), layer.linear("mlp.up_proj", x)
+    inner = kernels.silu_mul(gate, up, out=gate, backend=backend)
+    x = layer.linear("mlp.down_proj", inner)
+    if config.family.norm_after:
+        norm = layer.norm("post_feedforward_layernorm")
+        out.copy_(kernels.add_rms_norm(x, residual, norm, eps, norm_first=True, backend=backend)[1])
+    else:
+        torch.add(x, residual, out=out)

@@ -1,0 +1,100 @@
+"""Small random checkpoints of the real architectures, made by ``transformers``: the outside oracle of the tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 64,
+    "attention_factor": 1.2,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+}
+
+# One entry per way in which the families differ; window and rope scaling act within the tests' transcripts.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama"},
+    "llama-rope3-bias": {
+        "model_type": "llama",
+        "rope_parameters": LLAMA3_ROPE,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "head_dim": 32,
+    },
+    "llama-rope-linear-tied": {
+        "model_type": "llama",
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+        "tie_word_embeddings": True,
+    },
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen2-window": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 16,
+        "max_window_layers": 1,
+    },
+    "qwen3": {"model_type": "qwen3", "head_dim": 24, "tie_word_embeddings": True},
+    "qwen3-one-kv-head": {"model_type": "qwen3", "head_dim": 16, "num_key_value_heads": 1},
+    "olmo2": {"model_type": "olmo2", "num_key_value_heads": 4},
+    "olmo3": {"model_type": "olmo3", "sliding_window": 16, "num_hidden_layers": 4},
+    "olmo3-yarn": {
+        "model_type": "olmo3",
+        "sliding_window": 20,
+        "num_hidden_layers": 4,
+        "rope_parameters": {
+            "full_attention": YARN_ROPE,
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    },
+}
+
+
+def make_model(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> PreTrainedModel:
+    """Save a random model of ``config`` to ``folder`` and return it, in fp32 and with transformers' own attention."""
+    sizes = {
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "initializer_range": 0.2,  # large enough that the distributions are far from uniform
+        "pad_token_id": None,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    settings = sizes | config
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings)).to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "bias" in name:  # not ones and zeros, so that a forgotten one shows
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(folder)
+    if dtype != torch.float32:  # not model.float(): its rotary frequencies were rounded too
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval()
+
+
+@torch.inference_mode()
+def oracle_logprobs(model: PreTrainedModel, token_ids: np.ndarray) -> torch.Tensor:
+    """[T, V] log-probabilities of the token after each, in fp64 from transformers' fp32 logits."""
+    ids = torch.from_numpy(token_ids.astype(np.int64))[None]
+    return model(ids, use_cache=False).logits[0].double().log_softmax(-1)
