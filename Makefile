@@ -4,16 +4,19 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 CSRC   := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+ASAN   := build/asan
 
+MAKEFLAGS += --no-print-directory
 .PHONY: setup build demo test format bench asan clean
 
 setup: $(VENV)/.built
 
+# --no-compile takes half the time: Python compiles what it imports, on first import.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@echo "installing psykern and what it needs into $(VENV) (the first time takes minutes: torch is large)"
-	$(PIP) torch setuptools pybind11 cmake
-	$(PIP) --no-build-isolation --editable '.[test]'
+	$(PIP) --no-compile torch setuptools pybind11 cmake
+	$(PIP) --no-compile --no-build-isolation --editable '.[test]'
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed setup.py CMakeLists.txt $(CSRC)
@@ -42,6 +45,14 @@ format: setup
 
 bench: setup
 	$(PY) benchmarks/bench_score.py $(ARGS)
+
+# The planner's tests on a copy of the package whose C++ is built with the address and undefined-behaviour sanitizers.
+asan: setup
+	$(VENV)/bin/cmake -S . -B $(ASAN) -DPSYKERN_SANITIZE=ON -DPython_EXECUTABLE=$(CURDIR)/$(PY)
+	$(VENV)/bin/cmake --build $(ASAN) --parallel 2
+	cp -r psykern $(ASAN) && $(VENV)/bin/cmake --install $(ASAN) --prefix $(ASAN)/psykern
+	cd $(ASAN) && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	    ASAN_OPTIONS=detect_leaks=0 $(CURDIR)/$(PY) -m pytest $(CURDIR)/tests/test_plan.py
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks psykern/*.so $(VENV)/.built

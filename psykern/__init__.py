@@ -1,0 +1,46 @@
+"""psykern scores human behaviour under language models: exact log-probabilities of every response of an experiment.
+
+    >>> import psykern
+    >>> run = psykern.score("path/to/model", "path/to/data", out="run")
+    >>> print(run.summary.mean_nll)
+"""
+
+from psykern.core import (
+    CheckpointError,
+    DataError,
+    NonFiniteError,
+    OutOfMemoryError,
+    PsykernError,
+    RowError,
+    RunFolderError,
+    Source,
+)
+from psykern.kernels import BackendError
+from psykern.metrics import StudySummary, Summary, format_summary
+from psykern.records import Manifest, read_run
+from psykern.score import Estimate, Run, Settings, StudyPlan, estimate, score
+from psykern.version import __version__
+
+__all__ = [
+    "BackendError",
+    "CheckpointError",
+    "DataError",
+    "Estimate",
+    "Manifest",
+    "NonFiniteError",
+    "OutOfMemoryError",
+    "PsykernError",
+    "RowError",
+    "Run",
+    "RunFolderError",
+    "Settings",
+    "Source",
+    "StudyPlan",
+    "StudySummary",
+    "Summary",
+    "__version__",
+    "estimate",
+    "format_summary",
+    "read_run",
+    "score",
+]

@@ -42,7 +42,7 @@ def study_response(response: str) -> tuple[str, str]:
     """What stands in the study's text for ``<<response>>``: the characters between the marks, and the closing mark
     with what the patches put behind it (a full stop after ``skip``)."""
     text = _SPACE_BEFORE_CLOSE.sub("", _patched(f"<<{response}>>"))
-    close = text.find(">>", 2)
+    close = text.rfind(">>")
     if close < 0:  # "More Details " loses its closing mark to a patch; as an option it is taken without
         return response.rstrip(), CLOSE_MARK
     return text[2:close], text[close:]

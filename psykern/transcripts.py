@@ -285,9 +285,7 @@ def _open_lines(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
 def _find_member(archive: zipfile.ZipFile, path: Path) -> zipfile.ZipInfo:
     """The one member `prompts.jsonl`, else the one member `*.jsonl` (macOS adds `__MACOSX/._prompts.jsonl`)."""
     members = [
-        member
-        for member in archive.infolist()
-        if not member.is_dir() and not member.filename.startswith("__MACOSX/")
+        member for member in archive.infolist() if not member.is_dir() and not member.filename.startswith("__MACOSX/")
     ]
     rows = [member for member in members if PurePosixPath(member.filename).name == "prompts.jsonl"]
     rows = rows or [member for member in members if member.filename.lower().endswith(".jsonl")]
@@ -323,16 +321,17 @@ def _parse(line: bytes) -> Mapping[str, object]:
 
 def _parquet_rows(path: Path) -> Iterator[_Row]:
     number = 0
-    with pq.ParquetFile(path, buffer_size=_PARQUET_BUFFER) as parquet:
+    with pq.ParquetFile(path, buffer_size=_PARQUET_BUFFER, pre_buffer=False) as parquet:
         columns = [name for name in parquet.schema_arrow.names if name in _COLUMNS]
         if "text" not in columns:
             reason = f"text: expected a column of that name, got columns {', '.join(parquet.schema_arrow.names)}"
             yield _Row(Source(str(path), 1), True, partial(_refuse, reason))
             return
-        for batch in parquet.iter_batches(_PARQUET_BATCH, columns=columns):
-            for place in range(batch.num_rows):
-                number += 1
-                yield _Row(Source(str(path), number), "study" in columns, partial(_take, batch, place))
+        for group in range(parquet.num_row_groups):  # one by one, so that damage costs no row of the group before
+            for batch in parquet.iter_batches(_PARQUET_BATCH, row_groups=[group], columns=columns):
+                for place in range(batch.num_rows):
+                    number += 1
+                    yield _Row(Source(str(path), number), "study" in columns, partial(_take, batch, place))
 
 
 def _take(batch: pa.RecordBatch, place: int) -> Mapping[str, object]:

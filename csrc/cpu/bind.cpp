@@ -110,7 +110,7 @@ class BoundTrie {
 
 }  // namespace
 
-PYBIND11_MODULE(_cpu, m) {
+PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.doc() = "psykern's C++ code for the CPU";
   py::class_<BoundTrie>(m, "PrefixTrie", "Sequences and branches as rows and waves; see csrc/cpu/prefix_trie.h.")
       .def(py::init<Array<int32_t>, Array<int64_t>, Array<int64_t>, Array<int64_t>, Array<int32_t>, Array<int32_t>,

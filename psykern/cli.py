@@ -1,0 +1,179 @@
+"""The commands: ``psykern score``, ``psykern plan`` and ``psykern demo``.
+
+Exit status: 0 done; 1 an error stopped it; 2 wrong usage; 3 done, but some rows were rejected; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from typing import get_args, get_type_hints
+
+import psykern
+from psykern import Estimate, Run, Settings, demo
+
+EXIT_ERROR, EXIT_REJECTS, EXIT_INTERRUPTED = 1, 3, 130
+
+_HELP = {
+    "protocol": "exact: responses by character offsets; study: the published study's own rules",
+    "boundary": "joint: a text is tokenized as one string; split: around the marks, so that no token straddles",
+    "options": "answer options: none, as given on the row, or the distinct responses observed in the transcript or "
+    "in its experiment",
+    "max_options": "more observed options than this are none",
+    "over_length": "what to do with a transcript longer than the model's context",
+    "backend": "kernels to use",
+    "dtype": "arithmetic; auto: float32 on a CPU, bfloat16 on a GPU",
+    "device": "where to compute",
+    "wave_tokens": "tokens computed together, layer by layer: more need more memory",
+    "batch_tokens": "tokens in one matrix product: more need more memory",
+    "min_share": "tokens from which on a common prefix of transcripts is computed once",
+    "limit": "take only the first N transcripts of each study",
+}
+_NUMBERS = ("max_options", "wave_tokens", "batch_tokens", "min_share", "limit")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status is returned."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        settings = _settings(options)
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        status: int = options.command(options, settings)
+    except KeyboardInterrupt:
+        print("psykern: interrupted; records written so far are kept", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except (psykern.PsykernError, psykern.BackendError) as error:
+        print(f"psykern: error: {error}", file=sys.stderr)
+        return EXIT_ERROR
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="psykern", description="Scores human behaviour under language models.")
+    parser.add_argument("--version", action="version", version=f"psykern {psykern.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    score = commands.add_parser("score", help="score transcripts: one record per response", **_DEFAULTS)
+    _add_input(score)
+    score.add_argument("--out", required=True, metavar="RUN", help="new folder for the records")
+    score.set_defaults(command=_score)
+
+    plan = commands.add_parser("plan", help="what scoring would cost; needs no weights", **_DEFAULTS)
+    _add_input(plan)
+    plan.set_defaults(command=_plan)
+
+    show = commands.add_parser("demo", help="score the shipped sample with the shipped tiny model", **_DEFAULTS)
+    show.add_argument("--out", metavar="RUN", help="new folder for the records; default: a temporary one")
+    show.add_argument("--quiet", action="store_true", help="no progress bar")
+    show.set_defaults(command=_demo)
+    return parser
+
+
+_DEFAULTS: dict[str, type] = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+
+
+def _add_input(parser: argparse.ArgumentParser) -> None:
+    """The model, the data and every setting, with its default."""
+    parser.add_argument("model", metavar="MODEL", help="model folder or hub id")
+    parser.add_argument("data", metavar="DATA", nargs="+", help="files, folders or hub dataset ids")
+    kinds, defaults = get_type_hints(Settings), Settings()
+    for name, text in _HELP.items():
+        default = getattr(defaults, name)
+        flag = f"--{name.replace('_', '-')}"
+        if name in _NUMBERS:
+            parser.add_argument(flag, type=int, default=default, metavar="N", help=text)
+        else:
+            parser.add_argument(flag, choices=get_args(kinds[name]), default=default, help=text)
+    parser.add_argument("--studies", nargs="+", metavar="NAME", help="take only these studies")
+    parser.add_argument("--strict", action="store_true", help="stop at the first row that cannot be used")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    if not hasattr(options, "protocol"):
+        return Settings()
+    studies = tuple(options.studies) if options.studies else None
+    return Settings(**{name: getattr(options, name) for name in _HELP}, studies=studies, strict=options.strict)
+
+
+def _score(options: argparse.Namespace, settings: Settings) -> int:
+    return _report(psykern.score(options.model, options.data, options.out, settings, quiet=options.quiet))
+
+
+def _demo(options: argparse.Namespace, settings: Settings) -> int:
+    out = options.out or tempfile.mkdtemp(prefix="psykern-demo-")
+    status = _report(psykern.score(demo.MODEL, demo.SAMPLE, out, settings, quiet=options.quiet))
+    print("The tiny model is a demonstration: it was trained for minutes on other participants of these studies.")
+    print("Its numbers say that psykern works, nothing about people or language models.")
+    return status
+
+
+def _report(run: Run) -> int:
+    counts = run.manifest.counts
+    print(psykern.format_summary(run.summary))
+    print(
+        f"{counts.responses:,} responses of {counts.transcripts:,} transcripts; {counts.tokens:,} tokens, "
+        f"{counts.computed_tokens:,} computed after sharing; {run.manifest.seconds['total']:.1f} s, "
+        f"{run.manifest.tokens_per_second:,.0f} tokens/s"
+    )
+    if counts.over_length_transcripts or counts.dropped_responses:
+        print(
+            f"longer than the model's context: {counts.over_length_transcripts:,} transcripts skipped, "
+            f"{counts.dropped_responses:,} responses dropped"
+        )
+    print(f"records: {run.folder}")
+    if counts.rejects:
+        print(f"psykern: {counts.rejects:,} rows were rejected: {run.folder / 'rejects.jsonl'}", file=sys.stderr)
+        return EXIT_REJECTS
+    return 0
+
+
+def _plan(options: argparse.Namespace, settings: Settings) -> int:
+    estimate = psykern.estimate(options.model, options.data, settings, quiet=options.quiet)
+    print(_plan_table(estimate))
+    for error in estimate.rejects:
+        print(f"psykern: rejected: {error}", file=sys.stderr)
+    return EXIT_REJECTS if estimate.rejects else 0
+
+
+def _plan_table(estimate: Estimate) -> str:
+    """A line per study and the sums; FLOPs in units of 10^12, memory in MiB."""
+    header = ["study", "transcripts", "responses", "tokens", "to compute", "scored rows", "branches"]
+    header += ["body TFLOP", "attention", "head", "wave MiB"]
+    rows = [header]
+    for s in estimate.studies:
+        counts = (s.transcripts, s.responses, s.tokens, s.computed_tokens, s.scored_rows, s.branches)
+        flops = (s.flops_body, s.flops_attention, s.flops_head)
+        rows.append([s.study, *map(_count, counts), *map(_tera, flops), _mebi(s.wave_bytes)])
+    sums = [sum(getattr(s, name) for s in estimate.studies) for name in _SUMMED]
+    most = max((s.wave_bytes for s in estimate.studies), default=0)
+    rows.append(["all", *map(_count, sums[:6]), *map(_tera, sums[6:]), _mebi(most)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    )
+
+
+_SUMMED = ("transcripts", "responses", "tokens", "computed_tokens", "scored_rows", "branches") + (
+    "flops_body",
+    "flops_attention",
+    "flops_head",
+)
+
+
+def _count(value: int) -> str:
+    return f"{value:,}"
+
+
+def _tera(value: int) -> str:
+    return f"{value / 1e12:,.2f}"
+
+
+def _mebi(value: int) -> str:
+    return f"{value / 2**20:,.0f}"

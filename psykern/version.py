@@ -1,0 +1,3 @@
+"""psykern's version."""
+
+__version__ = "0.1.0"
