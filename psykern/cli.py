@@ -9,10 +9,10 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import psykern
-from psykern import Estimate, Run, Settings, demo
+from psykern import Estimate, Run, Settings, StudyPlan, demo
 
 EXIT_ERROR, EXIT_REJECTS, EXIT_INTERRUPTED = 1, 3, 130
 
@@ -53,28 +53,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
+class _CommandParser(argparse.ArgumentParser):
+    """A command's own parser: its help shows the defaults."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **arguments)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="psykern", description="Scores human behaviour under language models.")
     parser.add_argument("--version", action="version", version=f"psykern {psykern.__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_CommandParser)
 
-    score = commands.add_parser("score", help="score transcripts: one record per response", **_DEFAULTS)
+    score = commands.add_parser("score", help="score transcripts: one record per response")
     _add_input(score)
     score.add_argument("--out", required=True, metavar="RUN", help="new folder for the records")
     score.set_defaults(command=_score)
 
-    plan = commands.add_parser("plan", help="what scoring would cost; needs no weights", **_DEFAULTS)
+    plan = commands.add_parser("plan", help="what scoring would cost; needs no weights")
     _add_input(plan)
     plan.set_defaults(command=_plan)
 
-    show = commands.add_parser("demo", help="score the shipped sample with the shipped tiny model", **_DEFAULTS)
+    show = commands.add_parser("demo", help="score the shipped sample with the shipped tiny model")
     show.add_argument("--out", metavar="RUN", help="new folder for the records; default: a temporary one")
     show.add_argument("--quiet", action="store_true", help="no progress bar")
     show.set_defaults(command=_demo)
     return parser
-
-
-_DEFAULTS: dict[str, type] = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
 
 
 def _add_input(parser: argparse.ArgumentParser) -> None:
@@ -147,12 +151,8 @@ def _plan_table(estimate: Estimate) -> str:
     header += ["body TFLOP", "attention", "head", "wave MiB"]
     rows = [header]
     for s in estimate.studies:
-        counts = (s.transcripts, s.responses, s.tokens, s.computed_tokens, s.scored_rows, s.branches)
-        flops = (s.flops_body, s.flops_attention, s.flops_head)
-        rows.append([s.study, *map(_count, counts), *map(_tera, flops), _mebi(s.wave_bytes)])
-    sums = [sum(getattr(s, name) for s in estimate.studies) for name in _SUMMED]
-    most = max((s.wave_bytes for s in estimate.studies), default=0)
-    rows.append(["all", *map(_count, sums[:6]), *map(_tera, sums[6:]), _mebi(most)])
+        rows.append(_plan_row(s.study, [s]))
+    rows.append(_plan_row("all", estimate.studies))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
@@ -160,20 +160,14 @@ def _plan_table(estimate: Estimate) -> str:
     )
 
 
-_SUMMED = ("transcripts", "responses", "tokens", "computed_tokens", "scored_rows", "branches") + (
-    "flops_body",
-    "flops_attention",
-    "flops_head",
-)
+def _plan_row(name: str, studies: Sequence[StudyPlan]) -> list[str]:
+    def total(column: str) -> int:
+        return sum(getattr(s, column) for s in studies)
+
+    memory = max((s.wave_bytes for s in studies), default=0)
+    counts = [f"{total(column):,}" for column in _COUNTS]
+    return [name, *counts, *(f"{total(column) / 1e12:,.2f}" for column in _FLOPS), f"{memory / 2**20:,.0f}"]
 
 
-def _count(value: int) -> str:
-    return f"{value:,}"
-
-
-def _tera(value: int) -> str:
-    return f"{value / 1e12:,.2f}"
-
-
-def _mebi(value: int) -> str:
-    return f"{value / 2**20:,.0f}"
+_COUNTS = ("transcripts", "responses", "tokens", "computed_tokens", "scored_rows", "branches")
+_FLOPS = ("flops_body", "flops_attention", "flops_head")

@@ -1,7 +1,7 @@
 """Decoder-only transformers of the study's families, described by a small table and computed one layer at a time.
 
-``ModelConfig`` reads ``config.json``; ``Model`` hands out the weights of one layer; ``decoder_layer`` computes that layer
-for one batch of a wave. There is one decoder: the families differ in where norms stand, in biases, in rotary
+``ModelConfig`` reads ``config.json``; ``Model`` hands out the weights of one layer; ``decoder_layer`` computes that
+layer for one batch of a wave. There is one decoder: the families differ in where norms stand, in biases, in rotary
 embeddings and in sliding windows, and nowhere else.
 """
 
@@ -96,7 +96,7 @@ class ModelConfig:
 def parse_config(config: Mapping[str, Any], name: str) -> ModelConfig:
     """``ModelConfig`` of a parsed ``config.json``; ``name`` is used in errors."""
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise CheckpointError(f"{name}: model_type: expected one of {', '.join(FAMILIES)}, got {model_type!r}")
     family = FAMILIES[model_type]
     sizes = {}
@@ -214,9 +214,7 @@ def _llama3_frequencies(frequencies: Tensor, p: Mapping[str, Any]) -> Tensor:
     return torch.where(is_between, between, stretched)
 
 
-def _yarn_frequencies(
-    wavelengths: Tensor, theta: float, head_dim: int, p: Mapping[str, Any]
-) -> tuple[Tensor, float]:
+def _yarn_frequencies(wavelengths: Tensor, theta: float, head_dim: int, p: Mapping[str, Any]) -> tuple[Tensor, float]:
     """Frequencies interpolated by a ramp over the dimensions, and the attention factor (Peng et al. 2023, arXiv
     2309.00071)."""
     factor, original = p["factor"], p["original_max_position_embeddings"]
@@ -337,7 +335,9 @@ class Model:
     def non_finite_tensors(self, layer: int) -> list[str]:
         """Names of the tensors of one layer that hold a NaN or an infinity; layer -1: those outside the layers."""
         prefix = f"model.layers.{layer}."
-        names = [n for n in expected_tensors(self.config) if (n.startswith(prefix) if layer >= 0 else "layers" not in n)]
+        names = [
+            n for n in expected_tensors(self.config) if (n.startswith(prefix) if layer >= 0 else "layers" not in n)
+        ]
         return [n for n in names if not torch.isfinite(self._checkpoint.tensor(n)).all()]
 
     def _weight(self, name: str) -> Tensor:

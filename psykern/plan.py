@@ -94,8 +94,8 @@ def plan(
 ) -> Plan:
     """Plan ``transcripts``, which should be of one study: prefixes are shared among them.
 
-    A wave computes at most ``wave_tokens`` rows, a batch at most ``batch_tokens``; a prefix is shared from ``min_share``
-    tokens on. Raises ``ValueError`` for budgets below 1.
+    A wave computes at most ``wave_tokens`` rows, a batch at most ``batch_tokens``; a prefix is shared from
+    ``min_share`` tokens on. Raises ``ValueError`` for budgets below 1.
     """
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens: expected at least 1, got {batch_tokens}")

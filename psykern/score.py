@@ -447,4 +447,3 @@ def _manifest(
         started=clock.started.isoformat(timespec="seconds"),
         finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
-

@@ -12,7 +12,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ STUDIES = (
 TOKENIZERS = ("qwen3", "llama-3.1", "olmo-dolma2")
 # What Llama 3 splits words by, so that ">>\n" can be one token.
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-MERGES = ["Ġ <", "Ġ< <", "> >", ">> Ċ", "Ġ<< -", "1 0", "! >>", "< <", "a b"]
+MERGES = ("Ġ <", "Ġ< <", "> >", ">> Ċ", "Ġ<< -", "1 0", "! >>", "< <", "a b")
 
 
 def transcript(
@@ -57,10 +57,10 @@ def transcript(
     return Transcript("study", "experiment", "1", text, chars.reshape(-1, 2), each, Source("file.jsonl", line))
 
 
-def build_tiny(bos: bool = False) -> tokenizers.Tokenizer:
+def build_tiny(bos: bool = False, merges: tuple[str, ...] = MERGES) -> tokenizers.Tokenizer:
     """256 bytes, then the merges in order, then maybe a token in front of every text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pieces = [merge.split(" ") for merge in MERGES]
+    pieces = [merge.split(" ") for merge in merges]
     vocab = {token: i for i, token in enumerate([*alphabet, *("".join(piece) for piece in pieces)])}
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[(a, b) for a, b in pieces]))
     split = pre_tokenizers.Split(Regex(WORDS), "isolated")
@@ -98,10 +98,10 @@ def real(shared: Path) -> Callable[[str], Tokenizer]:
 @pytest.fixture(scope="session")
 def read(shared: Path) -> Callable[..., list[Transcript]]:
     @cache
-    def rows(study: str, count: int, experiment: str | None = None) -> list[Transcript]:
+    def rows(study: str, count: int, experiment: str = "") -> list[Transcript]:
         with gzip.open(shared / "psych" / f"{study}.jsonl.gz", "rt", encoding="utf-8") as lines:
             every = (json.loads(line) for line in lines)
-            wanted = (row for row in every if experiment in (None, row["experiment"]))
+            wanted = (row for row in every if experiment in row["experiment"])
             return [transcript(row["text"]) for row in itertools.islice(wanted, count)]
 
     return rows
@@ -181,7 +181,8 @@ def test_offsets_include_white_space_and_nothing_is_cut(tmp_path: Path) -> None:
 def test_special_tokens_on_both_sides(tmp_path: Path) -> None:
     definition = build_tiny(bos=True)
     definition.add_special_tokens(["<eos>"])
-    ids = [(token, definition.token_to_id(token)) for token in ("<bos>", "<eos>")]
+    vocab = definition.get_vocab(with_added_tokens=True)
+    ids = [(token, vocab[token]) for token in ("<bos>", "<eos>")]
     definition.post_processor = processors.TemplateProcessing(single="<bos> $A <eos>", special_tokens=ids)
     tokenizer = load(definition, tmp_path)
     assert (tokenizer.front, tokenizer.back) == ((ids[0][1],), (ids[1][1],))
@@ -223,7 +224,7 @@ def test_exact_spans_are_the_responses(
     real: Callable[[str], Tokenizer], read: Callable[..., list[Transcript]], study: str, name: str
 ) -> None:
     tokenizer = real(name)
-    for row in read(study, 2):
+    for row in read(study, 2 if name == "qwen3" else 1):
         encoded = encode(tokenizer, row)
         a_b = row.responses_char.tolist()
         assert encoded.responses == tuple(row.text[a:b] for a, b in a_b)
@@ -240,7 +241,7 @@ def test_exact_spans_are_the_responses(
                 assert tokenizer.backend.decode(ids[first:stop]) == row.text[a:b]
 
 
-@cache
+@lru_cache(maxsize=64)
 def whole(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[tuple[int, int]]]:
     encoding = tokenizer.backend.encode(text, add_special_tokens=True)
     return encoding.ids, encoding.offsets
@@ -282,7 +283,9 @@ def test_split_tokens_never_straddle(
         spans[-1][1] = len(pieces)
     assert encoded.spans_tok.tolist() == spans[1::2]
     assert encoded.token_ids.tolist() == pieces[: encoded.spans_tok.max()]
-    assert [tokenizer.backend.decode(encoded.token_ids[a:b]) for a, b in spans[1::2]] == list(encoded.responses)
+    assert [tokenizer.backend.decode(encoded.token_ids[a:b].tolist()) for a, b in spans[1::2]] == list(
+        encoded.responses
+    )
 
 
 def test_empty_and_blank_responses(
@@ -293,7 +296,7 @@ def test_empty_and_blank_responses(
     assert [r for r, flag in enumerate(encoded.flags) if flag == "empty"] == empty
     assert all(start == end for start, end in encoded.spans_tok[empty])
     encoded = encode(tiny, transcript("x <<>> y << >> z <<\t>>"))
-    assert scored(tiny, encoded) == [[], [" ", ">>"], ["\t"]]
+    assert scored(tiny, encoded) == [[], [" "], ["\t"]]
     assert encoded.flags == ("empty", None, None)
 
 
@@ -426,15 +429,15 @@ def test_study_runs_keep_the_options_of_their_response(tiny: Tokenizer) -> None:
     assert encoded.flags == (None, None, "leaks", "leaks")
     assert encoded.options == (("0!", "a"), ("2!", "-5"), ("3!", "b"), ("5!", "e"))
     assert encoded.option_index.tolist() == [1, 1, 1, -1]
-    # Of a leaking run, the options still stand between the marks alone; "!" merges with the closing mark.
-    options = [["0", "!>>"], ["a"], ["2", "!>>"], [" ", "-", "5"], ["3", "!>>\n"], ["b"], ["5", "!>>\n"], ["e"]]
-    assert ["".join(tokens).strip() for tokens in scored_options(tiny, encoded)] == [
-        "".join(tokens).strip() for tokens in options
-    ]
+    # Of a leaking run too, the options are what stands between the marks.
+    pairs = [["0", "!>>"], ["a"]], [["2", "!>>"], [" ", "-", "5"]], [["3", "!"], ["b"]], [["5", "!"], ["e"]]
+    assert scored_options(tiny, encoded) == [tokens for pair in pairs for tokens in pair]
+    check_branches(tiny, row, encoded, "study")
 
 
 def test_a_patch_that_takes_a_closing_mark_away(tiny: Tokenizer) -> None:
-    row = transcript("x <<More Details >> y <<a>> <<b>>", ("a", "b"))
+    # One opening mark is left over, so rule 3 drops the last response.
+    row = transcript("x <<More Details >> y <<a>> <<b>> <<c>>", ("a", "b"))
     encoded = encode(tiny, row, protocol="study")
     assert encoded.responses == ("More Details -> y <<a", "b")
     assert encoded.flags == ("leaks", None)
@@ -532,8 +535,7 @@ def test_branches_equal_the_replaced_text(
         check_branches(real(name), short, encoded, protocol)
 
 
-@pytest.mark.parametrize("boundary", ["joint", "split"])
-@pytest.mark.parametrize("protocol", ["exact", "study"])
+@pytest.mark.parametrize(("protocol", "boundary"), [("exact", "joint"), ("exact", "split"), ("study", "joint")])
 @pytest.mark.parametrize("study", STUDIES)
 def test_the_branch_of_the_response_itself_is_the_response(
     real: Callable[[str], Tokenizer],
@@ -543,8 +545,6 @@ def test_the_branch_of_the_response_itself_is_the_response(
     protocol: str,
     boundary: str,
 ) -> None:
-    if (protocol, boundary) == ("study", "split"):
-        pytest.skip("the study tokenizes a text as one string")
     whole_texts = count_whole_texts(monkeypatch)
     row = read(study, 2)[1]
     texts = [row.text[a:b] for a, b in row.responses_char.tolist()]
@@ -564,9 +564,9 @@ def test_the_branch_of_the_response_itself_is_the_response(
 def test_split_branches_are_the_tokens_of_the_option_alone(tiny_bos: Tokenizer) -> None:
     row = transcript("x <<1>>\n y <<!>> z", (("1", "10", "-"), ("!", "ab")))
     encoded = encode(tiny_bos, row, boundary="split")
-    assert words(tiny_bos, encoded.token_ids) == ["<bos>", "x", " <<", "1", ">>\n", " y", " <<", "!"]
+    assert words(tiny_bos, encoded.token_ids) == ["<bos>", "x", " <<", "1", ">>\n", " ", "y", " <<", "!"]
     assert encoded.flags == (None, None)
-    assert [(r, parent, first) for r, parent, first, _ in branches(encoded)] == [(0, 3, 0)] * 3 + [(1, 7, 0)] * 2
+    assert [(r, parent, first) for r, parent, first, _ in branches(encoded)] == [(0, 3, 0)] * 3 + [(1, 8, 0)] * 2
     assert scored_options(tiny_bos, encoded) == [["1"], ["10"], ["-"], ["!"], ["ab"]]
     prefixes = transcript("x <<1>>\n y <<!>> z", ("a", "aa"))
     encoded = encode(tiny_bos, prefixes, boundary="split")
@@ -598,12 +598,14 @@ def test_prefix_options_get_the_closing_mark(
 
 
 def test_an_option_can_change_tokens_before_itself(tmp_path: Path) -> None:
-    definition = build_tiny()
-    definition.add_tokens([AddedToken(" x <<-")])
-    tokenizer = load(definition, tmp_path)
+    tokenizer = load(build_tiny(merges=("Ġ <", "< -", "Ġ< <", "> >")), tmp_path)
     row = transcript("a b c x <<5>> d e f", ("-5", "7"))
     encoded = encode(tokenizer, row)
-    assert [(parent, first) for _, parent, first, _ in branches(encoded)] == [(3, 0), (5, 0)]
+    assert words(tokenizer, encoded.token_ids) == ["a", " ", "b", " ", "c", " ", "x", " <<", "5"]
+    assert [(parent, first, words(tokenizer, ids)) for _, parent, first, ids in branches(encoded)] == [
+        (7, 1, [" <", "<-", "5"]),
+        (8, 0, ["7"]),
+    ]
     check_branches(tokenizer, row, encoded)
 
 
@@ -656,10 +658,10 @@ def test_equal_trials_are_tokenized_once(tiny: Tokenizer, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(Tokenizer, "encode_batch", counted)
     rows = [transcript("Begin. " + "You press <<A>> and win 1.\n" * 300, ("A", "B"))] * 2
-    for row, encoded in zip(rows, Encoder(tiny).encode(rows, fail), strict=True):
-        assert len(encoded.branch_response) == 600
-        check_branches(tiny, last(row, 1, ("A", "B")), encode(tiny, last(row, 1, ("A", "B"))))
-    assert batches[0] == 2 and batches[1] <= 4  # both texts; a window with each option, the last response its own
+    for encoded in Encoder(tiny).encode(rows, fail):
+        assert scored_options(tiny, encoded) == [["A"], ["B"]] * 300
+        assert encoded.branch_parent_tok.tolist() == np.repeat(encoded.spans_tok[:, 0], 2).tolist()
+    assert batches == [2, 4]  # both texts; the first window has other words before it than all that follow
 
 
 def test_texts_are_tokenized_in_batches_of_bounded_size(tiny: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -684,7 +686,7 @@ def test_sources_of_options(tiny: Tokenizer, source: Any, options: list[tuple[st
     row = transcript("x <<b>> <<a>> <<b>>", (("a", "b"), (), ("c",)))
     observed = {("study", "experiment"): ("p", "q"), ("study", "other"): ("r", "s")}
     for boundary in ("joint", "split"):
-        (encoded,) = Encoder(tiny, options=source, boundary=boundary).encode([row], fail, observed)  # type: ignore
+        (encoded,) = Encoder(tiny, options=source, boundary=boundary).encode([row], fail, observed)
         assert list(encoded.options) == options
         indices = [
             (of or ()).index(text) if text in (of or ()) else -1 for of, text in zip(options, "bab", strict=True)

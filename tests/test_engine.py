@@ -94,7 +94,9 @@ def test_two_equal_runs_give_equal_bytes(tmp_path: Path, group: list[EncodedTran
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_half_precision_checkpoints_are_widened(dtype: torch.dtype, tmp_path: Path, group: list[EncodedTranscript]) -> None:
+def test_half_precision_checkpoints_are_widened(
+    dtype: torch.dtype, tmp_path: Path, group: list[EncodedTranscript]
+) -> None:
     oracle = make_model(tmp_path, dtype=dtype, **CONFIGS["qwen3"])
     assert_scores(score(group, tmp_path), group, oracle)
 
@@ -146,7 +148,7 @@ def test_a_poisoned_embedding_row_is_named(tmp_path: Path, group: list[EncodedTr
     make_model(tmp_path, **CONFIGS["llama"])
     poison(tmp_path, "model.embed_tokens.weight")
     only_token_0 = [encoded([0, 0, 0], [(2, 3)])]
-    with pytest.raises(NonFiniteError, match="the embedding.*model.embed_tokens.weight"):
+    with pytest.raises(NonFiniteError, match=r"the embedding.*model\.embed_tokens\.weight"):
         score(only_token_0, tmp_path)
 
 

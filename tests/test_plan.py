@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 import tracemalloc
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -69,7 +70,7 @@ def predicted(p: Plan) -> dict[int, tuple[list[int], int]]:
         paths: list[list[int]] = []
         for s in range(len(wave.segment_offsets) - 1):
             ranges = wave.key_ranges[wave.range_offsets[s] : wave.range_offsets[s + 1]].tolist()
-            assert all(a[1] != b[0] for a, b in zip(ranges, ranges[1:], strict=False)), "adjacent ranges are merged"
+            assert all(a[1] != b[0] for a, b in pairwise(ranges)), "adjacent ranges are merged"
             path = [row for begin, end in ranges for row in range(begin, end)]
             first, last = wave.segment_offsets[s : s + 2].tolist()
             assert path[-(last - first) :] == [wave.num_carried + r for r in range(first, last)]
@@ -162,8 +163,12 @@ def test_one_token_options_need_no_row() -> None:
 
 
 def test_branches_share_with_each_other_and_with_every_transcript() -> None:
-    a = encoded([0, 1, 2, 20, 21, 9, 9], [(3, 5), (6, 7)], [(0, 3, [20, 21], 0), (0, 3, [30, 31], 0), (0, 3, [30, 32], 0)])
-    b = encoded([0, 1, 2, 30, 31, 8, 8], [(3, 5), (6, 7)], [(0, 3, [20, 21], 0), (0, 3, [30, 31], 0), (0, 3, [30, 32], 0)])
+    a = encoded(
+        [0, 1, 2, 20, 21, 9, 9], [(3, 5), (6, 7)], [(0, 3, [20, 21], 0), (0, 3, [30, 31], 0), (0, 3, [30, 32], 0)]
+    )
+    b = encoded(
+        [0, 1, 2, 30, 31, 8, 8], [(3, 5), (6, 7)], [(0, 3, [20, 21], 0), (0, 3, [30, 31], 0), (0, 3, [30, 32], 0)]
+    )
     assert check([a, b]).num_computed == len([0, 1, 2]) + 3 + 3
 
 
@@ -221,7 +226,9 @@ def test_100_000_transcripts_take_seconds_and_little_memory() -> None:
     rng = np.random.default_rng(0)
     instructions = rng.integers(150_000, size=300)
     group = [
-        encoded(np.concatenate((instructions, rng.integers(150_000, size=700))), [(p, p + 1) for p in range(350, 1000, 30)])
+        encoded(
+            np.concatenate((instructions, rng.integers(150_000, size=700))), [(p, p + 1) for p in range(350, 1000, 30)]
+        )
         for _ in range(20_000)
     ]
     tracemalloc.start()

@@ -116,10 +116,9 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
       .def(py::init<Array<int32_t>, Array<int64_t>, Array<int64_t>, Array<int64_t>, Array<int32_t>, Array<int32_t>,
                     Array<int64_t>, Array<int32_t>, int64_t, int64_t>(),
            py::kw_only(), py::arg("token_ids").noconvert(), py::arg("offsets").noconvert(),
-           py::arg("lengths").noconvert(), py::arg("branch_sequence").noconvert(),
-           py::arg("branch_parent").noconvert(), py::arg("branch_scored").noconvert(),
-           py::arg("branch_offsets").noconvert(), py::arg("branch_token_ids").noconvert(), py::arg("min_share"),
-           py::arg("wave_tokens"))
+           py::arg("lengths").noconvert(), py::arg("branch_sequence").noconvert(), py::arg("branch_parent").noconvert(),
+           py::arg("branch_scored").noconvert(), py::arg("branch_offsets").noconvert(),
+           py::arg("branch_token_ids").noconvert(), py::arg("min_share"), py::arg("wave_tokens"))
       .def_property_readonly("num_rows", [](const BoundTrie& t) { return t.trie().num_rows(); })
       .def_property_readonly("num_segments", [](const BoundTrie& t) { return t.trie().num_segments(); })
       .def_property_readonly("num_waves", [](const BoundTrie& t) { return t.trie().num_waves(); })
@@ -132,7 +131,8 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
           [](const BoundTrie& t) { return to_numpy(std::vector<int64_t>(t.trie().branch_target_rows())); })
       .def("locate", &BoundTrie::locate, py::arg("sequence").noconvert(), py::arg("position").noconvert())
       .def("positions_of", &BoundTrie::positions_of, py::arg("rows").noconvert())
-      .def("visible_keys", [](const BoundTrie& t, int64_t window) { return t.trie().visible_keys(window); },
-           py::arg("window"))
+      .def(
+          "visible_keys", [](const BoundTrie& t, int64_t window) { return t.trie().visible_keys(window); },
+          py::arg("window"))
       .def("wave", &BoundTrie::wave, py::arg("index"), py::arg("batch_tokens"));
 }

@@ -151,9 +151,8 @@ void PrefixTrie::add_branches(const Sequences&, const Branches& branches) {
     const int32_t* token_ids = branches.token_ids + branches.offsets[b];
     const int64_t inputs = branches.offsets[b + 1] - branches.offsets[b] - 1;
     const int32_t parent_tok = branches.parent[b] - 1;
-    const auto holder = std::partition_point(path.begin(), path.end(), [&](int32_t s) {
-      return segments_[static_cast<size_t>(s)].position <= parent_tok;
-    });
+    const auto holder = std::partition_point(
+        path.begin(), path.end(), [&](int32_t s) { return segments_[static_cast<size_t>(s)].position <= parent_tok; });
     const int32_t segment = *(holder - 1);
     places.assign(1, Place{segment, parent_tok - segments_[static_cast<size_t>(segment)].position});
     for (int64_t k = 0; k < inputs; ++k) {
@@ -230,8 +229,8 @@ void PrefixTrie::cut_waves(int64_t wave_tokens) {
 // A row is carried to every wave up to the last one that holds a descendant of it.
 void PrefixTrie::find_carried() {
   auto wave_of = [&](int64_t row) {
-    return static_cast<int32_t>(std::upper_bound(wave_starts_.begin(), wave_starts_.end(), row) -
-                                wave_starts_.begin() - 1);
+    return static_cast<int32_t>(std::upper_bound(wave_starts_.begin(), wave_starts_.end(), row) - wave_starts_.begin() -
+                                1);
   };
   std::vector<int32_t> last_wave(static_cast<size_t>(num_rows_), -1);
   for (auto it = layout_.rbegin(); it != layout_.rend(); ++it) {  // children before parents
@@ -287,12 +286,13 @@ void PrefixTrie::locate(const int64_t* sequence, const int32_t* position, int64_
     check(sequence[i] >= 0 && sequence[i] < static_cast<int64_t>(leaf_.size()), "target: no such sequence");
     if (sequence[i] != path_sequence) path = path_of(path_sequence = sequence[i]);
     const int32_t before = position[i] - 1;
-    const auto holder = std::partition_point(path.begin(), path.end(), [&](int32_t s) {
-      return segments_[static_cast<size_t>(s)].position <= before;
-    });
-    check(before >= 0 && holder != path.begin(), "target: position " + std::to_string(position[i]) + " has no row before it");
+    const auto holder = std::partition_point(
+        path.begin(), path.end(), [&](int32_t s) { return segments_[static_cast<size_t>(s)].position <= before; });
+    check(before >= 0 && holder != path.begin(),
+          "target: position " + std::to_string(position[i]) + " has no row before it");
     const Segment& s = segments_[static_cast<size_t>(*(holder - 1))];
-    check(before - s.position < s.length, "target: position " + std::to_string(position[i]) + " is beyond the sequence");
+    check(before - s.position < s.length,
+          "target: position " + std::to_string(position[i]) + " is beyond the sequence");
     rows[i] = s.row + before - s.position;
   }
 }
@@ -340,8 +340,8 @@ std::vector<Interval> PrefixTrie::path_rows(int32_t segment, int64_t end) const 
 }
 
 WaveArrays PrefixTrie::wave(int64_t index, int64_t batch_tokens) const {
-  check(index >= 0 && index < num_waves(), "wave: expected 0 to " + std::to_string(num_waves() - 1) + ", got " +
-                                               std::to_string(index));
+  check(index >= 0 && index < num_waves(),
+        "wave: expected 0 to " + std::to_string(num_waves() - 1) + ", got " + std::to_string(index));
   check(batch_tokens >= 1, "batch_tokens: expected at least 1, got " + std::to_string(batch_tokens));
   const int64_t begin = wave_starts_[static_cast<size_t>(index)], end = wave_starts_[static_cast<size_t>(index) + 1];
   const int64_t first_carried = carried_offsets_[static_cast<size_t>(index)];

@@ -89,9 +89,9 @@ class PrefixTrie {
   std::vector<Interval> path_rows(int32_t segment, int64_t end) const;
 
   std::vector<Segment> segments_;
-  std::vector<int32_t> leaf_;             // [sequences] last segment of each path, -1 for an empty sequence
-  std::vector<int32_t> order_;            // [sequences] sorted
-  std::vector<Place> branch_targets_;     // place before each scored branch token
+  std::vector<int32_t> leaf_;          // [sequences] last segment of each path, -1 for an empty sequence
+  std::vector<int32_t> order_;         // [sequences] sorted
+  std::vector<Place> branch_targets_;  // place before each scored branch token
   std::vector<int64_t> branch_target_rows_;
   std::vector<int32_t> layout_;           // segments in order of rows
   std::vector<int64_t> wave_starts_;      // [waves + 1] rows

@@ -1,8 +1,8 @@
 """The five operations that no library has as psykern needs them, each as one function with a choice of backend.
 
-``reference`` is plain torch, on any device, written to be read: it is what the others are tested against. ``auto`` takes
-the fastest backend that is built for the device of the inputs. A backend that is asked for by name and is not there is
-an error that says how to get it. No operation changes its inputs; ``out`` arrays are written and returned.
+``reference`` is plain torch, on any device, written to be read: it is what the others are tested against. ``auto``
+takes the fastest backend that is built for the device of the inputs. A backend that is asked for by name and is not
+there is an error that says how to get it. No operation changes its inputs; ``out`` arrays are written and returned.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def option_logprobs(
     _expect("weight", weight.dim() == 2 and weight.shape[1] == hidden.shape[1], f"[V, {hidden.shape[-1]}]", weight)
     _expect("token_offsets", token_offsets.shape == (hidden.shape[0] + 1,), f"[{hidden.shape[0] + 1}]", token_offsets)
     _expect("token_ids", token_ids.dim() == 1, "[nnz]", token_ids)
-    if token_ids.numel() and not (0 <= int(token_ids.min()) and int(token_ids.max()) < weight.shape[0]):
+    if token_ids.numel() and (int(token_ids.min()) < 0 or int(token_ids.max()) >= weight.shape[0]):
         got = f"{int(token_ids.min())} to {int(token_ids.max())}"
         raise ValueError(f"token_ids: expected ids of the vocabulary, 0 to {weight.shape[0] - 1}, got {got}")
     op = _BACKENDS[resolve(backend, hidden.device)].option_logprobs
@@ -86,10 +86,10 @@ def prefix_attention(
     """Attention of queries in segments to the keys on each segment's path. Gives [N, Hq, Dh] like q.
 
     q: [N, Hq, Dh]; k, v: [M, Hkv, Dh] with Hq a multiple of Hkv. Segment s has the queries ``query_offsets[s:s+2]``
-    ([S+1] int32) and the keys of the ranges ``range_offsets[s:s+2]`` ([S+1] int32) of ``key_ranges`` ([n, 2] int32, rows
-    of k and v, half open). Concatenated, these are the path from position 0 on: the key at place j has position j.
-    A query at position p ([N] int32, ascending within a segment) sees keys p - window < j <= p; its own key must stand
-    in the segment's last range. Softmax in fp32.
+    ([S+1] int32) and the keys of the ranges ``range_offsets[s:s+2]`` ([S+1] int32) of ``key_ranges`` ([n, 2] int32,
+    rows of k and v, half open). Concatenated, these are the path from position 0 on: the key at place j has position
+    j. A query at position p ([N] int32, ascending within a segment) sees keys p - window < j <= p; the keys from the
+    segment's first query on must stand in one range. Softmax in fp32. ``out`` may be q itself.
     """
     _expect("q", q.dim() == 3, "[N, Hq, Dh]", q)
     _expect("k", k.dim() == 3 and k.shape[2] == q.shape[2] and q.shape[1] % k.shape[1] == 0, "[M, Hkv, Dh] to fit q", k)

@@ -115,12 +115,14 @@ def _attend_path(
     if window is not None:
         low = max(0, first - window + 1)
         rows = [slice(*r) for r in _slice_path(path, low, last + 1)]
-        keys, values = (torch.cat([x[:, :, r] for r in rows], dim=2) if len(rows) > 1 else x[:, :, rows[0]] for x in (k, v))
+        keys, values = (
+            torch.cat([x[:, :, r] for r in rows], dim=2) if len(rows) > 1 else x[:, :, rows[0]] for x in (k, v)
+        )
         return _attend(q, keys, values, scale, _mask(positions, low, last + 1, window, q))[0]
     parts = [_attend(q, k[:, :, a:b], v[:, :, a:b], scale) for a, b in _slice_path(path, 0, first)]
     ((a, b),) = _slice_path(path, first, last + 1)
-    own = "causal" if is_dense else _mask(positions, first, last + 1, None, q)
-    parts.append(_attend(q, k[:, :, a:b], v[:, :, a:b], scale, own))
+    mask = None if is_dense else _mask(positions, first, last + 1, None, q)
+    parts.append(_attend(q, k[:, :, a:b], v[:, :, a:b], scale, mask, is_causal=is_dense))
     return _combine(parts)
 
 
@@ -142,12 +144,14 @@ def _mask(positions: Tensor, first: int, last: int, window: int | None, like: Te
     return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, -torch.inf)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | str | None = None) -> tuple[Tensor, Tensor]:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, is_causal: bool = False
+) -> tuple[Tensor, Tensor]:
     """Softmax attention and the log of its denominator: [..., queries, Dh] and [..., queries]."""
-    is_causal = isinstance(mask, str)
     if q.device.type == "cpu":
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return flash(q, k, v, 0.0, is_causal, attn_mask=None if is_causal else mask, scale=scale)
+        o, lse = flash(q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale)
+        return o, lse
     scores = torch.matmul(q.float(), k.float().transpose(-1, -2)) * scale
     if is_causal:
         scores.masked_fill_(torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu_(1), -torch.inf)

@@ -1,0 +1,249 @@
+"""psykern beside what people do today, end to end on real transcripts: same weights, same rows, one process.
+
+    study     the study's procedure: one transcript at a time, logits of all tokens, cross-entropy of all of them
+    careful   a careful user's: transformers, one transcript at a time, only the predicting rows through the head
+    psykern   from the texts on (the other two are given tokens and spans), tokenizing and planning included
+
+Random weights at the shape of Qwen2.5-0.5B, with 4 layers unless ``--layers 24`` asks for all, and Qwen3's tokenizer.
+Tokens per second count the tokens of the transcripts, not those computed. Needs the shared transcripts.
+
+    python benchmarks/bench_score.py [--layers 4] [--mix full|small] [--repeats 1] [--providers study careful psykern]
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from harness import PeakMemory, Timing, available_bytes, sgemm_gflops, write_csv
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from psykern import engine
+from psykern.core import EncodedTranscript, RowError, TargetScores, Transcript
+from psykern.encode import Encoder, Tokenizer
+from psykern.model import Model
+from psykern.plan import MIN_SHARE, Plan, plan
+from psykern.transcripts import find_data, read
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+MIXES = {
+    "full": {
+        "frey2017mpl": 6,
+        "guenther2024substitutions": 16,
+        "thoma2025riskychoice": 40,
+        "franke2024bayesian": 30,
+        "jagadish2023zero": 3,
+        "dezfouli2019": 1,
+        "shahar2019twosteptask": 1,
+    },
+    "small": {"frey2017mpl": 2, "guenther2024substitutions": 8, "thoma2025riskychoice": 10, "franke2024bayesian": 10},
+}
+TOLERANCE = 1e-4  # nats per response
+
+
+@dataclass(frozen=True)
+class Study:
+    name: str
+    transcripts: list[Transcript]
+    encoded: list[EncodedTranscript]  # what the baselines are given
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(t.token_ids) for t in self.encoded)
+
+    @property
+    def num_responses(self) -> int:
+        return sum(len(t.responses) for t in self.encoded)
+
+
+def make_checkpoint(folder: Path, layers: int) -> PreTrainedModel:
+    """Random weights at the shape of Qwen2.5-0.5B."""
+    config = AutoConfig.for_model(
+        "qwen2",
+        vocab_size=151_936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=layers,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        max_position_embeddings=32_768,
+        rope_theta=1_000_000.0,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(SHARED / "tokenizers" / "qwen3" / name, folder / name)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def load_studies(mix: dict[str, int], tokenizer: Tokenizer) -> list[Study]:
+    def fail(error: RowError) -> None:
+        raise error
+
+    studies = []
+    for name, count in mix.items():
+        files = find_data([SHARED / "psych" / f"{name}.jsonl.gz"])
+        transcripts = list(read(files, limit=count, reject=fail))
+        studies.append(Study(name, transcripts, Encoder(tokenizer).encode(transcripts, fail)))
+    return studies
+
+
+@torch.inference_mode()
+def run_study_procedure(model: PreTrainedModel, study: Study) -> np.ndarray:
+    """[tokens] log-probabilities of all scored tokens."""
+    scores = []
+    for t in study.encoded:
+        ids = torch.from_numpy(t.token_ids.astype(np.int64))[None]
+        labels = torch.full_like(ids[0], -100)
+        for start, end in t.spans_tok.tolist():
+            labels[start:end] = ids[0, start:end]
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+        # Cross-entropy makes a second array of all logits; where that cannot fit, it is spared the copy.
+        step = len(logits) if logits.nbytes * 1.1 < available_bytes() else 1024
+        nll = [
+            torch.nn.functional.cross_entropy(logits[i : i + step], labels[1 + i : 1 + i + step], reduction="none")
+            for i in range(0, len(logits), step)
+        ]
+        scores.append(-torch.cat(nll)[labels[1:] != -100])
+    return torch.cat(scores).numpy()
+
+
+@torch.inference_mode()
+def run_careful_user(model: PreTrainedModel, study: Study) -> np.ndarray:
+    scores = []
+    for t in study.encoded:
+        ids = torch.from_numpy(t.token_ids.astype(np.int64))[None]
+        targets = np.concatenate([np.arange(start, end) for start, end in t.spans_tok.tolist()])
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[0, targets - 1]
+        logprobs = torch.log_softmax(model.lm_head(hidden), dim=-1)
+        scores.append(logprobs.gather(1, ids[0, targets][:, None])[:, 0])
+    return torch.cat(scores).numpy()
+
+
+def run_psykern(model: Model, tokenizer: Tokenizer, study: Study, min_share: int) -> tuple[TargetScores, Plan]:
+    encoded = Encoder(tokenizer).encode(study.transcripts, lambda error: None)
+    planned = plan(encoded, wave_tokens=engine.WAVE_TOKENS, batch_tokens=engine.BATCH_TOKENS, min_share=min_share)
+    return engine.run(planned, model), planned
+
+
+def measure(run: Callable[[], np.ndarray], repeats: int) -> tuple[np.ndarray, list[float], int]:
+    seconds = []
+    with PeakMemory().watch() as peak:
+        for _ in range(repeats):
+            start = time.perf_counter()
+            scores = run()
+            seconds.append(time.perf_counter() - start)
+    return scores, seconds, peak.bytes
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--mix", choices=MIXES, default="full")
+    parser.add_argument(
+        "--repeats", type=int, default=1, help="of careful and psykern; the study's procedure runs once"
+    )
+    parser.add_argument("--providers", nargs="+", default=["study", "careful", "psykern"])
+    parser.add_argument("--studies", nargs="+", help="only these of the mix")
+    parser.add_argument("--min-share", type=int, default=MIN_SHARE)
+    parser.add_argument("--name", help="CSV file in results/; default: no file")
+    options = parser.parse_args(arguments)
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        oracle = make_checkpoint(folder, options.layers)
+        model = Model(folder, device=torch.device("cpu"), dtype=torch.float32)
+        tokenizer = Tokenizer.load(folder)
+        mix = {name: n for name, n in MIXES[options.mix].items() if not options.studies or name in options.studies}
+        studies = load_studies(mix, tokenizer)
+        print(f"{sum(s.num_tokens for s in studies):,} tokens, {sum(s.num_responses for s in studies):,} responses")
+        rows = []
+        for study in studies:
+            rows += bench_study(study, oracle, model, tokenizer, options)
+    print_totals(rows, options.providers)
+    if options.name:
+        print(f"written: {write_csv(options.name, rows)}")
+
+
+def bench_study(
+    study: Study, oracle: PreTrainedModel, model: Model, tokenizer: Tokenizer, options: argparse.Namespace
+) -> list[dict[str, object]]:
+    """One row per provider. A result that differs from the careful user's by more than the tolerance is refused."""
+    planned: list[Plan] = []
+
+    def psykern_logprobs() -> np.ndarray:
+        scores, used = run_psykern(model, tokenizer, study, options.min_share)
+        planned[:] = [used]
+        return scores.logprob
+
+    providers: dict[str, Callable[[], np.ndarray]] = {
+        "study": lambda: run_study_procedure(oracle, study),
+        "careful": lambda: run_careful_user(oracle, study),
+        "psykern": psykern_logprobs,
+    }
+    lengths = np.concatenate([t.spans_tok[:, 1] - t.spans_tok[:, 0] for t in study.encoded])
+    starts = np.concatenate(([0], np.cumsum(lengths[lengths > 0])[:-1]))
+    gflops = sgemm_gflops()
+    rows: list[dict[str, object]] = []
+    expected: np.ndarray | None = None
+    for name in options.providers:
+        repeats = 1 if name == "study" else options.repeats
+        scores, seconds, peak = measure(providers[name], repeats)
+        per_response = np.add.reduceat(scores.astype(np.float64), starts)
+        if expected is None:
+            expected = per_response
+        difference = float(np.abs(per_response - expected).max())
+        if difference > TOLERANCE:
+            raise SystemExit(
+                f"{study.name}: {name} differs from {options.providers[0]} by {difference:.1e} nats: refused"
+            )
+        timing = Timing.of(seconds)
+        rows.append(
+            {
+                "study": study.name,
+                "provider": name,
+                "layers": model.config.num_layers,
+                "dtype": "float32",
+                "transcripts": len(study.transcripts),
+                "responses": study.num_responses,
+                "tokens": study.num_tokens,
+                "computed_tokens": planned[0].num_computed if name == "psykern" else study.num_tokens,
+                "seconds": round(timing.median, 3),
+                "seconds_p20": round(timing.p20, 3),
+                "seconds_p80": round(timing.p80, 3),
+                "repeats": repeats,
+                "tokens_per_second": round(study.num_tokens / timing.median, 1),
+                "peak_mb": round(peak / 1e6),
+                "max_difference_nats": f"{difference:.1e}",
+                "sgemm_gflops": round(gflops, 1),
+            }
+        )
+        print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
+    return rows
+
+
+def print_totals(rows: list[dict[str, object]], providers: Sequence[str]) -> None:
+    """Per study and over all: how many times as fast the last provider is, and what sharing saved."""
+
+    def total(column: str, provider: str, study: str | None = None) -> float:
+        return sum(float(str(r[column])) for r in rows if r["provider"] == provider and study in (None, r["study"]))
+
+    last = providers[-1]
+    names: list[str | None] = [*dict.fromkeys(str(r["study"]) for r in rows), None]
+    for study in names:
+        ratios = [f"{total('seconds', p, study) / total('seconds', last, study):5.2f}x {p}" for p in providers[:-1]]
+        saved = 1 - total("computed_tokens", last, study) / total("tokens", last, study)
+        rate = total("tokens", last, study) / total("seconds", last, study)
+        print(f"{study or 'all':32} {rate:8.0f} tokens/s  {'  '.join(ratios)}  tokens saved by sharing {saved:5.1%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,876 @@
+"""The pipeline against an oracle that takes no short cut: the whole text through the tokenizer, the whole text through
+transformers, one transcript and one answer option at a time, spans by the rules of the published page.
+
+Toy transcripts have a tokenizer of their own and a token in front of every text, like Llama; the real ones come with
+Qwen3's tokenizer from the shared data folder.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib
+import itertools
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import tokenizers
+import torch
+from models import CONFIGS, make_model
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+import psykern
+from psykern import Run, Settings
+
+pipeline = importlib.import_module("psykern.score")  # the package's attribute of that name is the function
+
+TOLERANCE = 1e-4  # nats, against fp32 transformers
+INVARIANCE = 1e-5  # nats, between budgets and batch mates
+CLOSE_CALL = 1e-3  # nats between the two likeliest tokens below which rounding may choose either
+
+Row = dict[str, Any]
+
+
+# What the tests run on
+
+
+def toy_rows(seed: int = 0, count: int = 6) -> list[Row]:
+    """Three studies: letters with options for all responses, numbers of which some begin others with options per
+    response, words without options, among them an empty response and closing marks that merge with what follows."""
+    rng = np.random.default_rng(seed)
+    rows: list[Row] = []
+    for i in range(count):
+        trials = (
+            f"Machine? You press <<{rng.choice(['J', 'F'])}>>. You win {rng.integers(99)} points.\n" for _ in range(8)
+        )
+        text = "You choose between two slot machines labeled J and F, 8 times in a row.\n" + "".join(trials)
+        rows.append({"study": "bandit", "experiment": "one", "participant": i, "text": text, "options": ["J", "F"]})
+    for i in range(count):
+        numbers = rng.choice(["1", "10", "100", "7"], size=5)
+        text = "Rate each word from 1 to 100.\n" + "".join(f"word {k}: <<{n}>>\n" for k, n in enumerate(numbers))
+        each = [["1", "10", "100", "7"], ["7", "1"], None, ["-7", "seven", "70"], []]
+        rows.append(
+            {"study": "ratings", "experiment": str(i % 2), "participant": f"p{i}", "text": text, "options": each}
+        )
+    for i in range(count):
+        words = [*rng.choice(["häuser", "a dog, a cat", "“quoted”", "yes", "well enough"], size=4), "", "end"]
+        text = "<<first>> is what you say.\n" + "".join(f"You say <<{w}>>, then (<<{w}>>)\n" for w in words)
+        rows.append({"study": "words", "experiment": "", "participant": i, "text": text + "Thank you for your time."})
+    return rows
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def make_toy(folder: Path, **config: Any) -> PreTrainedModel:
+    """A model folder with a byte-level tokenizer that was trained on toy transcripts; digits are single, as Qwen's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Digits(individual_digits=True),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=["<|begin|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([row["text"] for row in toy_rows(seed=9, count=100)], trainer)
+    front = tokenizers.processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 0)])
+    tokenizer.post_processor = front
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return make_model(folder, vocab_size=512, **(CONFIGS["qwen3"] | config))
+
+
+# The oracle
+
+
+@dataclass(frozen=True)
+class Tokens:
+    ids: list[int]
+    bounds: list[tuple[int, int]]  # bytes of the text in UTF-8, first and one past the last
+
+    def overlapping(self, start: int, end: int) -> list[int]:
+        """The tokens that hold a byte of [start, end)."""
+        if start == end:
+            return []
+        return [i for i, (first, stop) in enumerate(self.bounds) if first < end and stop > start and first < stop]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """One record; what has no value is None."""
+
+    response: str | None  # None: not compared
+    num_tokens: int
+    logprob: float | None
+    entropy: float | None
+    is_argmax: bool | None
+    is_close_call: bool = False
+
+
+class Oracle:
+    """Records the long way: ``model`` is transformers' own, with the tokenizer of ``folder``."""
+
+    def __init__(self, model: PreTrainedModel, folder: Path) -> None:
+        self.model = model
+        self.tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+    def tokens(self, text: str, special: bool = True) -> Tokens:
+        """Bytes are counted from the tokens' own spelling, not read from the library's offsets."""
+        encoding = self.tokenizer.encode(text, add_special_tokens=special)
+        widths = [
+            0 if is_special else len(token)  # a byte-level token spells every byte as one character
+            for token, is_special in zip(encoding.tokens, encoding.special_tokens_mask, strict=True)
+        ]
+        ends = list(itertools.accumulate(widths))
+        assert ends[-1:] in ([], [len(text.encode())]), "this oracle needs a text that the normalizer leaves as it is"
+        return Tokens(encoding.ids, [(end - width, end) for end, width in zip(ends, widths, strict=True)])
+
+    def spans(self, text: str, protocol: str, boundary: str) -> tuple[list[int], list[list[int]]]:
+        """Token ids of a transcript, and the scored places of each record."""
+        if protocol == "study":
+            return self._study(text)
+        return self._split(text) if boundary == "split" else self._joint(text)
+
+    def _joint(self, text: str) -> tuple[list[int], list[list[int]]]:
+        tokens = self.tokens(text)
+        return tokens.ids, [tokens.overlapping(*in_bytes(text, match.span(1))) for match in responses(text)]
+
+    def _split(self, text: str) -> tuple[list[int], list[list[int]]]:
+        ids = list(self.tokens("").ids)
+        places = []
+        cuts = [0, *(cut for match in responses(text) for cut in match.span(1)), len(text)]
+        for number, (start, stop) in enumerate(itertools.pairwise(cuts)):
+            own = self.tokens(text[start:stop], special=False).ids
+            if number % 2:
+                places.append(list(range(len(ids), len(ids) + len(own))))
+            ids += own
+        return ids, places
+
+    def _study(self, text: str) -> tuple[list[int], list[list[int]]]:
+        ids = self.tokens(study_text(text)).ids
+        begin, end = (self.tokens(mark, special=False).ids for mark in (" <<", ">>"))
+        is_scored = [False] * len(ids)
+        place = 0
+        while place < len(ids):
+            if ids[place : place + len(begin)] != begin:
+                place += 1
+                continue
+            place += len(begin)
+            while place < len(ids) and ids[place : place + len(end)] != end:
+                is_scored[place] = True
+                place += 1
+            place += len(end)
+        runs = itertools.groupby(range(len(ids)), key=is_scored.__getitem__)
+        return ids, [list(run) for scored, run in runs if scored]
+
+    @torch.inference_mode()
+    def rows(self, ids: Sequence[int], places: Sequence[int]) -> dict[int, tuple[float, float, float, bool]]:
+        """For each place: log-probability of its token, entropy, how far the likeliest is ahead, whether it is it."""
+        scores = {}
+        hidden = self.model.model(torch.tensor([list(ids)]), use_cache=False).last_hidden_state[0]
+        for first in range(0, len(places), 128):
+            chunk = places[first : first + 128]
+            logits = self.model.lm_head(hidden[[place - 1 for place in chunk]])
+            for place, row in zip(chunk, logits.double().log_softmax(-1), strict=True):
+                top = row.topk(2)
+                is_top = int(top.indices[0]) == ids[place]
+                margin = float(top.values[0] - top.values[1])
+                scores[place] = float(row[ids[place]]), -float((row.exp() * row).sum()), margin, is_top
+        return scores
+
+    def records(self, text: str, protocol: str = "exact", boundary: str = "joint") -> list[Expected]:
+        ids, places = self.spans(text, protocol, boundary)
+        known = [p if p and p[0] > 0 else [] for p in places]  # nothing comes before token 0
+        rows = self.rows(ids, [place for of in known for place in of])
+        names = [m[1] for m in responses(text)] if protocol == "exact" else [None] * len(places)
+        return [expected(name, [rows[place] for place in of]) for name, of in zip(names, known, strict=True)]
+
+    def options(self, text: str, response: int, options: Sequence[str], protocol: str = "exact") -> list[float]:
+        """Each option's log-probability: the option in the response's place, and everything from the start."""
+        start, stop = list(responses(text))[response].span(1)
+        drafts = []
+        for option in options:
+            changed = text[:start] + option + text[stop:]
+            if protocol == "study":
+                changed = study_text(changed)
+            a, b = in_bytes(changed, list(responses(changed))[response].span(1))
+            tokens = self.tokens(changed)
+            drafts.append((tokens.ids, tokens.overlapping(a, b), tokens.overlapping(a, b + len(">>"))))
+        own = [[ids[place] for place in places] for ids, places, _ in drafts]
+        begins_other = any(one != two and two[: len(one)] == one for one in own for two in own)
+        scored = ((ids, closed if begins_other else places) for ids, places, closed in drafts)
+        return [math.fsum(row[0] for row in self.rows(ids, places).values()) for ids, places in scored]
+
+
+def responses(text: str) -> Iterator[re.Match[str]]:
+    return re.finditer("<<(.*?)>>", text, re.DOTALL)
+
+
+def in_bytes(text: str, span: tuple[int, int]) -> tuple[int, int]:
+    return len(text[: span[0]].encode()), len(text[: span[1]].encode())
+
+
+def study_text(text: str) -> str:
+    """PROTOCOL.md, rules 1 to 3."""
+    text = text[:32768]
+    text = text.replace("<<skip>>", "<<skip>>.").replace("<<-", "<< -").replace("<<think>>", "<< think>>")
+    text = text.replace("More Details >>", "More Details ->")
+    if text.count("<<") > text.count(">>"):
+        text = text[: text.rfind("<<")]
+    return re.sub(r"\s+>>", ">>", text)
+
+
+def expected(response: str | None, rows: Sequence[tuple[float, float, float, bool]]) -> Expected:
+    if not rows:
+        return Expected(response, 0, None, None, None)
+    logprobs, entropies, margins, hits = zip(*rows, strict=True)
+    return Expected(response, len(rows), math.fsum(logprobs), entropies[0], all(hits), min(margins) < CLOSE_CALL)
+
+
+def assert_records(records: Sequence[Row], wanted: Sequence[Expected]) -> None:
+    assert len(records) == len(wanted)
+    for number, (record, want) in enumerate(zip(records, wanted, strict=True)):
+        assert record["response_index"] == number
+        assert want.response is None or record["response"] == want.response
+        assert record["num_tokens"] == want.num_tokens, record
+        if want.logprob is None:
+            assert record["logprob"] is record["entropy"] is record["is_argmax"] is None
+            continue
+        assert record["logprob"] == pytest.approx(want.logprob, rel=0, abs=TOLERANCE)
+        assert record["entropy"] == pytest.approx(want.entropy, rel=0, abs=TOLERANCE)
+        assert record["is_argmax"] == want.is_argmax or want.is_close_call
+
+
+def assert_options(record: Row, options: Sequence[str], logprobs: Sequence[float]) -> None:
+    assert record["options"] == list(options)
+    assert record["option_logprobs"] == pytest.approx(logprobs, rel=0, abs=TOLERANCE)
+    softmax = torch.tensor(logprobs, dtype=torch.float64).log_softmax(0).tolist()
+    assert record["option_log_softmax"] == pytest.approx(softmax, rel=0, abs=2 * TOLERANCE)
+    index = options.index(record["response"]) if record["response"] in options else None
+    assert record["option_index"] == index
+
+
+def by_transcript(table: pa.Table) -> list[list[Row]]:
+    """Records in the run's order, split where a transcript begins."""
+    out: list[list[Row]] = []
+    for record in table.to_pylist():
+        if record["response_index"] == 0:
+            out.append([])
+        out[-1].append(record)
+    return out
+
+
+# Toy transcripts: the whole pipeline, without the shared folder
+
+
+@dataclass(frozen=True)
+class Toy:
+    model: Path
+    data: Path
+    rows: list[Row]
+    oracle: Oracle
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    folder = tmp_path_factory.mktemp("toy")
+    model = make_toy(folder / "model")
+    rows = toy_rows()
+    return Toy(folder / "model", write_rows(folder / "rows.jsonl", rows), rows, Oracle(model, folder / "model"))
+
+
+def score(model: Path, data: Path | Sequence[Path], out: Path, **settings: Any) -> Run:
+    return psykern.score(model, data, out, Settings(device="cpu", **settings))
+
+
+def records(run: Run) -> list[list[Row]]:
+    return by_transcript(psykern.read_run(run.folder))
+
+
+CONDITIONS = pytest.mark.parametrize(
+    ("protocol", "boundary"),
+    [("exact", "joint"), ("exact", "split"), ("study", "joint")],
+    ids=["exact-joint", "exact-split", "study"],
+)
+
+
+@CONDITIONS
+def test_toy_records_equal_the_oracle(toy: Toy, tmp_path: Path, protocol: str, boundary: str) -> None:
+    got = records(score(toy.model, toy.data, tmp_path, protocol=protocol, boundary=boundary))
+    assert len(got) == len(toy.rows)
+    for own, row in zip(got, toy.rows, strict=True):
+        names = {(r["study"], r["experiment"], r["participant"]) for r in own}
+        assert names == {(row["study"], row["experiment"], str(row["participant"]))}
+        assert_records(own, toy.oracle.records(row["text"], protocol, boundary))
+
+
+def test_toy_options_equal_the_oracle(toy: Toy, tmp_path: Path) -> None:
+    for own, row in zip(records(score(toy.model, toy.data, tmp_path)), toy.rows, strict=True):
+        given = row.get("options") or [None]
+        for record in own:
+            options = given if isinstance(given[0], str) else given[record["response_index"] % len(given)]
+            if options:
+                wanted = toy.oracle.options(row["text"], record["response_index"], options)
+                assert_options(record, options, wanted)
+            else:
+                assert record["options"] is record["option_logprobs"] is record["option_index"] is None
+
+
+def test_options_that_begin_others_carry_the_closing_mark(toy: Toy, tmp_path: Path) -> None:
+    ratings = [own for own in records(score(toy.model, toy.data, tmp_path)) if own[0]["study"] == "ratings"]
+    assert {own[0]["flag"] for own in ratings} == {"closing_mark"}  # 1, 10, 100
+    assert {own[1]["flag"] for own in ratings} == {None}  # 7, 1
+
+
+@pytest.mark.parametrize("source", ["observed", "observed-experiment"])
+def test_observed_options_are_the_distinct_responses(toy: Toy, tmp_path: Path, source: str) -> None:
+    """Of a transcript, or of all of an experiment; blank ones do not count, and too many are none."""
+    got = records(score(toy.model, toy.data, tmp_path, options=source, max_options=4))
+    seen: dict[tuple[str, ...], dict[str, None]] = {}
+    keys = [(row["study"], row["experiment"]) for row in toy.rows]
+    if source == "observed":
+        keys = [(*key, str(i)) for i, key in enumerate(keys)]
+    for key, row in zip(keys, toy.rows, strict=True):
+        seen.setdefault(key, {}).update((m[1], None) for m in responses(row["text"]) if m[1].strip())
+    assert {len(options) > 4 for options in seen.values()} == {False, True}
+    for key, own, row in zip(keys, got, toy.rows, strict=True):
+        options = list(seen[key])
+        if 2 <= len(options) <= 4:
+            assert {tuple(record["options"]) for record in own} == {tuple(options)}
+            assert_options(own[-1], options, toy.oracle.options(row["text"], len(own) - 1, options))
+        else:
+            assert {record["options"] for record in own} == {None}
+
+
+def test_options_can_be_left_out(toy: Toy, tmp_path: Path) -> None:
+    table = psykern.read_run(score(toy.model, toy.data, tmp_path, options="none").folder)
+    for name in ("options", "option_logprobs", "option_log_softmax", "option_index"):
+        assert table.column(name).null_count == len(table)
+
+
+# Budgets, sharing, company, repetition
+
+
+def assert_same_scores(one: pa.Table, two: pa.Table) -> None:
+    for name in one.column_names:
+        left, right = one.column(name), two.column(name)
+        if pa.types.is_list(left.type):
+            assert left.is_null().equals(right.is_null())
+            left, right = pa.compute.list_flatten(left), pa.compute.list_flatten(right)
+        if pa.types.is_floating(left.type):
+            assert left.is_null().equals(right.is_null()), name
+            difference = np.abs(left.drop_null().to_numpy() - right.drop_null().to_numpy())
+            assert difference.max(initial=0) <= INVARIANCE, name
+        else:
+            assert left.equals(right), name
+
+
+BUDGETS = {
+    "wave-64": {"wave_tokens": 64},
+    "wave-64-batch-64": {"wave_tokens": 64, "batch_tokens": 64},
+    "wave-64-batch-7": {"wave_tokens": 64, "batch_tokens": 7},
+    "batch-64": {"batch_tokens": 64},
+    "share-all": {"min_share": 1},
+    "share-all-wave-64": {"min_share": 1, "wave_tokens": 64, "batch_tokens": 64},
+    "share-none": {"min_share": 10**6},
+}
+
+
+@pytest.fixture(scope="module")
+def toy_run(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return score(toy.model, toy.data, tmp_path_factory.mktemp("toy-run"))
+
+
+@pytest.mark.parametrize("budgets", BUDGETS.values(), ids=BUDGETS)
+def test_budgets_and_sharing_do_not_change_scores(
+    toy: Toy, toy_run: Run, tmp_path: Path, budgets: dict[str, int]
+) -> None:
+    run = score(toy.model, toy.data, tmp_path, **budgets)
+    assert_same_scores(psykern.read_run(run.folder), psykern.read_run(toy_run.folder))
+
+
+def test_company_does_not_change_scores(toy: Toy, toy_run: Run, tmp_path: Path) -> None:
+    alone = []
+    for i, row in enumerate(toy.rows):
+        data = write_rows(tmp_path / f"{i}.jsonl", [row])
+        alone.append(psykern.read_run(score(toy.model, data, tmp_path / str(i)).folder))
+    assert_same_scores(pa.concat_tables(alone), psykern.read_run(toy_run.folder))
+
+
+def test_groups_do_not_change_scores(toy: Toy, toy_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "GROUP_TOKENS", 300)
+    monkeypatch.setattr(pipeline, "_READ_CHARS", 1)
+    run = score(toy.model, toy.data, tmp_path)
+    assert len(list((run.folder / "responses").iterdir())) > 3
+    assert_same_scores(psykern.read_run(run.folder), psykern.read_run(toy_run.folder))
+    assert run.manifest.counts.tokens == toy_run.manifest.counts.tokens
+    assert run.summary.mean_nll == pytest.approx(toy_run.summary.mean_nll, abs=INVARIANCE)
+
+
+def test_equal_runs_give_equal_bytes(toy: Toy, toy_run: Run, tmp_path: Path) -> None:
+    run = score(toy.model, toy.data, tmp_path)
+    one, two = (psykern.read_run(r.folder) for r in (run, toy_run))
+    for name in one.column_names:
+        assert column_bytes(one, name) == column_bytes(two, name), name
+    assert files(run.folder) == files(toy_run.folder)
+    for file in files(run.folder) - {"manifest.json"}:  # it holds times
+        assert (run.folder / file).read_bytes() == (toy_run.folder / file).read_bytes(), file
+
+
+def assert_same_logprobs(one: Sequence[Sequence[Row]], two: Sequence[Sequence[Row]]) -> None:
+    """Nulls where the other has nulls."""
+    left, right = (np.array([r["logprob"] for own in of for r in own], dtype=np.float64) for of in (one, two))
+    np.testing.assert_allclose(left, right, rtol=0, atol=INVARIANCE)
+
+
+def column_bytes(table: pa.Table, name: str) -> list[bytes]:
+    buffers = table.column(name).combine_chunks().buffers()
+    return [buffer.to_pybytes() for buffer in buffers if buffer is not None]
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+# Manifest, summary, plan
+
+
+def test_the_manifest_says_how_the_run_was_made(toy: Toy, toy_run: Run) -> None:
+    manifest = json.loads((toy_run.folder / "manifest.json").read_text())
+    assert manifest["model_id"] == str(toy.model)
+    assert manifest["model_hash"].startswith("sha256:")
+    assert manifest["tokenizer_hash"] == sha256(toy.model / "tokenizer.json")
+    size = toy.data.stat().st_size
+    assert manifest["data"] == [{"path": str(toy.data), "hash": sha256(toy.data), "bytes": size}]
+    settings = Settings()
+    for name in ("protocol", "boundary", "options", "max_options", "over_length", "limit", "studies"):
+        assert manifest[name] == getattr(settings, name)
+    assert (manifest["wave_tokens"], manifest["batch_tokens"]) == (settings.wave_tokens, settings.batch_tokens)
+    assert (manifest["device"], manifest["dtype"]) == ("cpu", "float32")
+    assert manifest["backend"] == psykern.kernels.resolve("auto", torch.device("cpu"))
+    assert {"psykern", "python", "torch", "transformers", "tokenizers", "numpy", "pyarrow"} <= set(manifest["versions"])
+    assert manifest["versions"]["psykern"] == psykern.__version__
+    assert manifest["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert manifest["peak_memory_bytes"] > 2**20
+    started, finished = (datetime.fromisoformat(manifest[name]) for name in ("started", "finished"))
+    assert started <= finished
+    assert started.utcoffset() is not None
+
+
+def test_the_manifest_counts_time(toy_run: Run) -> None:
+    seconds = dict(toy_run.manifest.seconds)
+    total = seconds.pop("total")
+    assert set(seconds) >= {"load", "read", "encode", "plan", "run", "write", "hash"}
+    assert min(seconds.values()) > 0
+    assert sum(seconds.values()) <= total
+    counts = toy_run.manifest.counts
+    assert toy_run.manifest.tokens_per_second == pytest.approx(counts.tokens / total, rel=0.1)
+    assert toy_run.manifest.responses_per_second == pytest.approx(counts.responses / total, rel=0.1)
+
+
+@pytest.mark.parametrize("min_share", [1, 10**6], ids=["shared", "unshared"])
+def test_the_manifest_counts_tokens(toy: Toy, tmp_path: Path, min_share: int) -> None:
+    """A transcript's last scored token is predicted, not computed; what is shared is a trie of the others."""
+    counts = score(toy.model, toy.data, tmp_path, options="none", min_share=min_share).manifest.counts
+    spans = [toy.oracle.spans(row["text"], "exact", "joint") for row in toy.rows]
+    lasts = [max(place for of in places for place in of) for _, places in spans]
+    assert counts.transcripts == len(toy.rows)
+    assert counts.responses == sum(len(places) for _, places in spans)
+    assert counts.scored_responses == sum(bool(of) for _, places in spans for of in places) < counts.responses
+    assert counts.tokens == sum(last + 1 for last in lasts)
+    prefixes = {tuple(ids[: k + 1]) for (ids, _), last in zip(spans, lasts, strict=True) for k in range(last)}
+    assert counts.computed_tokens == (len(prefixes) if min_share == 1 else sum(lasts))
+    assert counts.rejects == counts.over_length_transcripts == counts.dropped_responses == 0
+
+
+def test_hashes_tell_models_and_data_apart(toy: Toy, toy_run: Run, tmp_path: Path) -> None:
+    other = shutil.copytree(toy.model, tmp_path / "model")
+    make_model(other, seed=1, vocab_size=512, **CONFIGS["qwen3"])
+    data = write_rows(tmp_path / "data.jsonl", toy.rows[:1])
+    manifest = score(other, data, tmp_path / "run").manifest
+    assert manifest.model_hash != toy_run.manifest.model_hash
+    assert manifest.tokenizer_hash == toy_run.manifest.tokenizer_hash
+    assert manifest.data[0].hash != toy_run.manifest.data[0].hash
+
+
+def sha256(path: Path) -> str:
+    return f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
+
+
+def test_the_summary_is_the_mean_over_studies_of_the_records(toy_run: Run) -> None:
+    table = psykern.read_run(toy_run.folder).to_pylist()
+    summary = json.loads((toy_run.folder / "summary.json").read_text())
+    assert summary == toy_run.summary.to_json() | {"studies": summary["studies"]}
+    means = []
+    for study in summary["studies"]:
+        own = [r for r in table if r["study"] == study["study"]]
+        scored = [r for r in own if r["logprob"] is not None]
+        assert (study["responses"], study["scored"]) == (len(own), len(scored))
+        means.append(-math.fsum(r["logprob"] for r in scored) / len(scored))
+        assert study["mean_nll"] == pytest.approx(means[-1])
+        assert study["accuracy"] == pytest.approx(sum(r["is_argmax"] for r in scored) / len(scored))
+    assert [study["study"] for study in summary["studies"]] == ["bandit", "ratings", "words"]
+    assert summary["mean_nll"] == pytest.approx(math.fsum(means) / 3)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"protocol": "study"}, {"options": "observed"}], ids=["default", "study", "observed"]
+)
+def test_the_estimate_counts_what_a_run_computes(toy: Toy, tmp_path: Path, settings: dict[str, Any]) -> None:
+    counts = score(toy.model, toy.data, tmp_path, **settings).manifest.counts
+    estimate = psykern.estimate(toy.model, toy.data, Settings(device="cpu", **settings))
+    assert [study.study for study in estimate.studies] == ["bandit", "ratings", "words"]
+    for name in ("transcripts", "responses", "tokens", "computed_tokens"):
+        assert sum(getattr(study, name) for study in estimate.studies) == getattr(counts, name), name
+
+
+def test_the_estimate_counts_what_studies_share(toy: Toy, tmp_path: Path) -> None:
+    """Studies whose transcripts begin alike, as parts of one experiment do."""
+    front = "Thank you for taking part in this experiment. Please read what follows with care. " * 3
+    data = write_rows(tmp_path / "rows.jsonl", [row | {"text": front + row["text"]} for row in toy.rows])
+    counts = score(toy.model, data, tmp_path / "run").manifest.counts
+    estimate = psykern.estimate(toy.model, data, Settings(device="cpu"))
+    assert sum(study.computed_tokens for study in estimate.studies) == counts.computed_tokens
+
+
+def test_the_estimate_of_operations(toy: Toy, tmp_path: Path) -> None:
+    """By hand, from config.json: one transcript, no options. And the matrix products that torch counts in a run."""
+    data = write_rows(tmp_path / "rows.jsonl", toy.rows[:1])
+    estimate = psykern.estimate(toy.model, data, Settings(device="cpu", options="none"))
+    _, places = toy.oracle.spans(toy.rows[0]["text"], "exact", "joint")
+    targets = [place for of in places for place in of]
+    rows, scored = max(targets), len(targets)
+    config = json.loads((toy.model / "config.json").read_text())
+    layers, hidden, inner = (config[k] for k in ("num_hidden_layers", "hidden_size", "intermediate_size"))
+    queries, keys = (config["head_dim"] * config[k] for k in ("num_attention_heads", "num_key_value_heads"))
+    all_rows = 2 * rows * 2 * hidden * keys  # keys and values
+    query_rows = 2 * (2 * hidden * queries + 3 * hidden * inner)  # per row: queries, output, three of the MLP
+    (study,) = estimate.studies
+    assert study.flops_body == layers * all_rows + ((layers - 1) * rows + scored) * query_rows
+    seen = (layers - 1) * rows * (rows + 1) // 2 + sum(targets)  # the row before place p sees p keys
+    assert study.flops_attention == 4 * queries * seen
+    assert study.flops_head == 2 * scored * hidden * config["vocab_size"]
+    assert study.scored_rows == scored
+    assert (study.transcripts, study.responses, study.branches) == (1, len(places), 0)
+    with FlopCounterMode(display=False) as counter:
+        score(toy.model, data, tmp_path / "run", options="none", backend="reference")
+    products = sum(counter.get_flop_counts()["Global"].get(op, 0) for op in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    assert products == study.flops_body + study.flops_head
+
+
+def test_the_estimate_needs_no_weights(toy: Toy, tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(toy.model / name, tmp_path / name)
+    assert psykern.estimate(tmp_path, toy.data) == psykern.estimate(toy.model, toy.data)
+
+
+def test_a_smaller_wave_needs_less_memory(toy: Toy) -> None:
+    few, many = (psykern.estimate(toy.model, toy.data, Settings(device="cpu", wave_tokens=n)) for n in (64, 4096))
+    for small, large in zip(few.studies, many.studies, strict=True):
+        assert small.wave_bytes < large.wave_bytes
+        assert small.computed_tokens == large.computed_tokens
+        assert large.wave_bytes >= 4 * 64 * 2 * large.computed_tokens  # hidden states and a layer's keys, in float32
+
+
+# Which rows and which part of them
+
+
+def test_limit_takes_the_first_transcripts_of_each_study(toy: Toy, tmp_path: Path) -> None:
+    got = records(score(toy.model, toy.data, tmp_path, limit=2))
+    assert [(own[0]["study"], own[0]["participant"]) for own in got] == [
+        ("bandit", "0"),
+        ("bandit", "1"),
+        ("ratings", "p0"),
+        ("ratings", "p1"),
+        ("words", "0"),
+        ("words", "1"),
+    ]
+
+
+def test_studies_take_only_these(toy: Toy, tmp_path: Path) -> None:
+    run = score(toy.model, toy.data, tmp_path, studies=("words", "bandit"))
+    assert {own[0]["study"] for own in records(run)} == {"words", "bandit"}
+    assert run.manifest.studies == ("words", "bandit")
+
+
+def test_several_data_paths_and_folders(toy: Toy, toy_run: Run, tmp_path: Path) -> None:
+    """Studies in files of their own, one of them in a folder, in any order: records come sorted by study."""
+    rows = {s: [row for row in toy.rows if row["study"] == s] for s in ("bandit", "ratings", "words")}
+    words = write_rows(tmp_path / "words.jsonl", rows["words"])
+    write_rows(tmp_path / "folder/ratings.jsonl", rows["ratings"])
+    write_rows(tmp_path / "folder/bandit.jsonl", rows["bandit"])
+    run = score(toy.model, [words, tmp_path / "folder"], tmp_path / "run")
+    assert psykern.read_run(run.folder).equals(psykern.read_run(toy_run.folder))
+    assert [Path(file.path).stem for file in run.manifest.data] == ["bandit", "ratings", "words"]
+
+
+CONTEXT = 100
+
+
+@pytest.fixture(scope="module")
+def short_context(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy model again, for texts of at most ``CONTEXT`` tokens: some transcripts fit, others do not."""
+    folder = tmp_path_factory.mktemp("short-context")
+    make_toy(folder, max_position_embeddings=CONTEXT)
+    return folder
+
+
+def fitting(toy: Toy, row: Row) -> int:
+    """Responses before the first whose tokens need more context than there is."""
+    _, places = toy.oracle.spans(row["text"], "exact", "joint")
+    needed = [max(of, default=0) for of in places]  # the token at place p is predicted from the p before it
+    return next((i for i, tokens in enumerate(needed) if tokens > CONTEXT), len(needed))
+
+
+def test_too_long_is_an_error_that_names_the_row(toy: Toy, short_context: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        psykern.PsykernError, match=rf"rows\.jsonl:1: bandit, participant 0: needs \d+ .* has {CONTEXT};"
+    ):
+        score(short_context, toy.data, tmp_path, options="none")
+
+
+def test_too_long_can_be_skipped(toy: Toy, toy_run: Run, short_context: Path, tmp_path: Path) -> None:
+    run = score(short_context, toy.data, tmp_path, options="none", over_length="skip")
+    fits = [fitting(toy, row) == len(list(responses(row["text"]))) for row in toy.rows]
+    assert 0 < sum(fits) < len(fits)
+    assert run.manifest.counts.over_length_transcripts == fits.count(False)
+    assert run.manifest.counts.transcripts == fits.count(True)
+    assert run.manifest.counts.dropped_responses == 0
+    kept = [own for own, fit in zip(records(toy_run), fits, strict=True) if fit]
+    assert_same_logprobs(records(run), kept)
+
+
+def test_too_long_can_be_truncated(toy: Toy, toy_run: Run, short_context: Path, tmp_path: Path) -> None:
+    run = score(short_context, toy.data, tmp_path, options="none", over_length="truncate")
+    kept = [own[: fitting(toy, row)] for own, row in zip(records(toy_run), toy.rows, strict=True)]
+    got = records(run)
+    assert [len(own) for own in got] == [len(own) for own in kept]
+    assert run.manifest.counts.dropped_responses == sum(map(len, records(toy_run))) - sum(map(len, kept)) > 0
+    assert run.manifest.counts.responses == sum(map(len, kept))
+    assert run.manifest.counts.over_length_transcripts == 0
+    assert_same_logprobs(got, kept)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"protocol": "Exact"}, "protocol: expected one of exact, study, got 'Exact'"),
+        ({"options": "all"}, "options: expected one of none, given, observed"),
+        ({"dtype": "float16"}, "dtype: expected one of auto, float32, bfloat16"),
+        ({"max_options": 0}, "max_options: expected at least 1, got 0"),
+        ({"limit": -1}, "limit: expected at least 1, got -1"),
+        ({"wave_tokens": 0}, "wave_tokens: expected at least 1"),
+        ({"batch_tokens": 0}, "batch_tokens: expected at least 1"),
+        ({"min_share": 0}, "min_share: expected at least 1"),
+        ({"protocol": "study", "boundary": "split"}, "boundary: .* boundary='joint'"),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
+)
+def test_settings_say_what_they_expect(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Settings(**settings)
+
+
+# Real transcripts, Qwen3's tokenizer
+
+
+@dataclass(frozen=True)
+class Sample:
+    study: str
+    experiment: str = ""  # part of its name
+    count: int = 1  # the shortest transcripts of the study
+    with_empty: bool = False  # only those with an empty response
+    options: tuple[str, ...] | None = None
+
+
+SAMPLES = {
+    "thoma": Sample("thoma2025riskychoice", count=3),
+    "franke": Sample("franke2024bayesian", count=2),
+    "associations": Sample("guenther2023associations_individual"),
+    "substitutions": Sample("guenther2024substitutions", count=2),
+    "vantiel-words": Sample("vantiel2021probabilistic_pragmatics", "exp1b"),
+    "vantiel-line-break": Sample("vantiel2021probabilistic_pragmatics", "exp2b"),
+    "vantiel-ratings": Sample("vantiel2021probabilistic_pragmatics", "exp4", options=("0", "1", "10", "100", "50")),
+    "alsobay": Sample("alsobay2025publicGoodsGame", count=2),
+    "little": Sample("little2024functionestimation"),
+    "jagadish": Sample("jagadish2023zero", options=("1", "2", "3", "4", "5", "6")),
+    "frey": Sample("frey2017mpl", count=2, options=("A", "B")),
+    "haridi": Sample("haridi2024memory", with_empty=True),
+}
+
+
+@dataclass(frozen=True)
+class Real:
+    model: Path
+    data: Path
+    rows: dict[str, list[Row]]  # by name of the sample, as the folder ``data`` holds them
+    oracle: Oracle
+
+
+def sample_rows(shared: Path, sample: Sample) -> list[Row]:
+    with gzip.open(shared / "psych" / f"{sample.study}.jsonl.gz", "rt", encoding="utf-8") as lines:
+        rows = [row for row in map(json.loads, lines) if sample.experiment in row["experiment"] and "<<" in row["text"]]
+    rows = [row for row in rows if not sample.with_empty or "<<>>" in row["text"]]
+    shortest = sorted(rows, key=lambda row: len(row["text"]))[: sample.count]
+    kept = ("experiment", "participant", "text")
+    return [{k: row[k] for k in kept} | {"options": sample.options and list(sample.options)} for row in shortest]
+
+
+def with_qwen3_tokenizer(shared: Path, folder: Path) -> Path:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(shared / "tokenizers" / "qwen3" / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def real(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Real:
+    folder = tmp_path_factory.mktemp("real")
+    model = make_model(
+        folder / "model",
+        model_type="qwen2",
+        vocab_size=151_936,
+        num_hidden_layers=2,
+        tie_word_embeddings=True,
+        max_position_embeddings=32_768,
+    )
+    with_qwen3_tokenizer(shared, folder / "model")
+    rows = {name: sample_rows(shared, sample) for name, sample in SAMPLES.items()}
+    for name, own in rows.items():
+        write_rows(folder / "data" / f"{name}.jsonl", own)
+    return Real(folder / "model", folder / "data", rows, Oracle(model, folder / "model"))
+
+
+@pytest.fixture(scope="module")
+def real_records(
+    real: Real, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str], dict[str, list[list[Row]]]]:
+    """All samples scored in one run, by name of the sample, then transcript."""
+
+    @cache
+    def scored(protocol: str, boundary: str) -> dict[str, list[list[Row]]]:
+        run = score(real.model, real.data, tmp_path_factory.mktemp("run"), protocol=protocol, boundary=boundary)
+        got: dict[str, list[list[Row]]] = {}
+        for own in records(run):
+            got.setdefault(own[0]["study"], []).append(own)
+        return got
+
+    return scored
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+@CONDITIONS
+def test_real_records_equal_the_oracle(
+    real: Real, real_records: Callable[..., dict[str, list[list[Row]]]], protocol: str, boundary: str, name: str
+) -> None:
+    got = real_records(protocol, boundary)[name]
+    for own, row in zip(got, real.rows[name], strict=True):
+        assert {record["participant"] for record in own} == {str(row["participant"])}
+        assert_records(own, real.oracle.records(row["text"], protocol, boundary))
+
+
+@pytest.mark.parametrize("protocol", ["exact", "study"])
+@pytest.mark.parametrize("name", ["jagadish", "frey", "vantiel-ratings"])
+def test_real_options_equal_the_oracle(
+    real: Real, real_records: Callable[..., dict[str, list[list[Row]]]], protocol: str, name: str
+) -> None:
+    """Every tenth response; where a closing mark leaks, the study's rules lose responses, so only the first."""
+    own, row = real_records(protocol, "joint")[name][0], real.rows[name][0]
+    leaks = any(record["flag"] and "leaks" in record["flag"] for record in own)
+    for record in own[:1] if leaks else own[::10]:
+        wanted = real.oracle.options(row["text"], record["response_index"], row["options"], protocol)
+        inside = list(responses(row["text"]))[record["response_index"]][1]
+        assert_options(record | {"response": inside}, row["options"], wanted)
+
+
+def test_real_observed_options_equal_the_oracle(real: Real, tmp_path: Path) -> None:
+    """Letters of the participant's own, from the data."""
+    data = [real.data / "thoma.jsonl", real.data / "franke.jsonl"]
+    got = records(score(real.model, data, tmp_path, options="observed"))
+    rows = real.rows["franke"] + real.rows["thoma"]
+    for own, row in zip(got, rows, strict=True):
+        seen = list(dict.fromkeys(m[1] for m in responses(row["text"])))
+        if len(seen) < 2:
+            assert {record["options"] for record in own} == {None}
+            continue
+        for record in own[::4]:
+            assert_options(record, seen, real.oracle.options(row["text"], record["response_index"], seen))
+
+
+@pytest.mark.parametrize(
+    "budgets",
+    [{"wave_tokens": 64, "batch_tokens": 64}, {"min_share": 1, "wave_tokens": 500}, {"min_share": 10**6}],
+    ids=str,
+)
+def test_real_scores_do_not_depend_on_budgets(real: Real, tmp_path: Path, budgets: dict[str, int]) -> None:
+    data = [real.data / f"{name}.jsonl" for name in ("thoma", "substitutions", "vantiel-ratings")]
+    tables = [
+        psykern.read_run(score(real.model, data, tmp_path / str(i), **b).folder) for i, b in enumerate(({}, budgets))
+    ]
+    assert_same_scores(*tables)
+
+
+def test_real_scores_do_not_depend_on_company(real: Real, tmp_path: Path) -> None:
+    names = ("franke", "substitutions", "thoma")
+    data = [write_rows(tmp_path / f"{name}.jsonl", real.rows[name]) for name in names]
+    together = psykern.read_run(score(real.model, data, tmp_path / "together").folder)
+    alone = []
+    for name in names:
+        for i, row in enumerate(real.rows[name]):
+            file = write_rows(tmp_path / str(i) / f"{name}.jsonl", [row])
+            alone.append(psykern.read_run(score(real.model, file, tmp_path / f"{name}-{i}").folder))
+    assert_same_scores(pa.concat_tables(alone), together)
+
+
+def test_a_response_with_nothing_before_it_has_no_probability(real: Real, tmp_path: Path) -> None:
+    """Qwen puts no token in front of a text; `<<` alone is no context for the token that begins with it."""
+    row = {"study": "s", "text": "<<A>> was the first, <<B>> the second."}
+    data = write_rows(tmp_path / "rows.jsonl", [row])
+    (own,) = records(score(real.model, data, tmp_path / "run"))
+    assert_records(own, real.oracle.records(row["text"]))
+
+
+def test_the_shape_of_qwen_0_5b_on_real_transcripts(shared: Path, tmp_path: Path) -> None:
+    """Hidden 896, 14 heads on 2, 4 layers: long sums in other orders than transformers' still agree."""
+    model = make_model(
+        tmp_path / "model",
+        model_type="qwen2",
+        vocab_size=151_936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=4,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        max_position_embeddings=32_768,
+        initializer_range=0.05,
+    )
+    folder = with_qwen3_tokenizer(shared, tmp_path / "model")
+    oracle = Oracle(model, folder)
+    names = ("associations", "franke", "substitutions", "thoma", "vantiel-words")
+    rows = {name: sample_rows(shared, SAMPLES[name])[0] for name in names}
+    data = [write_rows(tmp_path / f"{name}.jsonl", [row]) for name, row in rows.items()]
+    run = score(folder, data, tmp_path / "run")
+    for own, row in zip(records(run), rows.values(), strict=True):
+        assert_records(own, oracle.records(row["text"]))
+    (folder / "model.safetensors").unlink()  # 780 MB that pytest would keep
