@@ -133,10 +133,11 @@ def rotary(size: int) -> tuple[Tensor, Tensor]:
     return angles.cos() * 1.2, angles.sin() * 1.2
 
 
-def rope_problem(
-    shape: tuple[int, int, int], norm: str, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor | None, ...]:
-    """x, weight, cos, sin, positions: in no order, with repeats, and the first and last of the table among them."""
+RopeInputs = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]  # x, weight, cos, sin, positions
+
+
+def rope_problem(shape: tuple[int, int, int], norm: str, dtype: torch.dtype = torch.float32) -> RopeInputs:
+    """Positions in no order, with repeats, and the first and last of the tables among them."""
     count, heads, size = shape
     weight = None if norm == "none" else normal(size if norm == "head" else heads * size, dtype=dtype, seed=1)
     positions = torch.randint(NUM_POSITIONS, (count,), generator=torch.Generator().manual_seed(3)).int()
@@ -161,12 +162,16 @@ def qk_norm_rope_fp64(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor
     return out
 
 
-def run_rope(place: Place, *inputs: Tensor | None, out: Tensor | None = None) -> Tensor:
-    x, weight, cos, sin, positions = (None if t is None else place.put(t)[0] for t in inputs)
+def put(place: Place, inputs: RopeInputs) -> RopeInputs:
+    weight = None if inputs[1] is None else place.put(inputs[1])[0]
+    x, cos, sin, positions = place.put(inputs[0], *inputs[2:])
+    return x, weight, cos, sin, positions
+
+
+def run_rope(place: Place, inputs: RopeInputs, out: Tensor | None = None) -> Tensor:
     given = None if out is None else place.put(out)[0]
-    assert x is not None and cos is not None and sin is not None and positions is not None
     with poisoned_memory():
-        got = kernels.qk_norm_rope(x, weight, cos, sin, positions, EPS, out=given, backend=place.backend)
+        got = kernels.qk_norm_rope(*put(place, inputs), EPS, out=given, backend=place.backend)
     assert given is None or got is given
     return got.cpu()
 
@@ -178,7 +183,7 @@ def run_rope(place: Place, *inputs: Tensor | None, out: Tensor | None = None) ->
 def test_qk_norm_rope_equals_fp64(place: Place, dtype: torch.dtype, norm: str, shape: tuple[int, int, int]) -> None:
     inputs = rope_problem(shape, norm, dtype)
     truth = qk_norm_rope_fp64(*inputs)
-    (got,) = check(place, lambda p: [run_rope(p, *inputs)], [truth], TOLERANCES[dtype])
+    (got,) = check(place, lambda p: [run_rope(p, inputs)], [truth], TOLERANCES[dtype])
     assert got.dtype == dtype
 
 
@@ -190,10 +195,9 @@ def test_qk_norm_rope_writes_all_of_out_which_may_be_x(
     place: Place, dtype: torch.dtype, norm: str, shape: tuple[int, int, int]
 ) -> None:
     inputs = rope_problem(shape, norm, dtype)
-    expected = run_rope(place, *inputs)
-    assert inputs[0] is not None
-    assert_same_bits(run_rope(place, *inputs, out=torch.full_like(inputs[0], math.nan)), expected)
-    x, weight, cos, sin, positions = (None if t is None else place.put(t)[0] for t in inputs)
+    expected = run_rope(place, inputs)
+    assert_same_bits(run_rope(place, inputs, torch.full_like(inputs[0], math.nan)), expected)
+    x, weight, cos, sin, positions = put(place, inputs)
     got = kernels.qk_norm_rope(x, weight, cos, sin, positions, EPS, out=x, backend=place.backend)
     assert got is x
     assert_same_bits(got.cpu(), expected)
@@ -202,24 +206,24 @@ def test_qk_norm_rope_writes_all_of_out_which_may_be_x(
 @each_place
 @each_norm
 def test_qk_norm_rope_keeps_rows_apart_and_inputs_as_they_are(place: Place, norm: str) -> None:
-    inputs = [None if t is None else place.put(t)[0] for t in rope_problem((9, 3, 24), norm)]
-    x, weight, cos, sin, positions = inputs
+    x, weight, cos, sin, positions = inputs = put(place, rope_problem((9, 3, 24), norm))
     x[4, 1, 7] = math.nan
-    copies = [None if t is None else t.clone() for t in inputs]
+    copies = put(place, inputs)
     together = kernels.qk_norm_rope(x, weight, cos, sin, positions, EPS, backend=place.backend)
     assert together.isnan().flatten(1).any(-1).tolist() == [r == 4 for r in range(9)]
     for r in range(9):
-        alone = kernels.qk_norm_rope(x[r : r + 1], weight, cos, sin, positions[r : r + 1], EPS, backend=place.backend)
-        assert_same_bits(alone, together[r : r + 1])
+        one = slice(r, r + 1)
+        alone = kernels.qk_norm_rope(x[one], weight, cos, sin, positions[one], EPS, backend=place.backend)
+        assert_same_bits(alone, together[one])
     for before, after in zip(copies, inputs, strict=True):
-        if before is not None:
+        if before is not None and after is not None:
             assert_same_bits(after, before)
 
 
 @each_place
 def test_rotation_at_position_0_changes_nothing_but_the_scale(place: Place) -> None:
     x, _, cos, sin, _ = rope_problem((4, 2, 16), "none")
-    got = run_rope(place, x, None, cos / 1.2, sin / 1.2, torch.zeros(4, dtype=torch.int32))
+    got = run_rope(place, (x, None, cos / 1.2, sin / 1.2, torch.zeros(4, dtype=torch.int32)))
     torch.testing.assert_close(got, x, rtol=0, atol=1e-6)
 
 

@@ -319,6 +319,14 @@ def test_exact_spans(tiny: Tokenizer, text: str, tokens: list[list[str]], flags:
     assert list(encoded.flags) == flags
 
 
+def test_an_empty_response_inside_one_token_has_no_span(tmp_path: Path) -> None:
+    definition = build_tiny()
+    definition.add_tokens([AddedToken("<<>>")])
+    encoded = encode(load(definition, tmp_path), transcript("x <<>> <<a>>"))
+    assert encoded.flags == ("empty", None)
+    assert np.diff(encoded.spans_tok).ravel().tolist() == [0, 1]
+
+
 def test_characters_of_several_tokens(tiny: Tokenizer) -> None:
     encoded = encode(tiny, transcript("x <<\u00e9\U0001f9ea>> <<a\u00e9>>"))
     assert np.diff(encoded.spans_tok).ravel().tolist() == [2 + 4, 1 + 2]
@@ -442,6 +450,21 @@ def test_a_patch_that_takes_a_closing_mark_away(tiny: Tokenizer) -> None:
     assert encoded.responses == ("More Details -> y <<a", "b")
     assert encoded.flags == ("leaks", None)
     assert encoded.options == (None, ("a", "b")) and encoded.option_index.tolist() == [-1, 1]
+
+
+def test_options_around_the_full_stop_behind_skip(tiny: Tokenizer) -> None:
+    """As "skip" is a prefix of "skips", the closing mark's token is scored: it is another one before a full stop."""
+    row = transcript("a b <<skip>>\nc d e <<a>>\nf g h", ("skip", "skips", "a"))
+    encoded = encode(tiny, row, protocol="study")
+    assert [tokens[-1] for tokens in scored_options(tiny, encoded)] == [">>", ">>\n", ">>\n"] * 2
+    check_branches(tiny, row, encoded, "study")
+
+
+def test_study_responses_keep_a_composed_character(tmp_path: Path) -> None:
+    definition = build_tiny()
+    definition.normalizer = normalizers.NFC()
+    encoded = encode(load(definition, tmp_path), transcript("x <<ae\u0301>> y"), protocol="study")
+    assert encoded.responses == ("ae\u0301",) and encoded.flags == (None,)
 
 
 def test_study_cuts_to_the_first_characters(tiny: Tokenizer) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 from types import ModuleType
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -84,7 +84,7 @@ def test_every_operation_has_the_same_choice_of_backends(op: str) -> None:
     assert get_type_hints(function)["backend"] == kernels.Backend
     assert backend.default == "auto"
     assert backend.kind is inspect.Parameter.KEYWORD_ONLY
-    assert set(kernels.Backend.__args__) == {"auto", *BACKENDS}
+    assert set(get_args(kernels.Backend)) == {"auto", *BACKENDS}
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -130,7 +130,7 @@ def test_a_missing_backend_is_an_error_that_says_how_to_get_it(op: str, backend:
 def test_auto_is_a_backend_that_is_there(place: Place) -> None:
     backend = kernels.resolve("auto", place.device)
     assert backend in BACKENDS
-    assert missing(Place(backend, place.device)) is None  # type: ignore[arg-type]
+    assert missing(Place(backend, place.device)) is None
 
 
 I32 = torch.int32

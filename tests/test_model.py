@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,9 @@ def read_both(folder: Path, absent: str | None = None, **config: Any) -> tuple[M
 
 def rotary_of(config: PreTrainedConfig, layer_type: str) -> tuple[Tensor, float]:
     """Inverse frequencies and attention scaling of transformers' own module for layers of this type."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    module = type(model.model.rotary_emb)(config)
+    name = config.model_type
+    modeling = import_module(f"transformers.models.{name}.modeling_{name}")
+    module = getattr(modeling, f"{name.capitalize()}RotaryEmbedding")(config)
     prefix = f"{layer_type}_" if hasattr(module, f"{layer_type}_inv_freq") else ""
     return getattr(module, f"{prefix}inv_freq"), getattr(module, f"{prefix}attention_scaling")
 
@@ -343,7 +344,12 @@ REFUSED_WINDOWS: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("config", "message"), REFUSED_WINDOWS, ids=[as_id(config) for config, _ in REFUSED_WINDOWS])
 def test_windows_that_cannot_be_read_name_file_and_key(config: dict[str, Any], message: str, tmp_path: Path) -> None:
-    windowed = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}
+    windowed: dict[str, Any] = {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 16,
+        "max_window_layers": 2,
+    }
     with pytest.raises(CheckpointError, match=message) as error:
         ModelConfig.read(write(tmp_path, **(windowed | config)))
     assert str(error.value).startswith(f"{tmp_path / 'config.json'}: ")

@@ -352,10 +352,10 @@ def test_reference_takes_the_branch_that_each_case_is_for(
     attend = reference._attend
 
     def record(
-        q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | str | None = None
+        q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, is_causal: bool = False
     ) -> tuple[Tensor, Tensor]:
-        taken.append("mask" if isinstance(mask, Tensor) else mask or "all")
-        return attend(q, k, v, scale, mask)
+        taken.append("causal" if is_causal else "all" if mask is None else "mask")
+        return attend(q, k, v, scale, mask, is_causal)
 
     monkeypatch.setattr(reference, "_attend", record)
     layout = Layout((segment,))

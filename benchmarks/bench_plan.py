@@ -1,0 +1,128 @@
+"""From how many common tokens on a share pays (``plan.MIN_SHARE``), and what planning itself costs.
+
+A share saves its tokens' arithmetic and costs attention calls over one more range of keys. Per study and minimum: rows
+computed, segments, seconds to plan and seconds to run, side by side, at the shape of Qwen2.5-0.5B with 4 layers and
+random weights. Then a plan of 100,000 transcripts of 1,000 tokens. Needs the shared transcripts.
+
+    python benchmarks/bench_plan.py [--repeats 3] [--name plan.csv]
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from bench_score import load_studies, make_checkpoint
+from harness import time_side_by_side, write_csv
+
+from psykern import engine
+from psykern.core import EncodedTranscript, Source, TargetScores
+from psykern.encode import Tokenizer
+from psykern.model import Model
+from psykern.plan import Plan, plan
+
+MINIMA = (1, 4, 8, 16, 32, 64, 128, 10**9)
+STUDIES = {"frey2017mpl": 3, "guenther2024substitutions": 16, "thoma2025riskychoice": 20, "franke2024bayesian": 20}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--name", help="CSV file in results/; default: no file")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as temporary:
+        make_checkpoint(Path(temporary), layers=4)
+        model = Model(Path(temporary), device=torch.device("cpu"), dtype=torch.float32)
+        rows = []
+        for study in load_studies(STUDIES, Tokenizer.load(Path(temporary))):
+            rows += bench_minima(study.name, study.encoded, model, options.repeats)
+    bench_large_plan()
+    if options.name:
+        print(f"written: {write_csv(options.name, rows)}")
+
+
+def bench_minima(
+    name: str, transcripts: list[EncodedTranscript], model: Model, repeats: int
+) -> list[dict[str, object]]:
+    def run(min_share: int) -> TargetScores:
+        return engine.run(plan_with(transcripts, min_share), model)
+
+    expected = run(MINIMA[-1]).logprob
+    for minimum in MINIMA:
+        difference = float(np.abs(run(minimum).logprob - expected).max())
+        if difference > 1e-5:
+            raise SystemExit(f"{name}: min_share {minimum} changes a score by {difference:.1e} nats: refused")
+    providers: dict[str, Callable[[], object]] = {str(m): partial(run, m) for m in MINIMA}
+    rows = []
+    for minimum, timing in time_side_by_side(providers, repeats, warmup=0).items():
+        start = time.perf_counter()
+        planned = plan_with(transcripts, int(minimum))
+        row = {
+            "study": name,
+            "min_share": int(minimum),
+            "transcripts": planned.num_transcripts,
+            "tokens": planned.num_tokens,
+            "computed_tokens": planned.num_computed,
+            "seconds_plan": round(time.perf_counter() - start, 4),
+            "seconds": round(timing.median, 3),
+            "seconds_p20": round(timing.p20, 3),
+            "seconds_p80": round(timing.p80, 3),
+        }
+        rows.append(row)
+        print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+    return rows
+
+
+def plan_with(transcripts: list[EncodedTranscript], min_share: int) -> Plan:
+    return plan(transcripts, wave_tokens=engine.WAVE_TOKENS, batch_tokens=engine.BATCH_TOKENS, min_share=min_share)
+
+
+def bench_large_plan(count: int = 100_000, length: int = 1000, shared: int = 300) -> None:
+    rng = np.random.default_rng(0)
+    front = rng.integers(150_000, size=shared)
+    transcripts = [encoded(np.concatenate((front, rng.integers(150_000, size=length - shared)))) for _ in range(count)]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    planned = plan_with(transcripts, min_share=32)
+    seconds = time.perf_counter() - start
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    times = grown / (4 * planned.num_tokens)
+    print(
+        f"{count:,} transcripts of {length:,} tokens: {seconds:.1f} s, {planned.num_computed:,} rows in "
+        f"{planned.num_waves:,} waves, memory {grown / 1e6:,.0f} MB = {times:.1f} times the tokens"
+    )
+
+
+def encoded(token_ids: np.ndarray) -> EncodedTranscript:
+    """A transcript with a one-token response every 30 tokens."""
+    starts = np.arange(350, len(token_ids), 30, dtype=np.int32)
+    none = np.empty(0, np.int32)
+    return EncodedTranscript(
+        study="",
+        experiment="",
+        participant="",
+        source=Source("", 0),
+        token_ids=token_ids.astype(np.int32),
+        responses=("",) * len(starts),
+        spans_tok=np.stack((starts, starts + 1), axis=1),
+        flags=(None,) * len(starts),
+        options=(None,) * len(starts),
+        option_index=np.full(len(starts), -1, np.int32),
+        branch_response=none,
+        branch_parent_tok=none,
+        branch_scored_tok=none,
+        branch_offsets=np.zeros(1, np.int64),
+        branch_token_ids=none,
+        num_dropped=0,
+    )
+
+
+if __name__ == "__main__":
+    main()
