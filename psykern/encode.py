@@ -280,7 +280,7 @@ class Encoder:
         """The transcripts in order, without those that were rejected or skipped.
 
         ``observed`` holds the options of each (study, experiment), for ``options="observed-experiment"``. A transcript
-        with an option that has no tokens goes to ``reject``; the message counts options and responses from 0.
+        with an option that has no tokens goes to ``reject``; the message counts options and responses from 1.
         Raises PsykernError for a transcript longer than ``max_positions`` under ``over_length="error"``.
         """
         if self.options == "observed-experiment" and observed is None:
@@ -638,7 +638,8 @@ def _blank_option(draft: _Draft, placed: list[_Placed | None]) -> RowError | Non
     for r, entry in enumerate(placed):
         if entry is not None and entry[1].blank is not None:
             option = (draft.options[r] or ())[entry[1].blank]
-            reason = f'option {entry[1].blank} ("{option}") of response {r} encodes to no token'
+            number = entry[1].blank + 1
+            reason = f'option {number} ("{option}") of response {r + 1} encodes to no token'
             return RowError(draft.transcript.source, reason)
     return None
 

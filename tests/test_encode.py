@@ -467,6 +467,11 @@ def test_study_responses_keep_a_composed_character(tmp_path: Path) -> None:
     assert encoded.responses == ("ae\u0301",) and encoded.flags == (None,)
 
 
+def test_a_closing_mark_hidden_at_the_end_of_the_text_leaks(tiny: Tokenizer) -> None:
+    encoded = encode(tiny, transcript("x <<5!>>"), protocol="study")
+    assert encoded.responses == ("5!>>",) and encoded.flags == ("leaks",)
+
+
 def test_study_cuts_to_the_first_characters(tiny: Tokenizer) -> None:
     row = transcript("x <<a>>" + "y" * 32_760 + " <<b>>")
     assert encode(tiny, row).responses == ("a", "b")
@@ -747,7 +752,7 @@ def test_an_option_without_tokens_rejects_the_row(tiny: Tokenizer, protocol: Any
     encoder = Encoder(tiny, protocol=protocol, boundary=boundary)
     encoded = encoder.encode([good, bad, good], rejected.append)
     assert [one.source.line for one in encoded] == [1, 1]
-    assert [str(error) for error in rejected] == ['file.jsonl:2: option 2 ("") of response 1 encodes to no token']
+    assert [str(error) for error in rejected] == ['file.jsonl:2: option 3 ("") of response 2 encodes to no token']
 
 
 # Over-length
