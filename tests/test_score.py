@@ -310,12 +310,15 @@ class Toy:
     oracle: Oracle
 
 
+def make_toy_data(folder: Path, count: int = 6) -> Toy:
+    """A toy model and ``count`` transcripts per study, in ``folder``."""
+    model, rows = make_toy(folder / "model"), toy_rows(count=count)
+    return Toy(folder / "model", write_rows(folder / "rows.jsonl", rows), rows, Oracle(model, folder / "model"))
+
+
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
-    folder = tmp_path_factory.mktemp("toy")
-    model = make_toy(folder / "model")
-    rows = toy_rows()
-    return Toy(folder / "model", write_rows(folder / "rows.jsonl", rows), rows, Oracle(model, folder / "model"))
+    return make_toy_data(tmp_path_factory.mktemp("toy"))
 
 
 def score(model: Path, data: Path | Sequence[Path], out: Path, **settings: Any) -> Run:
@@ -632,6 +635,11 @@ def test_studies_take_only_these(toy: Toy, tmp_path: Path) -> None:
     assert run.manifest.studies == ("words", "bandit")
 
 
+def test_a_function_call_prints_nothing(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    score(toy.model, toy.data, tmp_path, limit=1)
+    assert capsys.readouterr() == ("", "")
+
+
 def test_several_data_paths_and_folders(toy: Toy, toy_run: Run, tmp_path: Path) -> None:
     """Studies in files of their own, one of them in a folder, in any order: records come sorted by study."""
     rows = {s: [row for row in toy.rows if row["study"] == s] for s in ("bandit", "ratings", "words")}
@@ -878,10 +886,17 @@ def test_a_response_with_nothing_before_it_has_no_probability(real: Real, tmp_pa
     assert_records(own, real.oracle.records(row["text"]))
 
 
-def test_the_shape_of_qwen_0_5b_on_real_transcripts(shared: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def emptied_folder(tmp_path: Path) -> Iterator[Path]:
+    """For what is too large to leave behind for a look, as pytest does."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
+def test_the_shape_of_qwen_0_5b_on_real_transcripts(shared: Path, emptied_folder: Path) -> None:
     """Hidden 896, 14 heads on 2, 4 layers: long sums in other orders than transformers' still agree."""
     model = make_model(
-        tmp_path / "model",
+        emptied_folder / "model",
         model_type="qwen2",
         vocab_size=151_936,
         hidden_size=896,
@@ -893,13 +908,12 @@ def test_the_shape_of_qwen_0_5b_on_real_transcripts(shared: Path, tmp_path: Path
         max_position_embeddings=32_768,
         initializer_range=0.05,
     )
-    folder = with_qwen3_tokenizer(shared, tmp_path / "model")
+    folder = with_qwen3_tokenizer(shared, emptied_folder / "model")
     oracle = Oracle(model, folder)
     names = ("associations", "franke", "substitutions", "thoma", "vantiel-words")
     rows = {name: sample_rows(shared, SAMPLES[name])[0] for name in names}
-    data = [write_rows(tmp_path / f"{name}.jsonl", [row]) for name, row in rows.items()]
-    run = score(folder, data, tmp_path / "run")
+    data = [write_rows(emptied_folder / f"{name}.jsonl", [row]) for name, row in rows.items()]
+    run = score(folder, data, emptied_folder / "run")
     assert len(records(run)) == len(rows)
     for own, row in zip(records(run), rows.values(), strict=True):
         assert_records(own, oracle.records(row["text"]))
-    (folder / "model.safetensors").unlink()  # 780 MB that pytest would keep
