@@ -1,8 +1,8 @@
 """psykern scores human behaviour under language models: exact log-probabilities of every response of an experiment.
 
-    >>> import psykern
-    >>> run = psykern.score("path/to/model", "path/to/data", out="run")
-    >>> print(run.summary.mean_nll)
+>>> import psykern
+>>> run = psykern.score("path/to/model", "path/to/data", out="run")
+>>> print(run.summary.mean_nll)
 """
 
 from psykern.core import (

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,15 +33,41 @@ class Family:
     window_switch: str | None = None  # key that turns sliding windows on; None: never
     full_every: int | None = None  # where `layer_types` is absent: every n-th layer has no window
     scaled_rope_layers: Literal["all", "full_attention"] = "all"  # layers that old-style `rope_scaling` applies to
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # of absent keys, beside _DEFAULTS
 
+
+# What absent keys of `config.json` mean in every family that does not say otherwise: transformers' own defaults.
+_DEFAULTS: Mapping[str, Any] = {
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10_000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+_QWEN_DEFAULTS: Mapping[str, Any] = {
+    "max_position_embeddings": 32_768,
+    "num_key_value_heads": 32,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
 
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"),
-    "qwen2": Family(qkv_bias=True, window_switch="use_sliding_window"),
+    "qwen2": Family(qkv_bias=True, window_switch="use_sliding_window", defaults=_QWEN_DEFAULTS),
     "qwen3": Family(
-        qk_norm="head", qkv_bias="attention_bias", o_bias="attention_bias", window_switch="use_sliding_window"
+        qk_norm="head",
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        window_switch="use_sliding_window",
+        defaults={**_QWEN_DEFAULTS, "head_dim": 128},
     ),
-    "olmo2": Family(norm_after=True, qk_norm="projection", qkv_bias="attention_bias", o_bias="attention_bias"),
+    "olmo2": Family(
+        norm_after=True,
+        qk_norm="projection",
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        defaults={"rms_norm_eps": 1e-5},
+    ),
     "olmo3": Family(
         norm_after=True,
         qk_norm="projection",
@@ -50,6 +76,7 @@ FAMILIES: Mapping[str, Family] = {
         window_switch="sliding_window",
         full_every=4,
         scaled_rope_layers="full_attention",
+        defaults={"rms_norm_eps": 1e-5, "sliding_window": 4096, "rope_theta": 500_000.0},
     ),
 }
 
@@ -99,24 +126,27 @@ def parse_config(config: Mapping[str, Any], name: str) -> ModelConfig:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise CheckpointError(f"{name}: model_type: expected one of {', '.join(FAMILIES)}, got {model_type!r}")
     family = FAMILIES[model_type]
+    config = {**_DEFAULTS, **family.defaults, **config}
     sizes = {}
     for key in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers"):
         sizes[key] = _positive(config, key, name)
     num_heads = sizes["num_attention_heads"]
     num_kv_heads = _positive(config, "num_key_value_heads", name, default=num_heads)
     head_dim = _positive(config, "head_dim", name, default=sizes["hidden_size"] // num_heads)
+    if head_dim % 2:
+        raise CheckpointError(f"{name}: head_dim: expected an even number, as pairs are rotated, got {head_dim}")
     if num_heads % num_kv_heads:
         raise CheckpointError(f"{name}: {num_heads} attention heads are not a multiple of {num_kv_heads} key heads")
-    if config.get("hidden_act", "silu") != "silu":
+    if config["hidden_act"] != "silu":
         raise CheckpointError(f"{name}: hidden_act: expected 'silu', got {config['hidden_act']!r}")
     if config.get("quantization_config"):
         raise CheckpointError(f"{name}: quantization_config: quantised weights are not supported")
     layer_types = _layer_types(config, family, sizes["num_hidden_layers"], name)
-    max_positions = _positive(config, "max_position_embeddings", name, default=2048)
+    max_positions = _positive(config, "max_position_embeddings", name)
     ropes = {kind: _rope(config, family, kind, head_dim, max_positions, name) for kind in set(layer_types)}
 
     def has(bias: bool | str) -> bool:
-        return bool(config.get(bias, False)) if isinstance(bias, str) else bias
+        return _boolean(config, bias, name) if isinstance(bias, str) else bias
 
     window = config.get("sliding_window")
     return ModelConfig(
@@ -128,9 +158,9 @@ def parse_config(config: Mapping[str, Any], name: str) -> ModelConfig:
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        rms_norm_eps=float(config.get("rms_norm_eps", 1e-6 if model_type != "olmo2" else 1e-5)),
+        rms_norm_eps=_number(config, "rms_norm_eps", name),
         max_positions=max_positions,
-        tied_head=bool(config.get("tie_word_embeddings", False)),
+        tied_head=_boolean(config, "tie_word_embeddings", name),
         qkv_bias=has(family.qkv_bias),
         o_bias=has(family.o_bias),
         mlp_bias=has(family.mlp_bias),
@@ -147,6 +177,20 @@ def _positive(config: Mapping[str, Any], key: str, name: str, default: int | Non
     return value
 
 
+def _number(config: Mapping[str, Any], key: str, name: str) -> float:
+    value = config.get(key)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise CheckpointError(f"{name}: {key}: expected a number, got {value!r}")
+    return float(value)
+
+
+def _boolean(config: Mapping[str, Any], key: str, name: str) -> bool:
+    value = config.get(key, False)
+    if not isinstance(value, bool):
+        raise CheckpointError(f"{name}: {key}: expected true or false, got {value!r}")
+    return value
+
+
 def _layer_types(config: Mapping[str, Any], family: Family, num_layers: int, name: str) -> list[str]:
     """'sliding_attention' or 'full_attention' for each layer."""
     if family.window_switch is None or not config.get(family.window_switch) or config.get("sliding_window") is None:
@@ -158,10 +202,13 @@ def _layer_types(config: Mapping[str, Any], family: Family, num_layers: int, nam
             "full_attention" if (i + 1) % family.full_every == 0 else "sliding_attention" for i in range(num_layers)
         ]
     elif layer_types is None:
-        first = config.get("max_window_layers", 28)
+        first = _number(config, "max_window_layers", name)
         layer_types = ["sliding_attention" if i >= first else "full_attention" for i in range(num_layers)]
-    if len(layer_types) != num_layers or not set(layer_types) <= {"full_attention", "sliding_attention"}:
-        raise CheckpointError(f"{name}: layer_types: expected {num_layers} of full_attention or sliding_attention")
+    kinds = ("full_attention", "sliding_attention")
+    if not isinstance(layer_types, list) or len(layer_types) != num_layers or any(t not in kinds for t in layer_types):
+        raise CheckpointError(
+            f"{name}: layer_types: expected {num_layers} of {' or '.join(kinds)}, got {layer_types!r:.80}"
+        )
     return list(layer_types)
 
 
@@ -170,36 +217,50 @@ def _rope(
 ) -> Rope:
     """The rotary embedding of one kind of layer, from ``rope_parameters`` (new) or ``rope_theta`` and
     ``rope_scaling`` (old)."""
-    parameters: dict[str, Any] = {"rope_theta": config.get("rope_theta")}
-    new = config.get("rope_parameters")
-    old = config.get("rope_scaling")
-    if isinstance(new, dict):
-        nested = new.get(layer_type)
-        parameters |= nested if isinstance(nested, dict) else new
-    elif isinstance(old, dict) and family.scaled_rope_layers in ("all", layer_type):
+    new, old = (_mapping(config, key, name) for key in ("rope_parameters", "rope_scaling"))
+    parameters: dict[str, Any] = {"rope_theta": config["rope_theta"]}
+    if new is not None:
+        parameters |= _mapping(new, layer_type, name) or new
+    elif old is not None and family.scaled_rope_layers in ("all", layer_type):
         parameters |= old
-    theta = parameters.get("rope_theta")
-    theta = 10_000.0 if theta is None else float(theta)
     if (parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0) != 1.0:
         raise CheckpointError(f"{name}: partial_rotary_factor: only 1.0 is supported")
     kind = parameters.get("rope_type", parameters.get("type", "default"))
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
-    frequencies = 1.0 / theta**exponents
+    if kind not in _ROPE_NEEDS:
+        raise CheckpointError(f"{name}: rope_type: expected {', '.join(_ROPE_NEEDS)}, got {kind!r}")
     original = config.get("original_max_position_embeddings") or parameters.get("original_max_position_embeddings")
     parameters["original_max_position_embeddings"] = original or max_positions
-    scale = 1.0
-    try:
-        if kind == "linear":
-            frequencies = frequencies / float(parameters["factor"])
-        elif kind == "llama3":
-            frequencies = _llama3_frequencies(frequencies, parameters)
-        elif kind == "yarn":
-            frequencies, scale = _yarn_frequencies(theta**exponents, theta, head_dim, parameters)
-        elif kind != "default":
-            raise CheckpointError(f"{name}: rope_type: expected default, linear, llama3 or yarn, got {kind!r}")
-    except KeyError as error:
-        raise CheckpointError(f"{name}: rope_type {kind!r} needs {error.args[0]}") from error
+    for key in _ROPE_NEEDS[kind]:
+        if key not in parameters:
+            raise CheckpointError(f"{name}: rope_type {kind!r} needs {key}")
+        _number(parameters, key, name)
+
+    theta, scale = _number(parameters, "rope_theta", name), 1.0
+    wavelengths = theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
+    frequencies = 1.0 / wavelengths
+    if kind == "linear":
+        frequencies = frequencies / parameters["factor"]
+    elif kind == "llama3":
+        frequencies = _llama3_frequencies(frequencies, parameters)
+    elif kind == "yarn":
+        frequencies, scale = _yarn_frequencies(wavelengths, theta, head_dim, parameters)
     return Rope(tuple(frequencies.tolist()), scale)
+
+
+# The kinds of rotary embedding, and the parameters that they cannot do without.
+_ROPE_NEEDS: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+
+
+def _mapping(config: Mapping[str, Any], key: str, name: str) -> Mapping[str, Any] | None:
+    value = config.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise CheckpointError(f"{name}: {key}: expected an object, got {value!r}")
+    return value
 
 
 def _llama3_frequencies(frequencies: Tensor, p: Mapping[str, Any]) -> Tensor:

@@ -176,7 +176,9 @@ def encode(tokenizer: Tokenizer, text: str) -> tuple[torch.Tensor, torch.Tensor]
     return torch.tensor(encoding.ids), is_response
 
 
-def batch_loss(model: Qwen3ForCausalLM, encoded: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+def batch_loss(
+    model: Qwen3ForCausalLM, encoded: list[tuple[torch.Tensor, torch.Tensor]]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean loss of the text tokens and of the response tokens of a batch, padded on the right."""
     longest = max(len(ids) for ids, _ in encoded)
     input_ids = torch.zeros(len(encoded), longest, dtype=torch.int64)

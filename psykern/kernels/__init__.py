@@ -25,6 +25,9 @@ _HOW_TO_GET = {
 }
 
 
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
 class BackendError(RuntimeError):
     """A backend that was asked for by name is not available; the message says how to get it."""
 
@@ -62,6 +65,14 @@ def option_logprobs(
     _expect("weight", weight.dim() == 2 and weight.shape[1] == hidden.shape[1], f"[V, {hidden.shape[-1]}]", weight)
     _expect("token_offsets", token_offsets.shape == (hidden.shape[0] + 1,), f"[{hidden.shape[0] + 1}]", token_offsets)
     _expect("token_ids", token_ids.dim() == 1, "[nnz]", token_ids)
+    for name, tensor, dtypes in (
+        ("hidden", hidden, _FLOATS),
+        ("weight", weight, _FLOATS),
+        ("token_offsets", token_offsets, (torch.int64,)),
+        ("token_ids", token_ids, (torch.int32,)),
+    ):
+        _expect_dtype(name, tensor, dtypes)
+    _expect_offsets("token_offsets", token_offsets, token_ids.shape[0])
     if token_ids.numel() and (int(token_ids.min()) < 0 or int(token_ids.max()) >= weight.shape[0]):
         got = f"{int(token_ids.min())} to {int(token_ids.max())}"
         raise ValueError(f"token_ids: expected ids of the vocabulary, 0 to {weight.shape[0] - 1}, got {got}")
@@ -97,6 +108,18 @@ def prefix_attention(
     _expect("positions", positions.shape == q.shape[:1], f"[{q.shape[0]}]", positions)
     _expect("range_offsets", range_offsets.shape == query_offsets.shape, f"{list(query_offsets.shape)}", range_offsets)
     _expect("key_ranges", key_ranges.dim() == 2 and key_ranges.shape[1] == 2, "[n, 2]", key_ranges)
+    for name, tensor in (
+        ("positions", positions),
+        ("query_offsets", query_offsets),
+        ("range_offsets", range_offsets),
+        ("key_ranges", key_ranges),
+    ):
+        _expect_dtype(name, tensor, (torch.int32,))
+    _expect_offsets("query_offsets", query_offsets, q.shape[0])
+    _expect_offsets("range_offsets", range_offsets, key_ranges.shape[0])
+    if key_ranges.numel() and (int(key_ranges.min()) < 0 or int(key_ranges.max()) > k.shape[0]):
+        got = f"{int(key_ranges.min())} to {int(key_ranges.max())}"
+        raise ValueError(f"key_ranges: expected rows of k, 0 to {k.shape[0]}, got {got}")
     if window is not None and window < 1:
         raise ValueError(f"window: expected at least 1, got {window}")
     op = _BACKENDS[resolve(backend, q.device)].prefix_attention
@@ -149,6 +172,10 @@ def qk_norm_rope(
     _expect("cos", cos.dim() == 2 and cos.shape[1] * 2 == x.shape[2], f"[P, {x.shape[2] // 2}]", cos)
     _expect("sin", sin.shape == cos.shape, f"{list(cos.shape)} like cos", sin)
     _expect("positions", positions.shape == x.shape[:1], f"[{x.shape[0]}]", positions)
+    _expect_dtype("positions", positions, (torch.int32,))
+    if positions.numel() and (int(positions.min()) < 0 or int(positions.max()) >= cos.shape[0]):
+        got = f"{int(positions.min())} to {int(positions.max())}"
+        raise ValueError(f"positions: expected rows of cos, 0 to {cos.shape[0] - 1}, got {got}")
     op = _BACKENDS[resolve(backend, x.device)].qk_norm_rope
     return op(x, weight, cos, sin, positions, eps, _like("out", out, x))
 
@@ -166,6 +193,18 @@ def silu_mul(gate: Tensor, up: Tensor, *, out: Tensor | None = None, backend: Ba
 def _expect(name: str, holds: bool, expected: str, got: Tensor) -> None:
     if not holds:
         raise ValueError(f"{name}: expected {expected}, got {list(got.shape)}")
+
+
+def _expect_dtype(name: str, got: Tensor, expected: tuple[torch.dtype, ...]) -> None:
+    if got.dtype not in expected:
+        raise ValueError(f"{name}: expected {' or '.join(map(str, expected))}, got {got.dtype}")
+
+
+def _expect_offsets(name: str, offsets: Tensor, end: int) -> None:
+    """CSR offsets of ``end`` values in all."""
+    ends = (int(offsets[0]), int(offsets[-1])) if len(offsets) else (0, -1)
+    if ends != (0, end) or bool((offsets.diff() < 0).any()):
+        raise ValueError(f"{name}: expected to ascend from 0 to {end}, got {offsets.tolist()!s:.80}")
 
 
 def _like(name: str, out: Tensor | None, like: Tensor) -> Tensor:
