@@ -7,7 +7,7 @@
 Random weights at the shape of Qwen2.5-0.5B, with 4 layers unless ``--layers 24`` asks for all, and Qwen3's tokenizer.
 Tokens per second count the tokens of the transcripts, not those computed. Needs the shared transcripts.
 
-    python benchmarks/bench_score.py [--layers 4] [--mix full|small] [--repeats 1] [--providers study careful psykern]
+    python benchmarks/bench_score.py [--layers 4] [--mix full|small|longest] [--repeats 1] [--name score.csv]
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ MIXES = {
         "dezfouli2019": 1,
         "shahar2019twosteptask": 1,
     },
+    "longest": {"dezfouli2019": 0},  # 0: the study's longest transcript alone, for peak memory
     "small": {"frey2017mpl": 2, "guenther2024substitutions": 8, "thoma2025riskychoice": 10, "franke2024bayesian": 10},
 }
 TOLERANCE = 1e-4  # nats per response
@@ -91,7 +92,9 @@ def load_studies(mix: dict[str, int], tokenizer: Tokenizer) -> list[Study]:
     studies = []
     for name, count in mix.items():
         files = find_data([SHARED / "psych" / f"{name}.jsonl.gz"])
-        transcripts = list(read(files, limit=count, reject=fail))
+        transcripts = list(read(files, limit=count or None, reject=fail))
+        if count == 0:
+            transcripts = [max(transcripts, key=lambda t: len(t.text))]
         studies.append(Study(name, transcripts, Encoder(tokenizer).encode(transcripts, fail)))
     return studies
 

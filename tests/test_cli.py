@@ -114,9 +114,12 @@ def test_score_prints_a_line_per_study_and_their_mean(
     assert lines[6:] == [f"records: {tmp_path / 'run'}"]
 
 
+@pytest.mark.parametrize("group_tokens", [1, 2**21], ids=["many-groups", "one-group"])
 def test_the_progress_bar_counts_responses_and_tokens(
-    toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    group_tokens: int, toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(pipeline, "GROUP_TOKENS", group_tokens)
+    monkeypatch.setattr(pipeline, "_READ_CHARS", group_tokens)
     assert score(toy.model, toy.data, tmp_path / "run") == 0
     counts = manifest(tmp_path / "run")["counts"]
     last = capsys.readouterr().err.replace("\r", "\n").splitlines()[-1]

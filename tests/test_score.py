@@ -16,7 +16,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -48,8 +48,9 @@ Row = dict[str, Any]
 
 
 def toy_rows(seed: int = 0, count: int = 6) -> list[Row]:
-    """Three studies: letters with options for all responses, numbers of which some begin others with options per
-    response, words without options, among them an empty response and closing marks that merge with what follows."""
+    """Three studies: letters, with options for all responses; numbers, of which some begin others and one has a minus
+    that is one token with the opening mark, with options per response; words without options, among them an empty
+    response and closing marks that are one token with what follows."""
     rng = np.random.default_rng(seed)
     rows: list[Row] = []
     for i in range(count):
@@ -59,9 +60,9 @@ def toy_rows(seed: int = 0, count: int = 6) -> list[Row]:
         text = "You choose between two slot machines labeled J and F, 8 times in a row.\n" + "".join(trials)
         rows.append({"study": "bandit", "experiment": "one", "participant": i, "text": text, "options": ["J", "F"]})
     for i in range(count):
-        numbers = rng.choice(["1", "10", "100", "7"], size=5)
+        numbers = rng.choice(["1", "10", "100", "-7"], size=5)
         text = "Rate each word from 1 to 100.\n" + "".join(f"word {k}: <<{n}>>\n" for k, n in enumerate(numbers))
-        each = [["1", "10", "100", "7"], ["7", "1"], None, ["-7", "seven", "70"], []]
+        each = [["1", "10", "100", "-7"], ["7", "1"], None, ["-7", "seven", "70"], []]
         rows.append(
             {"study": "ratings", "experiment": str(i % 2), "participant": f"p{i}", "text": text, "options": each}
         )
@@ -358,26 +359,30 @@ def test_toy_options_equal_the_oracle(toy: Toy, tmp_path: Path) -> None:
                 assert record["options"] is record["option_logprobs"] is record["option_index"] is None
 
 
-def test_options_that_begin_others_carry_the_closing_mark(toy: Toy, tmp_path: Path) -> None:
-    ratings = [own for own in records(score(toy.model, toy.data, tmp_path)) if own[0]["study"] == "ratings"]
-    assert {own[0]["flag"] for own in ratings} == {"closing_mark"}  # 1, 10, 100
-    assert {own[1]["flag"] for own in ratings} == {None}  # 7, 1
+def test_flags_of_toy_records(toy: Toy, toy_run: Run) -> None:
+    ratings = [own for own in records(toy_run) if own[0]["study"] == "ratings"]
+    minus = {record["flag"] for own in ratings for record in own if record["response"] == "-7"}
+    assert minus >= {"straddles"}
+    assert {own[0]["flag"].split(";")[-1] for own in ratings} == {"closing_mark"}  # options 1, 10, 100
+    assert {own[1]["flag"] for own in ratings} <= {None, "straddles"}  # options 7, 1
+    assert {record["flag"] for own in records(toy_run) for record in own if record["response"] == ""} == {"empty"}
 
 
+@pytest.mark.parametrize("limit", [4, 7])
 @pytest.mark.parametrize("source", ["observed", "observed-experiment"])
-def test_observed_options_are_the_distinct_responses(toy: Toy, tmp_path: Path, source: str) -> None:
+def test_observed_options_are_the_distinct_responses(toy: Toy, tmp_path: Path, source: str, limit: int) -> None:
     """Of a transcript, or of all of an experiment; blank ones do not count, and too many are none."""
-    got = records(score(toy.model, toy.data, tmp_path, options=source, max_options=4))
+    got = records(score(toy.model, toy.data, tmp_path, options=source, max_options=limit))
     seen: dict[tuple[str, ...], dict[str, None]] = {}
     keys = [(row["study"], row["experiment"]) for row in toy.rows]
     if source == "observed":
         keys = [(*key, str(i)) for i, key in enumerate(keys)]
     for key, row in zip(keys, toy.rows, strict=True):
         seen.setdefault(key, {}).update((m[1], None) for m in responses(row["text"]) if m[1].strip())
-    assert {len(options) > 4 for options in seen.values()} == {False, True}
+    assert max(map(len, seen.values())) in (5, 6, 7)  # of the words
     for key, own, row in zip(keys, got, toy.rows, strict=True):
         options = list(seen[key])
-        if 2 <= len(options) <= 4:
+        if 2 <= len(options) <= limit:
             assert {tuple(record["options"]) for record in own} == {tuple(options)}
             assert_options(own[-1], options, toy.oracle.options(row["text"], len(own) - 1, options))
         else:
@@ -388,6 +393,24 @@ def test_options_can_be_left_out(toy: Toy, tmp_path: Path) -> None:
     table = psykern.read_run(score(toy.model, toy.data, tmp_path, options="none").folder)
     for name in ("options", "option_logprobs", "option_log_softmax", "option_index"):
         assert table.column(name).null_count == len(table)
+
+
+def test_is_argmax_takes_every_token_of_a_response(tmp_path: Path) -> None:
+    """A model that always expects J: the embeddings share a direction, and J's row of the head is along it."""
+    model = make_toy(tmp_path / "model", tie_word_embeddings=False)
+    oracle = Oracle(model, tmp_path / "model")
+    (letter,) = oracle.tokens("J", special=False).ids
+    with torch.no_grad():
+        model.model.embed_tokens.weight += 3
+        model.lm_head.weight[letter] = model.model.norm.weight.sign()
+    model.save_pretrained(tmp_path / "model")
+    row = {"text": "You press <<J>> and <<JJ>> and <<JF>> and <<FJ>> and <<F>>.", "study": "s"}
+    run = score(tmp_path / "model", write_rows(tmp_path / "rows.jsonl", [row]), tmp_path / "run")
+    (own,) = records(run)
+    assert [record["num_tokens"] for record in own] == [1, 2, 2, 2, 1]
+    assert [record["is_argmax"] for record in own] == [True, True, False, False, False]
+    assert_records(own, oracle.records(row["text"]))
+    assert run.summary.accuracy == pytest.approx(0.4)
 
 
 # Budgets, sharing, company, repetition
@@ -573,6 +596,18 @@ def test_the_estimate_counts_what_studies_share(toy: Toy, tmp_path: Path) -> Non
     counts = score(toy.model, data, tmp_path / "run").manifest.counts
     estimate = psykern.estimate(toy.model, data, Settings(device="cpu"))
     assert sum(study.computed_tokens for study in estimate.studies) == counts.computed_tokens
+
+
+def test_the_estimate_of_several_groups(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts add up; memory is that of the largest group."""
+    settings = Settings(device="cpu", min_share=10**6)
+    one = psykern.estimate(toy.model, toy.data, settings)
+    monkeypatch.setattr(pipeline, "GROUP_TOKENS", 1)
+    monkeypatch.setattr(pipeline, "_READ_CHARS", 1)
+    several = psykern.estimate(toy.model, toy.data, settings)
+    for whole, parts in zip(one.studies, several.studies, strict=True):
+        assert parts.wave_bytes < whole.wave_bytes
+        assert replace(parts, wave_bytes=whole.wave_bytes) == whole
 
 
 def test_the_estimate_of_operations(toy: Toy, tmp_path: Path) -> None:

@@ -130,14 +130,13 @@ def with_options(row: Row, study: Study) -> bytes:
 
 
 def reletter(text: str, pattern: str, rng: random.Random) -> str:
-    """The text with the alphabet permuted in the places that ``pattern`` names."""
-    alphabet = [chr(code) for code in range(ord("A"), ord("Z") + 1)]
-    drawn = dict(zip(alphabet, rng.sample(alphabet, len(alphabet)), strict=True))
+    """The text with its own letters permuted, in the places that ``pattern`` names."""
+    letters = sorted({match[match.lastindex or 0] for match in re.finditer(pattern, text, re.M)})
+    drawn = dict(zip(letters, rng.sample(letters, len(letters)), strict=True))
 
     def replace(match: re.Match[str]) -> str:
-        group = match.lastindex or 0
-        start, end = (edge - match.start() for edge in match.span(group))
-        return match[0][:start] + drawn[match[group]] + match[0][end:]
+        letter = match[match.lastindex or 0]
+        return match[0].replace(letter, drawn[letter])
 
     return re.sub(pattern, replace, text, flags=re.M)
 
