@@ -78,6 +78,9 @@ class Tokenizer:
         sample = backend.encode("a", add_special_tokens=True)
         ids = sample.ids
         own = [i for i, special in enumerate(sample.special_tokens_mask) if not special]
+        if not own:
+            origin = path if path.is_file() else f"{folder}: no tokenizer.json, and what transformers makes instead"
+            raise CheckpointError(f"{origin}: the tokenizer has no token for the text 'a'")
         return cls(
             backend=backend,
             hash=f"sha256:{hashlib.sha256(definition).hexdigest()}",

@@ -172,8 +172,8 @@ def parse_config(config: Mapping[str, Any], name: str) -> ModelConfig:
 def _positive(config: Mapping[str, Any], key: str, name: str, default: int | None = None) -> int:
     value = config.get(key)
     value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CheckpointError(f"{name}: {key}: expected a positive integer, got {value!r}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+        raise CheckpointError(f"{name}: {key}: expected a positive integer, got {value!r:.80}")
     return value
 
 

@@ -12,8 +12,7 @@ class Progress:
     """Counts groups of transcripts as they are scored. The time left follows the characters of their texts, which are
     known before they are tokenized."""
 
-    def __init__(self, responses: int, characters: int, *, quiet: bool) -> None:
-        self._responses = responses
+    def __init__(self, characters: int, *, quiet: bool) -> None:
         self._done_responses = self._done_tokens = 0
         self._bar: tqdm = tqdm(
             total=characters,
@@ -43,4 +42,4 @@ class Progress:
         return update
 
     def _describe(self, responses: int, tokens: int) -> None:
-        self._bar.set_description_str(f"{responses:,}/{self._responses:,} responses, {tokens:,} tokens", refresh=False)
+        self._bar.set_description_str(f"{responses:,} responses, {tokens:,} tokens", refresh=False)

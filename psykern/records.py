@@ -219,6 +219,7 @@ class Manifest:
     backend: str
     wave_tokens: int
     batch_tokens: int
+    min_share: int
     counts: Counts
     seconds: Mapping[str, float]  # by phase
     tokens_per_second: float

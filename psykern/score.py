@@ -2,8 +2,8 @@
 
     rows ─ read ─► Transcript ─ encode ─► EncodedTranscript ─ plan ─► Wave… ─ run ─► TargetScores ─ write ─► parquet
 
-Transcripts go through in groups: neighbours up to a number of tokens, planned together so that they share prefixes, and
-written as one part. Memory is bounded by the group, not by the data.
+Transcripts go through in groups: those of one study among neighbours up to a number of tokens, planned together so that
+they share prefixes, and written as one part. Memory is bounded by the group, not by the data.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
-from itertools import groupby
 from pathlib import Path
 from typing import Literal, TypeVar, get_args
 
@@ -88,6 +87,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
+            if value is not None and value >= 2**31:
+                raise ValueError(f"{name}: expected at most {2**31 - 1}, got {value}")
         if self.protocol == "study" and self.boundary != "joint":
             raise ValueError("boundary: the study's protocol tokenizes a text as one string; use boundary='joint'")
 
@@ -124,20 +125,19 @@ def score(
         folder = resolve_model(model)
         decoder = Model(folder, device=device, dtype=dtype)
         tokenizer = _load_tokenizer(folder, decoder.config)
-    with clock("scan"):
-        files = find_data([data] if isinstance(data, (str, Path)) else data)
-        totals = _scan(files, settings)
-    totals.check_studies(settings)
 
     def reject(error: RowError) -> None:
         run.reject(error)
         if settings.strict:
             raise error
 
+    with clock("scan"):
+        files = find_data([data] if isinstance(data, (str, Path)) else data)
+        totals = _scan(files, settings, reject)
     encoder = _encoder(tokenizer, decoder.config, settings)
     summary = SummaryAccumulator()
     counts: Counter[str] = Counter()
-    with Progress(totals.responses, totals.characters, quiet=quiet) as progress:
+    with Progress(totals.characters, quiet=quiet) as progress:
         for group in _groups(files, encoder, totals, settings, reject, clock, counts):
             with clock("plan"):
                 planned = _plan(group.transcripts, settings)
@@ -192,9 +192,6 @@ def estimate(
     folder = resolve_model(model, weights=False)
     config = ModelConfig.read(folder)
     encoder = _encoder(_load_tokenizer(folder, config), config, settings)
-    files = find_data([data] if isinstance(data, (str, Path)) else data)
-    totals = _scan(files, settings)
-    totals.check_studies(settings)
     rejects: list[RowError] = []
 
     def reject(error: RowError) -> None:
@@ -202,15 +199,15 @@ def estimate(
         if settings.strict:
             raise error
 
+    files = find_data([data] if isinstance(data, (str, Path)) else data)
+    totals = _scan(files, settings, reject)
     plans: dict[str, StudyPlan] = {}
-    with Progress(totals.responses, totals.characters, quiet=quiet) as progress:
+    with Progress(totals.characters, quiet=quiet) as progress:
         for group in _groups(files, encoder, totals, settings, reject, _Clock(), Counter()):
-            by_study = sorted(group.transcripts, key=lambda t: t.study)
-            for study, members in groupby(by_study, key=lambda t: t.study):
-                planned = _plan(list(members), settings)
-                plans[study] = _add(plans.get(study), _study_plan(study, planned, config, dtype))
-            planned_responses = sum(len(t.responses) for t in group.transcripts)
-            progress.start(group.characters, planned_responses, sum(len(t.token_ids) for t in group.transcripts))(1.0)
+            planned = _plan(group.transcripts, settings)
+            study = group.transcripts[0].study
+            plans[study] = _add(plans.get(study), _study_plan(study, planned, config, dtype))
+            progress.start(group.characters, planned.num_responses, planned.num_tokens)(1.0)
     return Estimate(tuple(plans[study] for study in sorted(plans)), tuple(rejects))
 
 
@@ -243,29 +240,26 @@ def _add(one: StudyPlan | None, two: StudyPlan) -> StudyPlan:
 class _Totals:
     """What a first pass over the data counts, so that progress and time left are known, and collects."""
 
-    responses: int = 0
     characters: int = 0
     studies: set[str] = field(default_factory=set)
     observed: dict[tuple[str, str], dict[str, None]] = field(default_factory=lambda: defaultdict(dict))
-
-    def check_studies(self, settings: Settings) -> None:
-        absent = sorted(set(settings.studies or ()) - self.studies)
-        if absent:
-            raise DataError(f"studies: no transcript of {', '.join(absent)} in the data")
 
     def options(self, settings: Settings) -> Mapping[tuple[str, str], tuple[str, ...]]:
         """The distinct responses of each experiment, where they are few enough to be its options."""
         return {key: tuple(seen) for key, seen in self.observed.items() if len(seen) <= settings.max_options}
 
 
-def _scan(files: Sequence[DataFile], settings: Settings) -> _Totals:
-    def reject(error: RowError) -> None:  # it is recorded when the row's turn comes
-        if settings.strict:
-            raise error
-
+def _scan(files: Sequence[DataFile], settings: Settings, reject: Callable[[RowError], None]) -> _Totals:
+    """Counts what is there. Raises ``DataError`` where a study that was asked for has no transcript."""
+    broken: list[RowError] = []  # they are rejected when their turn comes, unless the first is to stop the run
     totals = _Totals()
-    for transcript in read(files, studies=settings.studies, limit=settings.limit, reject=reject):
-        totals.responses += len(transcript.responses_char)
+    rows = read(
+        files,
+        studies=settings.studies,
+        limit=settings.limit,
+        reject=reject if settings.strict else broken.append,
+    )
+    for transcript in rows:
         totals.characters += len(transcript.text)
         totals.studies.add(transcript.study)
         if settings.options == "observed-experiment":
@@ -274,13 +268,19 @@ def _scan(files: Sequence[DataFile], settings: Settings) -> _Totals:
                 response = transcript.text[start:end]
                 if response.strip() and len(seen) <= settings.max_options:
                     seen.setdefault(response)
+    absent = sorted(set(settings.studies or ()) - totals.studies)
+    if absent:
+        also = f"; {len(broken):,} rows cannot be used, the first: {broken[0]}" if broken else ""
+        raise DataError(f"studies: no transcript of {', '.join(absent)} in the data{also}")
     return totals
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Group:
-    transcripts: list[EncodedTranscript]
-    characters: int  # of the texts they come from, those that were left out included
+    """Transcripts of one study."""
+
+    transcripts: list[EncodedTranscript] = field(default_factory=list)
+    characters: int = 0  # of the texts they come from, those that were left out included
 
 
 def _groups(
@@ -292,24 +292,25 @@ def _groups(
     clock: _Clock,
     counts: Counter[str],
 ) -> Iterator[_Group]:
-    """Encoded transcripts in groups of about ``GROUP_TOKENS``; none is empty."""
+    """Encoded transcripts by study, whenever about ``GROUP_TOKENS`` have come together; no group is empty."""
     observed = totals.options(settings)
     rows = read(files, studies=settings.studies, limit=settings.limit, reject=reject)
-    transcripts: list[EncodedTranscript] = []
-    characters = num_tokens = 0
+    groups: dict[str, _Group] = defaultdict(_Group)
+    num_tokens = 0
     for texts in _timed(_chunks(rows), clock, "read"):
         with clock("encode"):
             encoded = encoder.encode(texts, reject, observed)
         counts["over_length_transcripts"] += encoder.num_skipped
         counts["dropped_responses"] += encoder.num_dropped
-        transcripts += encoded
-        characters += sum(len(t.text) for t in texts)
-        num_tokens += sum(len(t.token_ids) for t in encoded)
+        for text in texts:
+            groups[text.study].characters += len(text.text)
+        for transcript in encoded:
+            groups[transcript.study].transcripts.append(transcript)
+            num_tokens += len(transcript.token_ids)
         if num_tokens >= GROUP_TOKENS:
-            yield _Group(transcripts, characters)
-            transcripts, characters, num_tokens = [], 0, 0
-    if transcripts:
-        yield _Group(transcripts, characters)
+            yield from (group for group in groups.values() if group.transcripts)
+            groups, num_tokens = defaultdict(_Group), 0
+    yield from (group for group in groups.values() if group.transcripts)
 
 
 def _chunks(rows: Iterator[Transcript]) -> Iterator[list[Transcript]]:
@@ -439,6 +440,7 @@ def _manifest(
         backend=backend,
         wave_tokens=settings.wave_tokens,
         batch_tokens=settings.batch_tokens,
+        min_share=settings.min_share,
         counts=Counts(**{name: counts[name] for name in names} | {"rejects": run.num_rejects}),
         seconds=clock.seconds | {"total": clock.total},
         tokens_per_second=counts["tokens"] / clock.total,

@@ -164,6 +164,7 @@ def manifest(**changes: object) -> Manifest:
         backend="reference",
         wave_tokens=4096,
         batch_tokens=256,
+        min_share=32,
         counts=Counts(1, 2, 2, 30, 20, 0, 0, 0),
         seconds={"read": 0.5, "run": 2.0},
         tokens_per_second=15.0,
