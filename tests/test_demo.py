@@ -16,8 +16,8 @@ from psykern.demo import MODEL, SAMPLE
 from psykern.demo.train import RESPONSE, STUDIES, Study, encode, losses, per_response, read, split, with_options
 
 MAX_BYTES = 6 * 10**6
-SCORED_ROWS = {"frey2017mpl": 1, "jagadish2023zero": 1}  # of these long transcripts; others all
-CLOSED = [study for study in STUDIES if study.name != "guenther2024substitutions"]
+SHIPPED = [study for study in STUDIES if study.in_sample]
+CLOSED = [study for study in SHIPPED if study.name != "guenther2024substitutions"]
 
 
 def rows(study: Study) -> list[dict[str, Any]]:
@@ -47,15 +47,15 @@ def test_size() -> None:
 
 
 def test_every_study_has_a_file_and_an_attribution() -> None:
-    names = {study.name for study in STUDIES}
+    names = {study.name for study in SHIPPED}
     assert {path.name.removesuffix(".jsonl.gz") for path in SAMPLE.glob("*.jsonl.gz")} == names
     attribution = (SAMPLE / "ATTRIBUTION.md").read_text()
     assert [name for name in names | {"Apache License 2.0", "Binz et al. (2026)"} if name not in attribution] == []
 
 
-@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
+@pytest.mark.parametrize("study", SHIPPED, ids=lambda study: study.name)
 def test_sample_is_unseen(study: Study, shared: Path) -> None:
-    sample, training = split(read(shared / "psych", study), study.num_sample)
+    sample, training = split(read(shared / "psych", study), study.num_held_out)
     stored = gzip.decompress((SAMPLE / f"{study.name}.jsonl.gz").read_bytes()).splitlines()
     assert stored == [with_options(row, study) for row in sample]
     assert not {row["text"] for row in rows(study)} & {row.text for row in training}
@@ -82,7 +82,7 @@ def test_tokenizer_is_lossless_and_fits_the_model(
     tokenizer: transformers.PreTrainedTokenizerFast, model: transformers.Qwen3ForCausalLM
 ) -> None:
     assert len(tokenizer) == model.config.vocab_size
-    for study in STUDIES:
+    for study in SHIPPED:
         for row in rows(study):
             token_ids = tokenizer(row["text"]).input_ids
             assert tokenizer.decode(token_ids) == row["text"]
@@ -93,7 +93,7 @@ def test_tokenizer_is_lossless_and_fits_the_model(
 def test_beats_uniform_guessing(
     study: Study, tokenizer: transformers.PreTrainedTokenizerFast, model: transformers.Qwen3ForCausalLM
 ) -> None:
-    scored = rows(study)[: SCORED_ROWS.get(study.name)]
+    scored = rows(study)
     with torch.no_grad():
         nll = [losses(model, [encode(tokenizer.backend_tokenizer, row["text"])])[1] for row in scored]
     uniform = [math.log(len(choices)) for row in scored for choices in options(row)]

@@ -13,7 +13,7 @@ from test_plan import encoded, random_group, wanted
 
 from psykern import engine
 from psykern.core import EncodedTranscript, NonFiniteError, OutOfMemoryError, TargetScores
-from psykern.model import Model
+from psykern.model import Model, ModelConfig
 from psykern.plan import plan
 
 TOLERANCE = 1e-4  # nats, against fp32 transformers
@@ -181,3 +181,17 @@ def test_progress_ends_at_one(tmp_path: Path, group: list[EncodedTranscript]) ->
     engine.run(plan(group, wave_tokens=64, batch_tokens=64), model, progress=shares.append)
     assert shares == sorted(shares)
     assert shares[-1] == pytest.approx(1.0)
+
+
+def test_memory_of_a_wave_counts_everything_that_grows_with_it(tmp_path: Path) -> None:
+    """By hand for one transcript of 999 rows in waves of 100: 900 carried rows, in fp32."""
+    make_model(tmp_path, **CONFIGS["llama"])  # hidden 64, inner 96, 3 layers, 4 query heads and 2 key heads of 16
+    config = ModelConfig.read(tmp_path)
+    planned = plan([encoded(range(1000), [(500, 501), (999, 1000)])], wave_tokens=100, batch_tokens=50, min_share=1)
+    hidden, store = 100 * 64, 2 * (100 + 900) * 32
+    carried = 2 * 900 * 32 * (3 + 1)
+    head = 2 * 1 * 64
+    batch = 50 * (5 * 64 + 3 * 64 + 3 * 96)
+    assert planned.max_carried_rows == 900
+    expected = 4 * (hidden + store + carried + head + batch)
+    assert engine.cost(planned, config, torch.float32).wave_bytes == expected + 3 * 32 * 2**20

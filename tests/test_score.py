@@ -543,7 +543,11 @@ def test_the_manifest_counts_tokens(toy: Toy, tmp_path: Path, min_share: int) ->
     assert counts.responses == sum(len(places) for _, places in spans)
     assert counts.scored_responses == sum(bool(of) for _, places in spans for of in places) < counts.responses
     assert counts.tokens == sum(last + 1 for last in lasts)
-    prefixes = {tuple(ids[: k + 1]) for (ids, _), last in zip(spans, lasts, strict=True) for k in range(last)}
+    prefixes = {  # shared within a study
+        (row["study"], *ids[: k + 1])
+        for row, (ids, _), last in zip(toy.rows, spans, lasts, strict=True)
+        for k in range(last)
+    }
     assert counts.computed_tokens == (len(prefixes) if min_share == 1 else sum(lasts))
     assert counts.rejects == counts.over_length_transcripts == counts.dropped_responses == 0
 

@@ -1,13 +1,13 @@
 """Makes the demo's sample and its tiny model: ``python -m psykern.demo.train SHARED_PSYCH_FOLDER``.
 
-The rule: of each study the transcripts whose text has the smallest SHA-256 are the sample; a row is training data only
-if neither its text nor its participant is in the sample. Tokenizer and model see training data alone. Rows of the
-sample are the original bytes with one field added, ``options``, read off the text by the study's rule.
+The rule: of each study the transcripts whose text has the smallest SHA-256 are held out, and are the sample; a row is
+training data only if neither its text nor its participant is held out. Tokenizer and model see training data alone.
+Rows of the sample are the original bytes with one field added, ``options``, read off the text by the study's rule.
 
 A step sees transcripts of one study, cut to windows that end with a response; windows grow in three stages up to whole
 transcripts. Its loss is the mean over the tokens between the marks plus the mean over all other tokens (nats), so that
-the few response tokens weigh as much as the prose around them. Where options are random letters, the letters are
-permuted at every use. Attention starts as "look for the same token and copy it" (after Trockman & Kolter 2023,
+the few response tokens weigh as much as the prose around them. Where options are random letters, a transcript's letters
+are permuted at every use. Attention starts as "look for the same token and copy it" (after Trockman & Kolter 2023,
 "Mimetic initialization of self-attention layers"), without which copying a letter takes many times the steps.
 """
 
@@ -38,7 +38,7 @@ Options = list[str] | list[list[str]] | None  # one list for all responses, or o
 SEED = 201
 STEPS = 700
 TOKENS = 2560  # per step, about; a whole transcript may be longer
-STAGES = ((0.35, 64), (0.75, 192), (1.0, 6144))  # until this part of the steps: longest window in tokens
+STAGES = ((0.55, 128), (0.80, 640), (1.0, 6144))  # until this part of the steps: longest window in tokens
 PEAK_LR = 5e-3
 VOCAB_SIZE = 2560
 TOKENIZER_ROWS = 250  # of each study
@@ -51,22 +51,15 @@ WORDS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Letters:
-    """Option letters that were drawn at random for each participant, and are permuted at every use."""
-
-    pattern: str  # each place has the letter in the group that matched last
-    alphabet: str  # the letters that the study draws from
-
-
-@dataclass(frozen=True, slots=True)
 class Study:
     """One study of the demo."""
 
     name: str
-    num_sample: int  # transcripts in the sample
+    num_held_out: int  # transcripts
     share: float  # of the training steps
     options: Callable[[str], Options]
-    letters: Letters | None = None
+    letters: str | None = None  # where letters stand that are permuted at every use
+    in_sample: bool = True  # whether the held-out transcripts are shipped, as the sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,21 +101,12 @@ def no_options(text: str) -> Options:
 STUDIES = (
     Study("frey2017mpl", 3, 0.08, ab_options),
     Study("jagadish2023zero", 2, 0.12, key_options),
+    # Trained on and held out, but not shipped: of these two the tiny model does not beat guessing.
     Study(
-        "thoma2025riskychoice",
-        num_sample=10,
-        share=0.20,
-        options=named_options(r"marked '(\w)' or marked '(\w)'"),
-        letters=Letters(r"'(\w)'|<<(\w)>>", "AEFOQSUVXZ"),
+        "thoma2025riskychoice", 10, 0.22, named_options(r"marked '(\w)' or marked '(\w)'"), r"'(\w)'|<<(\w)>>", False
     ),
-    Study(
-        "franke2024bayesian",
-        num_sample=10,
-        share=0.45,
-        options=named_options(r"^(\w): "),
-        letters=Letters(r"^(\w): |<<(\w)>>", "ABCDEFGHIJKLMNOPQRSTUVWXYZ"),
-    ),
-    Study("guenther2024substitutions", 6, 0.15, no_options),
+    Study("franke2024bayesian", 10, 0.40, named_options(r"^(\w): "), r"^(\w): |<<(\w)>>", False),
+    Study("guenther2024substitutions", 6, 0.18, no_options),
 )
 
 
@@ -137,11 +121,11 @@ def read(folder: Path, study: Study) -> list[Row]:
     ]
 
 
-def split(rows: list[Row], num_sample: int) -> tuple[list[Row], list[Row]]:
+def split(rows: list[Row], num_held_out: int) -> tuple[list[Row], list[Row]]:
     """Sample and training rows, which share no text and no participant."""
     by_text = {row.text: row for row in reversed(rows)}
     order = sorted(by_text, key=lambda text: hashlib.sha256(text.encode()).digest())
-    sample = [by_text[text] for text in order[:num_sample]]
+    sample = [by_text[text] for text in order[:num_held_out]]
     texts, keys = {row.text for row in sample}, {row.key for row in sample}
     return sample, [row for row in rows if row.text not in texts and row.key not in keys]
 
@@ -154,15 +138,16 @@ def with_options(row: Row, study: Study) -> bytes:
     return row.line.rstrip()[:-1] + b', "options": ' + json.dumps(options).encode() + b"}"
 
 
-def reletter(text: str, letters: Letters, rng: random.Random) -> str:
-    """The text with the alphabet permuted in the places that the pattern names."""
-    drawn = dict(zip(letters.alphabet, rng.sample(letters.alphabet, len(letters.alphabet)), strict=True))
+def reletter(text: str, pattern: str, rng: random.Random) -> str:
+    """The text with its own letters permuted, in the places that ``pattern`` names."""
+    letters = sorted({match[match.lastindex or 0] for match in re.finditer(pattern, text, re.M)})
+    drawn = dict(zip(letters, rng.sample(letters, len(letters)), strict=True))
 
     def replace(match: re.Match[str]) -> str:
         letter = match[match.lastindex or 0]
         return match[0].replace(letter, drawn[letter])
 
-    return re.sub(letters.pattern, replace, text, flags=re.M)
+    return re.sub(pattern, replace, text, flags=re.M)
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
@@ -379,10 +364,11 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
 
-    splits = {study.name: split(read(args.data, study), study.num_sample) for study in STUDIES}
+    splits = {study.name: split(read(args.data, study), study.num_held_out) for study in STUDIES}
     rows = {name: training for name, (_, training) in splits.items()}
     for study in STUDIES:
-        write_sample(study, splits[study.name][0], args.sample)
+        if study.in_sample:
+            write_sample(study, splits[study.name][0], args.sample)
     tokenizer = train_tokenizer([row.text for name in rows for row in rows[name][:TOKENIZER_ROWS]])
     held_out = frozenset(row.text for sample, _ in splits.values() for row in sample)
     model = train(Corpus(tokenizer, rows, held_out), args.steps)
