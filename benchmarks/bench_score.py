@@ -44,7 +44,7 @@ MIXES = {
         "shahar2019twosteptask": 1,
     },
     "longest": {"dezfouli2019": 0},  # 0: the study's longest transcript alone, for peak memory
-    "small": {"frey2017mpl": 2, "guenther2024substitutions": 8, "thoma2025riskychoice": 10, "franke2024bayesian": 10},
+    "small": {"guenther2024substitutions": 4, "thoma2025riskychoice": 4, "franke2024bayesian": 3},
 }
 TOLERANCE = 1e-4  # nats per response
 
