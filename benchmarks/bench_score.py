@@ -2,7 +2,8 @@
 
     study     the study's procedure: one transcript at a time, logits of all tokens, cross-entropy of all of them
     careful   a careful user's: transformers, one transcript at a time, only the predicting rows through the head
-    psykern   from the texts on (the other two are given tokens and spans), tokenizing and planning included
+    psykern   from the texts on (the other two are given tokens and spans), tokenizing and planning included;
+              psykern:cpu and psykern:reference name the backend
 
 Random weights at the shape of Qwen2.5-0.5B, with 4 layers unless ``--layers 24`` asks for all, and Qwen3's tokenizer.
 Tokens per second count the tokens of the transcripts, not those computed. Needs the shared transcripts.
@@ -28,6 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from psykern import engine
 from psykern.core import EncodedTranscript, RowError, TargetScores, Transcript
 from psykern.encode import Encoder, Tokenizer
+from psykern.kernels import Backend
 from psykern.model import Model
 from psykern.plan import MIN_SHARE, Plan, plan
 from psykern.transcripts import find_data, read
@@ -131,10 +133,12 @@ def run_careful_user(model: PreTrainedModel, study: Study) -> np.ndarray:
     return torch.cat(scores).numpy()
 
 
-def run_psykern(model: Model, tokenizer: Tokenizer, study: Study, min_share: int) -> tuple[TargetScores, Plan]:
+def run_psykern(
+    model: Model, tokenizer: Tokenizer, study: Study, min_share: int, backend: Backend = "auto"
+) -> tuple[TargetScores, Plan]:
     encoded = Encoder(tokenizer).encode(study.transcripts, lambda error: None)
     planned = plan(encoded, wave_tokens=engine.WAVE_TOKENS, batch_tokens=engine.BATCH_TOKENS, min_share=min_share)
-    return engine.run(planned, model), planned
+    return engine.run(planned, model, backend=backend), planned
 
 
 def measure(run: Callable[[], np.ndarray], repeats: int) -> tuple[np.ndarray, list[float], int]:
@@ -182,15 +186,17 @@ def bench_study(
     """One row per provider. A result that differs from the careful user's by more than the tolerance is refused."""
     planned: list[Plan] = []
 
-    def psykern_logprobs() -> np.ndarray:
-        scores, used = run_psykern(model, tokenizer, study, options.min_share)
+    def psykern_logprobs(backend: Backend) -> np.ndarray:
+        scores, used = run_psykern(model, tokenizer, study, options.min_share, backend)
         planned[:] = [used]
         return scores.logprob
 
     providers: dict[str, Callable[[], np.ndarray]] = {
         "study": lambda: run_study_procedure(oracle, study),
         "careful": lambda: run_careful_user(oracle, study),
-        "psykern": psykern_logprobs,
+        "psykern": lambda: psykern_logprobs("auto"),
+        "psykern:cpu": lambda: psykern_logprobs("cpu"),
+        "psykern:reference": lambda: psykern_logprobs("reference"),
     }
     lengths = np.concatenate([t.spans_tok[:, 1] - t.spans_tok[:, 0] for t in study.encoded])
     starts = np.concatenate(([0], np.cumsum(lengths[lengths > 0])[:-1]))
@@ -218,7 +224,7 @@ def bench_study(
                 "transcripts": len(study.transcripts),
                 "responses": study.num_responses,
                 "tokens": study.num_tokens,
-                "computed_tokens": planned[0].num_computed if name == "psykern" else study.num_tokens,
+                "computed_tokens": planned[0].num_computed if name.startswith("psykern") else study.num_tokens,
                 "seconds": round(timing.median, 3),
                 "seconds_p20": round(timing.p20, 3),
                 "seconds_p80": round(timing.p80, 3),

@@ -35,3 +35,61 @@ class PrefixTrie:
     def positions_of(self, rows: np.ndarray) -> np.ndarray: ...
     def visible_keys(self, window: int) -> int: ...
     def wave(self, index: int, batch_tokens: int) -> dict[str, Any]: ...
+
+# To append to psykern/_cpu.pyi, behind a blank line. Outputs are written in place; arrays are used where they are.
+def instruction_sets() -> list[str]: ...
+def option_logprobs(
+    hidden: np.ndarray,
+    weight: np.ndarray,
+    token_offsets: np.ndarray,
+    token_ids: np.ndarray,
+    lse: np.ndarray,
+    logits: np.ndarray,
+    argmax: np.ndarray,
+    entropy: np.ndarray,
+    *,
+    num_threads: int,
+    isa: str | None = None,
+) -> None: ...
+def prefix_attention(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    positions: np.ndarray,
+    query_offsets: np.ndarray,
+    range_offsets: np.ndarray,
+    key_ranges: np.ndarray,
+    out: np.ndarray,
+    *,
+    softmax_scale: float,
+    window: int | None = None,
+    num_threads: int,
+    isa: str | None = None,
+) -> None: ...
+def add_rms_norm(
+    x: np.ndarray,
+    residual: np.ndarray | None,
+    weight: np.ndarray,
+    normed: np.ndarray | None,
+    summed: np.ndarray | None,
+    *,
+    eps: float,
+    norm_first: bool,
+    num_threads: int,
+    isa: str | None = None,
+) -> None: ...
+def qk_norm_rope(
+    x: np.ndarray,
+    weight: np.ndarray | None,
+    cos: np.ndarray,
+    sin: np.ndarray,
+    positions: np.ndarray,
+    out: np.ndarray,
+    *,
+    eps: float,
+    num_threads: int,
+    isa: str | None = None,
+) -> None: ...
+def silu_mul(
+    gate: np.ndarray, up: np.ndarray, out: np.ndarray, *, num_threads: int, isa: str | None = None
+) -> None: ...

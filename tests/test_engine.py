@@ -13,6 +13,7 @@ from test_plan import encoded, random_group, wanted
 
 from psykern import engine
 from psykern.core import EncodedTranscript, NonFiniteError, OutOfMemoryError, TargetScores
+from psykern.kernels import Backend
 from psykern.model import Model, ModelConfig
 from psykern.plan import plan
 
@@ -27,9 +28,11 @@ def score(
     wave_tokens: int = 4096,
     batch_tokens: int = 512,
     min_share: int = 4,
+    backend: Backend = "auto",
 ) -> TargetScores:
     model = Model(folder, device=torch.device("cpu"), dtype=torch.float32)
-    return engine.run(plan(group, wave_tokens=wave_tokens, batch_tokens=batch_tokens, min_share=min_share), model)
+    planned = plan(group, wave_tokens=wave_tokens, batch_tokens=batch_tokens, min_share=min_share)
+    return engine.run(planned, model, backend=backend)
 
 
 def assert_scores(scores: TargetScores, group: Sequence[EncodedTranscript], oracle: torch.nn.Module) -> None:
@@ -55,18 +58,25 @@ def group() -> list[EncodedTranscript]:
     return random_group(np.random.default_rng(5), 10, 320, 3)
 
 
+each_backend = pytest.mark.parametrize("backend", ["reference", "cpu"])
+
+
+@each_backend
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_family_equals_transformers(name: str, tmp_path: Path, group: list[EncodedTranscript]) -> None:
+def test_every_family_equals_transformers(
+    name: str, backend: Backend, tmp_path: Path, group: list[EncodedTranscript]
+) -> None:
     oracle = make_model(tmp_path, **CONFIGS[name])
-    assert_scores(score(group, tmp_path), group, oracle)
+    assert_scores(score(group, tmp_path, backend=backend), group, oracle)
 
 
+@each_backend
 @pytest.mark.parametrize("name", ["qwen3", "olmo3-yarn"])
 def test_budgets_sharing_and_company_do_not_change_scores(
-    name: str, tmp_path: Path, group: list[EncodedTranscript]
+    name: str, backend: Backend, tmp_path: Path, group: list[EncodedTranscript]
 ) -> None:
     make_model(tmp_path, **CONFIGS[name])
-    expected = score(group, tmp_path)
+    expected = score(group, tmp_path, backend=backend)
     for budgets in (
         {"wave_tokens": 64, "batch_tokens": 64},
         {"wave_tokens": 64, "batch_tokens": 7},
@@ -75,10 +85,10 @@ def test_budgets_sharing_and_company_do_not_change_scores(
         {"min_share": 10**6},
         {"min_share": 1, "wave_tokens": 50, "batch_tokens": 20},
     ):
-        got = score(group, tmp_path, **budgets)
+        got = score(group, tmp_path, backend=backend, **budgets)
         assert np.abs(got.logprob - expected.logprob).max() <= INVARIANCE, budgets
         assert np.abs(got.entropy - expected.entropy).max() <= INVARIANCE, budgets
-    alone = [score([t], tmp_path) for t in group]
+    alone = [score([t], tmp_path, backend=backend) for t in group]
     spans = np.cumsum([0] + [int((t.spans_tok[:, 1] - t.spans_tok[:, 0]).sum()) for t in group])
     for i, (t, scores) in enumerate(zip(group, alone, strict=True)):
         count = int((t.spans_tok[:, 1] - t.spans_tok[:, 0]).sum())
@@ -86,28 +96,31 @@ def test_budgets_sharing_and_company_do_not_change_scores(
         assert np.abs(got - want).max(initial=0) <= INVARIANCE
 
 
-def test_two_equal_runs_give_equal_bytes(tmp_path: Path, group: list[EncodedTranscript]) -> None:
+@each_backend
+def test_two_equal_runs_give_equal_bytes(backend: Backend, tmp_path: Path, group: list[EncodedTranscript]) -> None:
     make_model(tmp_path, **CONFIGS["qwen3"])
-    one, two = (score(group, tmp_path, wave_tokens=64, batch_tokens=16) for _ in range(2))
+    one, two = (score(group, tmp_path, wave_tokens=64, batch_tokens=16, backend=backend) for _ in range(2))
     for field in ("logprob", "entropy", "is_argmax"):
         assert getattr(one, field).tobytes() == getattr(two, field).tobytes()
 
 
+@each_backend
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_half_precision_checkpoints_are_widened(
-    dtype: torch.dtype, tmp_path: Path, group: list[EncodedTranscript]
+    backend: Backend, dtype: torch.dtype, tmp_path: Path, group: list[EncodedTranscript]
 ) -> None:
     oracle = make_model(tmp_path, dtype=dtype, **CONFIGS["qwen3"])
-    assert_scores(score(group, tmp_path), group, oracle)
+    assert_scores(score(group, tmp_path, backend=backend), group, oracle)
 
 
-def test_the_study_vocabulary(tmp_path: Path) -> None:
+@each_backend
+def test_the_study_vocabulary(backend: Backend, tmp_path: Path) -> None:
     """151,936 = 128 x 1187 tokens, which no tile divides; the last id is asked for."""
     oracle = make_model(tmp_path, model_type="qwen3", vocab_size=151_936, head_dim=16, tie_word_embeddings=True)
     tokens = np.random.default_rng(0).integers(151_936, size=40)
     tokens[[7, 20, 39]] = 151_935, 0, 8192
     group = [encoded(tokens.tolist(), [(7, 8), (20, 22), (39, 40)], [(0, 7, [i], 0) for i in (0, 8191, 151_935)])]
-    assert_scores(score(group, tmp_path), group, oracle)
+    assert_scores(score(group, tmp_path, backend=backend), group, oracle)
 
 
 def test_no_targets(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "bind_kernels.h"
 #include "prefix_trie.h"
 
 namespace py = pybind11;
@@ -135,4 +136,5 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
           "visible_keys", [](const BoundTrie& t, int64_t window) { return t.trie().visible_keys(window); },
           py::arg("window"))
       .def("wave", &BoundTrie::wave, py::arg("index"), py::arg("batch_tokens"));
+  bind_kernels(m);
 }

@@ -8,18 +8,17 @@ there is an error that says how to get it. No operation changes its inputs; ``ou
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from psykern.kernels import reference
+from psykern.kernels import cpu, reference
 
 Backend = Literal["auto", "reference", "cpu", "triton", "cuda"]
 
-_BACKENDS: dict[str, ModuleType] = {"reference": reference}
+_BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu}
 _HOW_TO_GET = {
-    "cpu": "the C++ kernels are not part of this version yet; use backend='reference'",
     "triton": "the Triton kernels are not part of this version yet; use backend='reference'",
     "cuda": "the CUDA kernels are not part of this version yet; use backend='reference'",
 }
@@ -44,12 +43,14 @@ class OptionLogprobs(NamedTuple):
 def resolve(backend: str, device: torch.device) -> str:
     """The backend that ``backend`` means on ``device``. Raises :class:`BackendError` where there is none."""
     if backend == "auto":
-        return "reference"
+        return "cpu" if device.type == "cpu" else "reference"
+    if backend == "cpu" and device.type != "cpu":
+        raise BackendError(f"backend 'cpu' computes on the CPU; the inputs are on {device}")
     if backend in _BACKENDS:
         return backend
     if backend in _HOW_TO_GET:
         raise BackendError(f"backend {backend!r} is not available on {device}: {_HOW_TO_GET[backend]}")
-    raise BackendError(f"backend: expected one of auto, reference, {', '.join(_HOW_TO_GET)}, got {backend!r}")
+    raise BackendError(f"backend: expected one of {', '.join(get_args(Backend))}, got {backend!r}")
 
 
 def option_logprobs(

@@ -1,0 +1,52 @@
+// What the packed matrix products share: memory, the split of rows into panels, and the packing of columns.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "simd.h"
+
+namespace {
+
+constexpr int kMaxPanel = kLanes == 16 ? 12 : (kLanes == 8 ? 6 : 4);  // rows; 2 accumulators each fill the registers
+constexpr int kColumns = 2 * kLanes;                                  // of a panel of columns
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+using Buffer = std::unique_ptr<float[], Free>;
+
+Buffer allocate(int64_t floats) {
+  const size_t bytes = (static_cast<size_t>(floats) * sizeof(float) + 63) / 64 * 64;
+  void* p = std::aligned_alloc(64, std::max<size_t>(bytes, 64));
+  if (p == nullptr) throw std::bad_alloc();
+  return Buffer(static_cast<float*>(p));
+}
+
+// A run of rows cut in panels, as even as possible: panel p holds rows [start(p), start(p + 1)).
+struct RowPanels {
+  int64_t num_rows, count;
+
+  explicit RowPanels(int64_t rows) : num_rows(rows), count((rows + kMaxPanel - 1) / kMaxPanel) {}
+  int64_t start(int64_t panel) const { return num_rows * panel / count; }
+};
+
+// Half a panel of columns, packed[d][column]: column i < count is row_of(i)[0..depth), fp32 or bf16, the rest is zeros.
+template <typename RowOf>
+void pack_half_panel(const RowOf& row_of, int64_t count, int64_t depth, float* packed) {
+  int64_t d = 0;
+  for (; d + kLanes <= depth; d += kLanes) {
+    Vec rows[kLanes];
+    for (int i = 0; i < kLanes; ++i) rows[i] = i < count ? load_widened(row_of(i) + d) : Vec{};
+    transpose(rows);
+    for (int i = 0; i < kLanes; ++i) store(packed + (d + i) * kColumns, rows[i]);
+  }
+  for (; d < depth; ++d) {
+    for (int i = 0; i < kLanes; ++i) packed[d * kColumns + i] = i < count ? widen(row_of(i)[d]) : 0.0f;
+  }
+}
+
+}  // namespace

@@ -1,0 +1,120 @@
+// One vector of fp32 as wide as the instruction set this file is compiled for, in the compilers' portable vector
+// extension. Everything is in an anonymous namespace: the same source is compiled once per instruction set, and no
+// function of one may be taken for another's by the linker.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;  // SSE2, NEON
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
+typedef float UnalignedVec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+
+inline Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
+inline void store(float* p, Vec x) { *reinterpret_cast<UnalignedVec*>(p) = x; }
+
+inline Vec broadcast(float x) {
+#if defined(__AVX512F__)
+  return Vec{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x};
+#elif defined(__AVX2__)
+  return Vec{x, x, x, x, x, x, x, x};
+#else
+  return Vec{x, x, x, x};
+#endif
+}
+
+inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }  // a NaN in b stays, one in a is lost: see has_nan
+
+inline float widen(uint16_t bf16) {
+  const uint32_t bits = static_cast<uint32_t>(bf16) << 16;
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+inline float widen(float x) { return x; }
+
+inline Vec load_widened(const float* p) { return load(p); }
+inline Vec load_widened(const uint16_t* p) {  // bf16 is the upper half of fp32
+  typedef uint16_t Half __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
+  typedef uint32_t Wide __attribute__((vector_size(kLanes * 4)));
+  const Wide bits = __builtin_convertvector(*reinterpret_cast<const Half*>(p), Wide) << 16;
+  Vec x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// rows[i][j] becomes rows[j][i]: log2(kLanes) rounds of interleaving the first half of the rows with the second.
+template <int... kLane>
+inline Vec interleave_low(Vec a, Vec b, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(a, b, (kLane / 2 + kLane % 2 * kLanes)...);
+}
+template <int... kLane>
+inline Vec interleave_high(Vec a, Vec b, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(a, b, (kLanes / 2 + kLane / 2 + kLane % 2 * kLanes)...);
+}
+inline void transpose(Vec rows[kLanes]) {
+  using Lanes = std::make_integer_sequence<int, kLanes>;
+  for (int round = 1; round < kLanes; round *= 2) {
+    Vec next[kLanes];
+    for (int i = 0; i < kLanes / 2; ++i) {
+      next[2 * i] = interleave_low(rows[i], rows[i + kLanes / 2], Lanes{});
+      next[2 * i + 1] = interleave_high(rows[i], rows[i + kLanes / 2], Lanes{});
+    }
+    for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
+  }
+}
+
+inline float sum(Vec v) {  // pairwise
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
+
+inline float max_lane(Vec v) {
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
+  }
+  return lanes[0];
+}
+
+// exp(x) for x <= 0 (and NaN), to about 1 ulp: x = n log 2 + r with |r| <= log(2) / 2, a polynomial in r, times 2^n.
+// Where 2^n would leave the normal numbers, below -87.7, it is 0, and so is the result. Coefficients: Cephes expf.
+inline Vec exp_nonpositive(Vec x) {
+  const Vec clamped = maximum(broadcast(-88.0f), x);  // where n is -127
+  const Vec shifter = broadcast(12582912.0f);         // 1.5 * 2^23: adding it rounds to the nearest integer
+  const Vec shifted = clamped * broadcast(1.44269504088896341f) + shifter;
+  const Vec n = shifted - shifter;
+  Vec r = clamped - n * broadcast(0.693359375f);
+  r = r + n * broadcast(2.12194440e-4f);
+  Vec p = broadcast(1.9875691500e-4f);
+  p = p * r + broadcast(1.3981999507e-3f);
+  p = p * r + broadcast(8.3334519073e-3f);
+  p = p * r + broadcast(4.1665795894e-2f);
+  p = p * r + broadcast(1.6666665459e-1f);
+  p = p * r + broadcast(5.0000001201e-1f);
+  p = p * r * r + r + broadcast(1.0f);
+  IntVec bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits << 23) + (127 << 23);  // the low bits of `shifted` are n; 2^n as fp32, 0 for n = -127
+  Vec scale;
+  std::memcpy(&scale, &bits, sizeof scale);
+  return p * scale;
+}
+
+}  // namespace

@@ -1,0 +1,140 @@
+"""The five operations in C++ (csrc/cpu), for fp32 tensors on the CPU, on as many threads as torch uses.
+
+Tensors reach C++ as numpy arrays on the same memory. Rows may lie apart, as in a slice of a projection; a row itself
+must be dense, else an input is copied and an output is written by way of a dense array. All arithmetic is fp32: bf16
+weights of the head are widened inside the kernel, whatever else is not fp32 is widened here and rounded at the end.
+Shapes are checked by ``psykern.kernels``, where the operations are described, and again by the binding.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from psykern import _cpu
+
+
+def option_logprobs(
+    hidden: Tensor, weight: Tensor, token_offsets: Tensor, token_ids: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    num_rows, num_tokens = hidden.shape[0], token_ids.shape[0]
+    lse, entropy = torch.empty(num_rows), torch.empty(num_rows)
+    logits, argmax = torch.empty(num_tokens), torch.empty(num_rows, dtype=torch.int64)
+    _cpu.option_logprobs(
+        _activations(hidden),
+        _head_weight(weight),
+        _array(token_offsets),
+        _array(token_ids),
+        lse.numpy(),
+        logits.numpy(),
+        argmax.numpy(),
+        entropy.numpy(),
+        num_threads=torch.get_num_threads(),
+    )
+    return lse, logits, argmax, entropy
+
+
+def prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    query_offsets: Tensor,
+    range_offsets: Tensor,
+    key_ranges: Tensor,
+    softmax_scale: float,
+    window: int | None,
+    out: Tensor,
+) -> Tensor:
+    target = _target(out)
+    _cpu.prefix_attention(
+        _activations(q),
+        _activations(k),
+        _activations(v),
+        _array(positions),
+        _array(query_offsets),
+        _array(range_offsets),
+        _array(key_ranges),
+        target.numpy(),
+        softmax_scale=softmax_scale,
+        window=window,
+        num_threads=torch.get_num_threads(),
+    )
+    return out if target is out else out.copy_(target)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, norm_first: bool
+) -> tuple[Tensor, Tensor]:
+    normed = torch.empty(x.shape)
+    summed = None if residual is None else torch.empty(x.shape)  # without a residual it is x or the norm, as it is
+    _cpu.add_rms_norm(
+        _activations(x),
+        None if residual is None else _activations(residual),
+        _norm_weight(weight),
+        normed.numpy(),
+        None if summed is None else summed.numpy(),
+        eps=eps,
+        norm_first=norm_first,
+        num_threads=torch.get_num_threads(),
+    )
+    normed = normed.to(x.dtype)
+    if summed is None:
+        return normed, normed if norm_first else x
+    return normed, summed.to(x.dtype)
+
+
+def qk_norm_rope(
+    x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor, eps: float, out: Tensor
+) -> Tensor:
+    target = _target(out)
+    _cpu.qk_norm_rope(
+        _activations(x),
+        None if weight is None else _norm_weight(weight),
+        _array(cos),
+        _array(sin),
+        _array(positions),
+        target.numpy(),
+        eps=eps,
+        num_threads=torch.get_num_threads(),
+    )
+    return out if target is out else out.copy_(target)
+
+
+def silu_mul(gate: Tensor, up: Tensor, out: Tensor) -> Tensor:
+    target = _target(out)
+    _cpu.silu_mul(_activations(gate), _activations(up), target.numpy(), num_threads=torch.get_num_threads())
+    return out if target is out else out.copy_(target)
+
+
+def _activations(x: Tensor) -> np.ndarray:
+    return _dense_rows(x.float()).detach().numpy()
+
+
+def _target(out: Tensor) -> Tensor:
+    """``out`` itself where the kernel can write it, else an fp32 array that is copied to it afterwards."""
+    dense = _dense_rows(out)
+    return dense if dense.dtype == torch.float32 else torch.empty(out.shape)
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    """``x`` itself where each of its rows is dense and they do not overlap, else an array of the same values."""
+    if x.is_contiguous() or (x[0].is_contiguous() and (x.shape[0] == 1 or x.stride(0) >= x[0].numel())):
+        return x
+    return x.contiguous()
+
+
+def _array(x: Tensor) -> np.ndarray:
+    return x.detach().contiguous().numpy()
+
+
+def _norm_weight(weight: Tensor) -> np.ndarray:
+    return _array(weight.float())  # [D], no copy where it is fp32
+
+
+def _head_weight(weight: Tensor) -> np.ndarray:
+    if weight.dtype == torch.float16:  # rare: not worth a kernel; an array of fp32 lives as long as the call
+        weight = weight.float()
+    weight = _dense_rows(weight.detach())
+    return weight.view(torch.int16).numpy() if weight.dtype == torch.bfloat16 else weight.numpy()

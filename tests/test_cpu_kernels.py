@@ -1,0 +1,104 @@
+"""What is special to the C++ backend: every instruction set that this machine has, any number of threads, and bindings
+that refuse what would read or write outside an array. The numbers themselves are in the tests of each operation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from psykern import _cpu, kernels
+
+OPS = ("option_logprobs", "prefix_attention", "add_rms_norm", "qk_norm_rope", "silu_mul")
+TOLERANCE = 2e-5  # between fp32 sums in different orders
+
+
+def run_all(backend: kernels.Backend) -> list[Tensor]:
+    """All five operations on odd sizes, with branches, a window and targets at the ends of the vocabulary."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(37, 83), torch.randn(4999, 83)
+    offsets = torch.arange(0, 38 * 2, 2)
+    ids = torch.tensor([0, 4998] * 37, dtype=torch.int32)
+    q, k, v = torch.randn(50, 6, 24), torch.randn(70, 2, 24), torch.randn(70, 2, 24)
+    # One sequence of 44 tokens behind 20 carried ones, then two branches of 3 tokens at its places 30 and 40.
+    positions = torch.tensor([*range(20, 64), 30, 31, 32, 40, 41, 42], dtype=torch.int32)
+    segments = torch.tensor([0, 44, 47, 50], dtype=torch.int32)
+    range_offsets = torch.tensor([0, 1, 3, 5], dtype=torch.int32)
+    ranges = torch.tensor([[0, 64], [0, 30], [64, 67], [0, 40], [67, 70]], dtype=torch.int32)
+    angles = torch.arange(64)[:, None] * torch.rand(12)
+    attend = partial(
+        kernels.prefix_attention,
+        q,
+        k,
+        v,
+        positions,
+        segments,
+        range_offsets,
+        ranges,
+        softmax_scale=0.2,
+        backend=backend,
+    )
+    return [
+        *kernels.option_logprobs(hidden, weight, offsets, ids, backend=backend),
+        kernels.option_logprobs(hidden, weight.bfloat16(), offsets, ids, backend=backend).lse,
+        attend(),
+        attend(window=7),
+        *kernels.add_rms_norm(hidden, torch.randn(37, 83), torch.randn(83), 1e-6, backend=backend),
+        kernels.qk_norm_rope(q, torch.randn(24), angles.cos(), angles.sin(), positions, 1e-6, backend=backend),
+        kernels.silu_mul(10 * hidden, torch.randn(37, 83), backend=backend),
+    ]
+
+
+@pytest.fixture(params=_cpu.instruction_sets())
+def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The C++ backend held to one instruction set."""
+    for op in OPS:
+        monkeypatch.setattr(_cpu, op, partial(getattr(_cpu, op), isa=request.param))
+    return str(request.param)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_every_instruction_set_equals_the_reference(instruction_set: str) -> None:
+    for got, expected in zip(run_all("cpu"), run_all("reference"), strict=True):
+        assert torch.allclose(got.double(), expected.double(), rtol=TOLERANCE, atol=TOLERANCE), instruction_set
+
+
+def test_threads_do_not_change_a_bit(instruction_set: str, threads: Callable[[int], None]) -> None:
+    threads(1)
+    one = run_all("cpu")
+    for count in (2, 5):
+        threads(count)
+        for got, expected in zip(run_all("cpu"), one, strict=True):
+            assert got.numpy().tobytes() == expected.numpy().tobytes(), (instruction_set, count)
+
+
+def test_an_instruction_set_that_is_not_there_is_named() -> None:
+    x = np.zeros((2, 4), np.float32)
+    with pytest.raises(ValueError, match="does not have 'sse9'"):
+        _cpu.silu_mul(x, x, x, num_threads=1, isa="sse9")
+
+
+def test_the_binding_refuses_what_is_outside_its_arrays() -> None:
+    hidden, weight = np.zeros((1, 4), np.float32), np.zeros((5, 4), np.float32)
+    out = [np.zeros(1, np.float32), np.zeros(1, np.float32), np.zeros(1, np.int64), np.zeros(1, np.float32)]
+    offsets, ids = np.array([0, 1]), np.array([5], np.int32)
+    with pytest.raises(ValueError, match="token_ids: expected 0 to 4, got 5 to 5"):
+        _cpu.option_logprobs(hidden, weight, offsets, ids, *out, num_threads=1)
+    with pytest.raises(ValueError, match="token_offsets"):
+        _cpu.option_logprobs(hidden, weight, np.array([0, 2]), ids - 1, *out, num_threads=1)
+    with pytest.raises(ValueError, match=r"weight: expected \[V, 4\] like hidden"):
+        _cpu.option_logprobs(hidden, weight[:, :3].copy(), offsets, ids - 1, *out, num_threads=1)
+    read_only = np.zeros((1, 4), np.float32)
+    read_only.flags.writeable = False
+    with pytest.raises(ValueError, match="out: expected an array to write to"):
+        _cpu.silu_mul(hidden, hidden, read_only, num_threads=1)
