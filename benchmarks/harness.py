@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
+from functools import cache
 from pathlib import Path
 
 import torch
 import transformers
+from torch import Tensor
 
 import psykern
 
@@ -70,6 +72,9 @@ class Timing:
         fifths = statistics.quantiles(seconds, n=5, method="inclusive")
         return cls(statistics.median(seconds), fifths[0], fifths[3])
 
+    def columns(self) -> dict[str, object]:
+        return {f"seconds{k}": float(f"{s:.4g}") for k, s in (("", self.median), ("_p20", self.p20), ("_p80", self.p80))}
+
 
 def time_side_by_side(
     providers: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1
@@ -85,11 +90,52 @@ def time_side_by_side(
     return {name: Timing.of(values) for name, values in seconds.items()}
 
 
-def sgemm_gflops(size: int = 2048) -> float:
-    """The machine's own fp32 matrix rate now, through torch: 2 size^3 FLOPs per product."""
-    a, b, out = torch.randn(size, size), torch.randn(size, size), torch.empty(size, size)
-    timing = time_side_by_side({"sgemm": lambda: torch.mm(a, b, out=out)}, repeats=7)
-    return 2 * size**3 / timing["sgemm"].median / 1e9
+_SQUARE = 2048
+SGEMM_FLOPS = 2 * _SQUARE**3
+
+
+@cache
+def _squares() -> Tensor:
+    return torch.randn(3, _SQUARE, _SQUARE)
+
+
+def sgemm() -> None:
+    """One square fp32 product through torch, SGEMM_FLOPS operations: the machine's own matrix rate."""
+    a, b, out = _squares()
+    torch.mm(a, b, out=out)
+
+
+def sgemm_gflops() -> float:
+    """The machine's matrix rate now."""
+    return SGEMM_FLOPS / time_side_by_side({"sgemm": sgemm}, repeats=7)["sgemm"].median / 1e9
+
+
+def print_row(row: Mapping[str, object]) -> None:
+    print("  ".join(f"{k} {v}" for k, v in row.items() if v != ""), flush=True)
+
+
+def write_results(name: str, rows: Sequence[Mapping[str, object]], *, x: str, y: str, panel: str) -> None:
+    """``rows`` as ``name``.csv, and ``y`` over ``x`` as ``name``.png: a line per provider, a panel per value of
+    ``panel``. Rows without ``y`` are in the file only."""
+    from matplotlib import pyplot
+
+    path = write_csv(f"{name}.csv", rows)
+    drawn = [row for row in rows if row[y] != ""]
+    panels = list(dict.fromkeys(row[panel] for row in drawn))
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False, layout="constrained")
+    for axis, value in zip(axes[0], panels, strict=True):
+        for provider in dict.fromkeys(row["provider"] for row in drawn):
+            points = [(row[x], row[y]) for row in drawn if row["provider"] == provider and row[panel] == value]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o", label=provider)
+        axis.set(title=f"{panel} {value}", xlabel=x, ylabel=y, ylim=(0, None))
+        if all(isinstance(row[x], (int, float)) for row in drawn):
+            axis.set_xscale("log", base=2)
+        axis.grid(alpha=0.3)
+    axes[0][0].legend()
+    figure.suptitle(f"{name}: {machine()['device']}", fontsize=9)
+    figure.savefig(path.with_suffix(".png"), dpi=120)
+    print(f"written: {path}, {path.with_suffix('.png').name}")
 
 
 class PeakMemory:

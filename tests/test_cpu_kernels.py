@@ -3,6 +3,8 @@ that refuse what would read or write outside an array. The numbers themselves ar
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -80,6 +82,29 @@ def test_threads_do_not_change_a_bit(instruction_set: str, threads: Callable[[in
         threads(count)
         for got, expected in zip(run_all("cpu"), one, strict=True):
             assert got.numpy().tobytes() == expected.numpy().tobytes(), (instruction_set, count)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_without_openmp_a_pool_of_its_own_does_the_same() -> None:
+    """In a process that has not loaded torch, and so no OpenMP runtime."""
+    program = f"""
+import importlib.util, os
+import numpy as np
+spec = importlib.util.spec_from_file_location("psykern._cpu", {_cpu.__file__!r})
+cpu = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(cpu)
+gate, up = np.random.default_rng(0).standard_normal((2, 3000, 1000), np.float32)
+outputs = [np.empty_like(gate) for _ in range(3)]
+for out, num_threads in zip(outputs, (1, 2, 4)):
+    cpu.silu_mul(gate, up, out, num_threads=num_threads)
+    assert np.array_equal(out, outputs[0]), num_threads
+assert np.allclose(outputs[0], gate / (1 + np.exp(-gate)) * up, atol=1e-5)
+assert "libgomp" not in open("/proc/self/maps").read()
+print(len(os.listdir("/proc/self/task")))
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) == 4  # threads alive: the three of the pool, and the caller
 
 
 def test_an_instruction_set_that_is_not_there_is_named() -> None:

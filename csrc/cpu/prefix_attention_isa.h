@@ -26,9 +26,9 @@ namespace {
 
 using psykern::PrefixAttention;
 
-constexpr int64_t kTileKeys = 128;              // K, a multiple of kColumns
-constexpr int64_t kTaskQueryBytes = 64 * 1024;  // of a task's rows of q
-constexpr int64_t kMostTaskRows = 384;
+constexpr int64_t kTileKeys = 256;              // K, a multiple of kColumns
+constexpr int64_t kTaskQueryBytes = 256 * 1024;  // of a task's rows of q
+constexpr int64_t kMostTaskRows = 768;
 constexpr int64_t kNoLimit = std::numeric_limits<int64_t>::max();
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 static_assert(kMaxPanel <= kLanes && kTileKeys % kColumns == 0, "a panel's maxima fit one vector");

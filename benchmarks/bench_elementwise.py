@@ -1,0 +1,99 @@
+"""The elementwise operations on the CPU beside torch, and beside the machine's own bandwidth: a copy of an array as
+large, in the same run.
+
+Bytes: every array read or written once, though a processor may also read the lines that it writes; a copy counts
+likewise. Arrays are larger than the caches. `into` says where results go: a new array, or one of the inputs.
+
+    python benchmarks/bench_elementwise.py [--rows 8192] [--repeats 9] [--name elementwise_cpu]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from harness import print_row, time_side_by_side, write_results
+from torch import Tensor
+
+from psykern import kernels
+
+HIDDEN, INNER, HEADS, HEAD_SIZE = 1024, 3072, 16, 128  # Qwen3-0.6B
+TOLERANCE = 1e-5
+
+
+class Case(NamedTuple):
+    arrays: int  # of the case's size, read or written
+    size: int  # columns
+    providers: dict[str, Callable[[], object]]
+
+
+def cases(rows: int) -> dict[str, Case]:
+    torch.manual_seed(0)
+    x, residual, normed, summed = torch.randn(4, rows, HIDDEN)
+    weight = torch.rand(HIDDEN)
+    gate, up, inner = torch.randn(3, rows, INNER)
+    heads, rotated = torch.randn(2, rows, HEADS, HEAD_SIZE)
+    head_weight, positions = torch.rand(HEAD_SIZE), torch.arange(rows, dtype=torch.int32)
+    angles = torch.arange(rows)[:, None] / 1e6 ** torch.linspace(0, 1, HEAD_SIZE // 2)
+    cos, sin = angles.cos(), angles.sin()
+
+    def norm(backend: kernels.Backend, add: Tensor | None) -> None:
+        kernels.add_rms_norm(x, add, weight, 1e-6, normed=normed, summed=summed, backend=backend)
+
+    def rope(backend: kernels.Backend, norm_weight: Tensor | None, out: Tensor) -> None:
+        kernels.qk_norm_rope(heads, norm_weight, cos, sin, positions, 1e-6, out=out, backend=backend)
+
+    def silu(backend: kernels.Backend, out: Tensor) -> None:
+        kernels.silu_mul(gate, up, out=out, backend=backend)
+
+    def pair(run: Callable[..., None], *arguments: object) -> dict[str, Callable[[], object]]:
+        return {"psykern": lambda: run("cpu", *arguments), "torch": lambda: run("reference", *arguments)}
+
+    size = HEADS * HEAD_SIZE
+    return {
+        "rms_norm": Case(2, HIDDEN, pair(norm, None)),
+        "add_rms_norm": Case(4, HIDDEN, pair(norm, residual)),
+        "rope in place": Case(2, size, pair(rope, None, heads)),
+        "norm and rope in place": Case(2, size, pair(rope, head_weight, heads)),
+        "norm and rope": Case(2, size, pair(rope, head_weight, rotated)),
+        "silu_mul in place": Case(3, INNER, pair(silu, gate)),
+        "silu_mul": Case(3, INNER, pair(silu, inner)),
+    }
+
+
+def bench(name: str, case: Case, rows: int, repeats: int) -> list[dict[str, object]]:
+    source, target = torch.randn(2, rows, case.size)
+    timings = time_side_by_side({**case.providers, "copy": lambda: target.copy_(source)}, repeats, warmup=2)
+    rates = {p: (2 if p == "copy" else case.arrays) * source.nbytes / timings[p].median / 1e9 for p in timings}
+    table = []
+    for provider, timing in timings.items():
+        table.append(
+            {
+                "case": name,
+                "rows": rows,
+                "columns": case.size,
+                "provider": provider,
+                **timing.columns(),
+                "gb_per_second": round(rates[provider], 1),
+                "share_of_copy": round(rates[provider] / rates["copy"], 3),
+            }
+        )
+        print_row(table[-1])
+    return table
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=8192)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--name", help="CSV and PNG in results/; default: no file")
+    options = parser.parse_args(arguments)
+    table = [row for n, c in cases(options.rows).items() for row in bench(n, c, options.rows, options.repeats)]
+    if options.name:
+        write_results(options.name, table, x="case", y="share_of_copy", panel="rows")
+
+
+if __name__ == "__main__":
+    main()
