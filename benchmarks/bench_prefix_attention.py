@@ -79,7 +79,9 @@ class Segments:
 def sdpa(segment: Segments) -> Tensor:
     """One segment; its queries are the last of its path."""
     (path,) = segment.paths
-    keys, values = (torch.cat([x[a:b] for a, b in path]) if len(path) > 1 else x[slice(*path[0])] for x in (segment.k, segment.v))
+    keys, values = (
+        torch.cat([x[a:b] for a, b in path]) if len(path) > 1 else x[slice(*path[0])] for x in (segment.k, segment.v)
+    )
     n, end = len(segment.q), len(keys)
     mask = None if n == end else torch.ones(n, end, dtype=torch.bool).tril(end - n)
     q, k, v = (x.transpose(0, 1)[None] for x in (segment.q, keys, values))
@@ -107,7 +109,12 @@ def shared(heads: Heads, tokens: int) -> Providers:
     paths = [[(0, half)], *[[(0, half), (half * (i + 1), half * (i + 2))] for i in range(8)]]
     together = draw(heads, [half] * 9, paths)
     sequences = [
-        Segments(torch.cat([together.q[:half], together.q[half * (i + 1) : half * (i + 2)]]), *keys, [tokens], [[(0, tokens)]])
+        Segments(
+            torch.cat([together.q[:half], together.q[half * (i + 1) : half * (i + 2)]]),
+            *keys,
+            [tokens],
+            [[(0, tokens)]],
+        )
         for i in range(8)
         for keys in [[torch.cat([x[:half], x[half * (i + 1) : half * (i + 2)]]) for x in (together.k, together.v)]]
     ]

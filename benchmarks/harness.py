@@ -73,7 +73,9 @@ class Timing:
         return cls(statistics.median(seconds), fifths[0], fifths[3])
 
     def columns(self) -> dict[str, object]:
-        return {f"seconds{k}": float(f"{s:.4g}") for k, s in (("", self.median), ("_p20", self.p20), ("_p80", self.p80))}
+        return {
+            f"seconds{k}": float(f"{s:.4g}") for k, s in (("", self.median), ("_p20", self.p20), ("_p80", self.p80))
+        }
 
 
 def time_side_by_side(

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from psykern import kernels
 from psykern.core import NonFiniteError, OutOfMemoryError, TargetScores, Wave
-from psykern.model import Batch, Model, ModelConfig, decoder_layer
+from psykern.model import Batch, Model, ModelConfig, Workspace, decoder_layer
 from psykern.plan import Plan
 
 WAVE_TOKENS = 32_768  # rows; at this size the weights of a layer are read once for seconds of work
@@ -40,7 +40,7 @@ class Cost:
     flops_body: int  # linear layers
     flops_attention: int  # queries times keys, and weights times values
     flops_head: int  # the vocabulary's logits
-    wave_bytes: int  # the largest wave's hidden states, store, carried keys and values, and batch buffers
+    wave_bytes: int  # the largest wave's hidden states, store, carried keys and values, and a batch's arrays, at most
 
 
 def cost(plan: Plan, config: ModelConfig, dtype: torch.dtype) -> Cost:
@@ -88,17 +88,18 @@ def run(
         is_argmax=np.zeros(plan.num_targets, np.bool_),
         entropy=np.zeros(plan.num_targets, np.float32),
     )
-    carried: list[tuple[Tensor, Tensor]] = []  # per layer, [C, Hkv, Dh] each
+    carried = torch.empty(0)
     done = 0
     with torch.inference_mode(), _memory_errors(plan):
         _check_memory(plan, model)
+        work = Workspace.make(min(plan.batch_tokens, plan.max_wave_rows), model)
         for wave in plan.waves():
             rows = len(wave.token_ids)
 
             def layer_done(layers: int, before: int = done, rows: int = rows) -> None:
                 progress((before + rows * layers / model.config.num_layers) / plan.num_computed)
 
-            hidden, carried = _body(wave, model, carried, backend, layer_done)
+            hidden, carried = _body(wave, model, carried, work, backend, layer_done)
             _head(wave, model, hidden, backend, scores)
             done += rows
     return scores
@@ -107,38 +108,39 @@ def run(
 def _body(
     wave: Wave,
     model: Model,
-    carried: list[tuple[Tensor, Tensor]],
+    carried: Tensor,
+    work: Workspace,
     backend: kernels.Backend,
     layer_done: Callable[[int], None],
-) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """All layers of one wave: the hidden states of its response rows [R, D], and what the next wave carries."""
+) -> tuple[Tensor, Tensor]:
+    """All layers of one wave: the hidden states of its response rows [R, D], and what the next wave carries.
+
+    carried: [L, 2, C, Hkv, Dh], keys and values of each layer; not read where the wave carries nothing.
+    """
     config, device = model.config, model.device
     hidden = model.embed(torch.from_numpy(wave.token_ids))  # [N, D]
     is_finite = [hidden.sum()]
-    store_rows = wave.num_carried + len(wave.token_ids)
-    keys, values = hidden.new_empty((2, store_rows, config.num_kv_heads, config.head_dim))
+    heads = (config.num_kv_heads, config.head_dim)
+    store = hidden.new_empty((2, wave.num_carried + len(wave.token_ids), *heads))
     keep_rows = torch.from_numpy(wave.keep_rows).to(device)
-    kept: list[tuple[Tensor, Tensor]] = []
+    kept = hidden.new_empty((config.num_layers, 2, len(keep_rows), *heads))
+    out = hidden.new_empty((len(wave.response_rows), config.hidden_size))
     batches, last_batches = list(_batches(wave, device, last=False)), list(_batches(wave, device, last=True))
     num_positions = int(wave.positions.max()) + 1
     for index in range(config.num_layers):
         layer = model.layer(index, num_positions)
         if wave.num_carried:
-            keys[: wave.num_carried], values[: wave.num_carried] = carried[index]
-        if index + 1 < config.num_layers:
-            for rows, _, batch in batches:
-                decoder_layer(layer, hidden[rows], keys, values, batch, hidden[rows], backend)
-        else:
-            out = hidden.new_empty((len(wave.response_rows), config.hidden_size))
-            for rows, responses, batch in last_batches:
-                decoder_layer(layer, hidden[rows], keys, values, batch, out[responses], backend)
-            hidden = out
-        if len(keep_rows):
-            kept.append((keys[keep_rows], values[keep_rows]))
-        is_finite.append(hidden.sum())
+            store[:, : wave.num_carried] = carried[index]
+        is_last = index + 1 == config.num_layers
+        for rows, responses, batch in last_batches if is_last else batches:
+            decoder_layer(
+                layer, hidden[rows], *store, batch, out[responses] if is_last else hidden[rows], work, backend
+            )
+        torch.index_select(store, 1, keep_rows, out=kept[index])
+        is_finite.append((out if is_last else hidden).sum())
         layer_done(index + 1)
     _check_finite(torch.stack(is_finite), model)
-    return hidden, kept
+    return out, kept
 
 
 def _batches(wave: Wave, device: torch.device, last: bool) -> Iterator[tuple[slice, slice, Batch]]:
@@ -157,10 +159,12 @@ def _batches(wave: Wave, device: torch.device, last: bool) -> Iterator[tuple[sli
         if last:
             offsets = np.searchsorted(query_rows, offsets).astype(np.int32)
         ranges = slice(int(wave.range_offsets[first]), int(wave.range_offsets[stop]))
+        positions = wave.positions[begin:end]
         batch = Batch(
-            positions=tensor(wave.positions[begin:end]),
+            positions=tensor(positions),
             store_row=wave.num_carried + begin,
             query_rows=tensor(query_rows).long() if last else None,
+            query_positions=tensor(positions[query_rows] if last else positions),
             query_offsets=tensor(offsets),
             range_offsets=tensor(wave.range_offsets[first : stop + 1] - wave.range_offsets[first]),
             key_ranges=tensor(wave.key_ranges[ranges]),

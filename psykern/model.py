@@ -346,10 +346,16 @@ class Layer:
     cos: Tensor  # [P, Dh/2] fp32
     sin: Tensor  # [P, Dh/2] fp32
 
-    def linear(self, name: str, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """x [N, in] to [N, out], into ``out`` where given."""
+    def linear(self, name: str, x: Tensor, out: Tensor) -> Tensor:
+        """x [N, in] to ``out`` [N, out]."""
         weight, bias = self.tensors[f"{name}.weight"].T, self.tensors.get(f"{name}.bias")
         return torch.mm(x, weight, out=out) if bias is None else torch.addmm(bias, x, weight, out=out)
+
+    def add_linear(self, name: str, x: Tensor, total: Tensor) -> None:
+        """Adds the image of x [N, in] to ``total`` [N, out]."""
+        torch.addmm(total, x, self.tensors[f"{name}.weight"].T, out=total)
+        if (bias := self.tensors.get(f"{name}.bias")) is not None:
+            total.add_(bias)
 
     def norm(self, name: str) -> Tensor:
         return self.tensors[f"{name}.weight"]
@@ -367,6 +373,7 @@ class Model:
         optional = ["*.rotary_emb.inv_freq", *(["lm_head.weight"] if self.config.tied_head else [])]
         self._checkpoint.check(expected_tensors(self.config), optional)
         self._names = [name for name in expected_tensors(self.config) if name.startswith("model.layers.0.")]
+        self._widened: dict[str, Tensor] = {}  # one layer's
         self._tables: dict[Rope, tuple[Tensor, Tensor]] = {}
 
     def embed(self, token_ids: Tensor) -> Tensor:
@@ -375,11 +382,14 @@ class Model:
         return rows.to(self.device, self.dtype)
 
     def layer(self, index: int, num_positions: int) -> Layer:
-        """Layer ``index`` with rotary tables for at least ``num_positions`` positions."""
+        """Layer ``index`` with rotary tables for at least ``num_positions`` positions.
+
+        Weights stored in another dtype are widened into arrays that the next layer's weights will take.
+        """
         cos, sin = self._rotary_tables(self.config.ropes[index], num_positions)
         prefix = "model.layers.0."
         tensors = {
-            name.removeprefix(prefix): self._weight(name.replace(prefix, f"model.layers.{index}.", 1))
+            name.removeprefix(prefix): self._layer_weight(name, name.replace(prefix, f"model.layers.{index}.", 1))
             for name in self._names
         }
         return Layer(self.config, tensors, self.config.windows[index], cos, sin)
@@ -401,6 +411,14 @@ class Model:
         ]
         return [n for n in names if not torch.isfinite(self._checkpoint.tensor(n)).all()]
 
+    def _layer_weight(self, place: str, name: str) -> Tensor:
+        stored = self._checkpoint.tensor(name)
+        if stored.dtype == self.dtype and self.device.type == "cpu":
+            return stored
+        if place not in self._widened:
+            self._widened[place] = torch.empty(stored.shape, dtype=self.dtype, device=self.device)
+        return self._widened[place].copy_(stored)
+
     def _weight(self, name: str) -> Tensor:
         return widen(self._checkpoint.tensor(name).to(self.device), self.dtype)
 
@@ -420,39 +438,80 @@ class Batch:
     positions: Tensor  # [n] int32
     store_row: int  # first of the n rows of the key/value store that are this batch's own
     query_rows: Tensor | None  # [m] int64, rows of the batch that need an output; None: all
+    query_positions: Tensor  # [m] int32
     query_offsets: Tensor  # [S+1] int32, into the queries
     range_offsets: Tensor  # [S+1] int32
     key_ranges: Tensor  # [.., 2] int32, rows of the store
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Workspace:
+    """The arrays between a layer's operations, made once for all batches of a run: a batch takes their first rows."""
+
+    normed: Tensor  # [n, D]
+    queries: Tensor  # [n, Hq, Dh]
+    gate: Tensor  # [n, F]
+    up: Tensor  # [n, F]
+
+    @classmethod
+    def make(cls, rows: int, model: Model) -> Workspace:
+        config = model.config
+        shapes: tuple[tuple[int, ...], ...] = (
+            (config.hidden_size,),
+            (config.num_heads, config.head_dim),
+            (config.intermediate_size,),
+            (config.intermediate_size,),
+        )
+        return cls(*(torch.empty((rows, *shape), dtype=model.dtype, device=model.device) for shape in shapes))
+
+
 def decoder_layer(
-    layer: Layer, hidden: Tensor, keys: Tensor, values: Tensor, batch: Batch, out: Tensor, backend: kernels.Backend
+    layer: Layer,
+    hidden: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    batch: Batch,
+    out: Tensor,
+    work: Workspace,
+    backend: kernels.Backend,
 ) -> None:
     """One layer for one batch: hidden [n, D] to ``out`` [m, D], its keys and values into the store's rows.
 
-    keys, values: [M, Hkv, Dh], the store of this layer. ``out`` may be ``hidden`` itself where all rows are queries.
+    keys, values: [M, Hkv, Dh], the store of this layer. ``out`` is ``hidden`` itself where all rows are queries. No
+    array of a batch's size is allocated.
     """
-    config, eps = layer.config, layer.config.rms_norm_eps
-    own = slice(batch.store_row, batch.store_row + hidden.shape[0])
-    x = hidden
-    if not config.family.norm_after:
-        x = kernels.add_rms_norm(x, None, layer.norm("input_layernorm"), eps, backend=backend)[0]
-    k = layer.linear("self_attn.k_proj", x, keys[own].flatten(1)).view(keys[own].shape)
-    layer.linear("self_attn.v_proj", x, values[own].flatten(1))
-    rotary = (layer.cos, layer.sin)
-    k_norm, q_norm = (layer.tensors.get(f"self_attn.{n}_norm.weight") for n in "kq")
-    kernels.qk_norm_rope(k, k_norm, *rotary, batch.positions, eps, out=k, backend=backend)
-
-    residual, positions = hidden, batch.positions
+    _keys_and_values(layer, hidden, keys, values, batch, work, backend)
     if batch.query_rows is not None:
-        x, residual, positions = x[batch.query_rows], hidden[batch.query_rows], positions[batch.query_rows]
-    q = layer.linear("self_attn.q_proj", x).view(-1, config.num_heads, config.head_dim)
-    q = kernels.qk_norm_rope(q, q_norm, *rotary, positions, eps, out=q, backend=backend)
-    attended = kernels.prefix_attention(
+        torch.index_select(hidden, 0, batch.query_rows, out=out)
+    _attention(layer, out, keys, values, batch, work, backend)
+    _mlp(layer, out, work, backend)
+
+
+def _keys_and_values(
+    layer: Layer, hidden: Tensor, keys: Tensor, values: Tensor, batch: Batch, work: Workspace, backend: kernels.Backend
+) -> None:
+    own = slice(batch.store_row, batch.store_row + len(hidden))
+    x = _input_norm(layer, hidden, work, backend)
+    layer.linear("self_attn.v_proj", x, values[own].flatten(1))
+    layer.linear("self_attn.k_proj", x, keys[own].flatten(1))
+    _norm_and_rotate(layer, "self_attn.k_norm", keys[own], batch.positions, backend)
+
+
+def _attention(
+    layer: Layer, hidden: Tensor, keys: Tensor, values: Tensor, batch: Batch, work: Workspace, backend: kernels.Backend
+) -> None:
+    """hidden [m, D] plus attention of its rows, in ``hidden``; their norm for the MLP, where it stands before, too."""
+    config = layer.config
+    is_normed = batch.query_rows is None and not config.family.norm_after  # from the keys, of the same rows
+    x = work.normed[: len(hidden)] if is_normed else _input_norm(layer, hidden, work, backend)
+    q = work.queries[: len(hidden)]
+    layer.linear("self_attn.q_proj", x, q.flatten(1))
+    _norm_and_rotate(layer, "self_attn.q_norm", q, batch.query_positions, backend)
+    kernels.prefix_attention(
         q,
         keys,
         values,
-        positions,
+        batch.query_positions,
         batch.query_offsets,
         batch.range_offsets,
         batch.key_ranges,
@@ -461,16 +520,47 @@ def decoder_layer(
         out=q,
         backend=backend,
     )
-    x = layer.linear("self_attn.o_proj", attended.flatten(1))
-    x, residual = kernels.add_rms_norm(
-        x, residual, layer.norm("post_attention_layernorm"), eps, norm_first=config.family.norm_after, backend=backend
-    )
-    x = residual if config.family.norm_after else x
-    gate, up = layer.linear("mlp.gate_proj", x), layer.linear("mlp.up_proj", x)
-    inner = kernels.silu_mul(gate, up, out=gate, backend=backend)
-    x = layer.linear("mlp.down_proj", inner)
-    if config.family.norm_after:
-        norm = layer.norm("post_feedforward_layernorm")
-        out.copy_(kernels.add_rms_norm(x, residual, norm, eps, norm_first=True, backend=backend)[1])
+    attended = layer.linear("self_attn.o_proj", q.flatten(1), work.normed[: len(hidden)])
+    _add_norm(layer, "post_attention_layernorm", attended, hidden, backend)
+
+
+def _mlp(layer: Layer, hidden: Tensor, work: Workspace, backend: kernels.Backend) -> None:
+    """hidden [m, D] plus the MLP, in ``hidden``."""
+    normed, gate, up = (x[: len(hidden)] for x in (work.normed, work.gate, work.up))
+    x = hidden if layer.config.family.norm_after else normed
+    layer.linear("mlp.gate_proj", x, gate)
+    layer.linear("mlp.up_proj", x, up)
+    kernels.silu_mul(gate, up, out=gate, backend=backend)
+    if layer.config.family.norm_after:
+        _add_norm(layer, "post_feedforward_layernorm", layer.linear("mlp.down_proj", gate, normed), hidden, backend)
     else:
-        torch.add(x, residual, out=out)
+        layer.add_linear("mlp.down_proj", gate, hidden)
+
+
+def _input_norm(layer: Layer, hidden: Tensor, work: Workspace, backend: kernels.Backend) -> Tensor:
+    """What the projections of queries, keys and values take."""
+    if layer.config.family.norm_after:
+        return hidden
+    weight, normed = layer.norm("input_layernorm"), work.normed[: len(hidden)]
+    return kernels.add_rms_norm(hidden, None, weight, layer.config.rms_norm_eps, normed=normed, backend=backend)[0]
+
+
+def _add_norm(layer: Layer, name: str, x: Tensor, hidden: Tensor, backend: kernels.Backend) -> None:
+    """x [m, D] added to ``hidden``, and x becomes the norm of the sum; or x's norm is added (OLMo)."""
+    norm_first = layer.config.family.norm_after
+    kernels.add_rms_norm(
+        x,
+        hidden,
+        layer.norm(name),
+        layer.config.rms_norm_eps,
+        norm_first=norm_first,
+        normed=x,
+        summed=hidden,
+        backend=backend,
+    )
+
+
+def _norm_and_rotate(layer: Layer, name: str, x: Tensor, positions: Tensor, backend: kernels.Backend) -> None:
+    """In place: x [n, H, Dh]."""
+    weight = layer.tensors.get(f"{name}.weight")
+    kernels.qk_norm_rope(x, weight, layer.cos, layer.sin, positions, layer.config.rms_norm_eps, out=x, backend=backend)

@@ -3,6 +3,7 @@ that refuse what would read or write outside an array. The numbers themselves ar
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from backends import assert_same_bits
 from torch import Tensor
 
 from psykern import _cpu, kernels
@@ -102,9 +104,37 @@ assert np.allclose(outputs[0], gate / (1 + np.exp(-gate)) * up, atol=1e-5)
 assert "libgomp" not in open("/proc/self/maps").read()
 print(len(os.listdir("/proc/self/task")))
 """
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    )
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) == 4  # threads alive: the three of the pool, and the caller
+
+
+@pytest.mark.parametrize("size", [1024, 1020], ids=["whole vectors", "a rest"])
+def test_what_is_written_past_the_caches_has_the_same_bits(instruction_set: str, size: int) -> None:
+    """Of a large new array all rows at once, and in runs that are small enough to stay in the caches."""
+    torch.manual_seed(0)
+    rows = 6 * 2**20 // size + 7
+    x, y = torch.randn(2, rows, 1024)[:, :, :size]
+    weight, positions = torch.randn(size), torch.arange(rows, dtype=torch.int32) % 50
+    angles = torch.rand(50, size // 4)
+    heads = x.unflatten(1, (2, size // 2))
+
+    def run(part: slice) -> list[Tensor]:
+        outputs = list(torch.full((4, len(positions[part]), 1024), torch.nan)[:, :, :size])
+        kernels.silu_mul(x[part], y[part], out=outputs[0], backend="cpu")
+        kernels.add_rms_norm(x[part], None, weight, 1e-6, normed=outputs[1], backend="cpu")
+        kernels.add_rms_norm(x[part], y[part], weight, 1e-6, normed=outputs[2], backend="cpu")
+        out = outputs[3].unflatten(1, heads.shape[1:])
+        kernels.qk_norm_rope(
+            heads[part], weight, angles.cos(), angles.sin(), positions[part], 1e-6, out=out, backend="cpu"
+        )
+        return outputs
+
+    parts = [run(slice(first, first + 1000)) for first in range(0, rows, 1000)]
+    for whole, cut in zip(run(slice(None)), zip(*parts, strict=True), strict=True):
+        assert_same_bits(whole, torch.cat(cut))
 
 
 def test_an_instruction_set_that_is_not_there_is_named() -> None:

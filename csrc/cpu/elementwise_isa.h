@@ -20,32 +20,36 @@ using psykern::QkNormRope;
 using psykern::SiluMul;
 
 constexpr int64_t kTaskFloats = 64 * 1024;  // of one array: some 30 us, much longer than it takes to hand out a task
-constexpr int kSums = 4;                    // vectors in flight; also the accumulators of a sum
+constexpr int64_t kStreamedFloats = 6 * 1024 * 1024;  // of one array: more than a batch of the engine has
+constexpr int kSums = 4;                              // vectors in flight; also the accumulators of a sum
 
-// How much of a vector is there.
+// How much of a vector is there, and for a whole one whether it is written past the caches.
 struct Whole {};
+struct Streamed {};
 struct Part {
   int64_t count;  // less than kLanes
 };
 
 inline Vec get(const float* p, Whole) { return load(p); }
+inline Vec get(const float* p, Streamed) { return load(p); }
 inline Vec get(const float* p, Part part) {
   Vec x = {};
   std::memcpy(&x, p, static_cast<size_t>(part.count) * sizeof(float));
   return x;
 }
 inline void put(float* p, Vec x, Whole) { store(p, x); }
+inline void put(float* p, Vec x, Streamed) { stream(p, x); }
 inline void put(float* p, Vec x, Part part) { std::memcpy(p, &x, static_cast<size_t>(part.count) * sizeof(float)); }
 
-// step(i, slot, Whole or Part) for the vectors from i on of [0, size), in order; neighbours have different slots.
-template <typename Step>
+// step(i, slot, Full or Part) for the vectors from i on of [0, size), in order; neighbours have different slots.
+template <typename Full = Whole, typename Step>
 inline void for_vectors(int64_t size, const Step& step) {
   int64_t i = 0;
   for (; i + kSums * kLanes <= size; i += kSums * kLanes) {
 #pragma GCC unroll 4
-    for (int slot = 0; slot < kSums; ++slot) step(i + slot * kLanes, slot, Whole{});
+    for (int slot = 0; slot < kSums; ++slot) step(i + slot * kLanes, slot, Full{});
   }
-  for (; i + kLanes <= size; i += kLanes) step(i, 0, Whole{});
+  for (; i + kLanes <= size; i += kLanes) step(i, 0, Full{});
   if (i < size) step(i, 0, Part{size - i});
 }
 
@@ -55,7 +59,15 @@ void for_rows(int64_t num_rows, int64_t size, int num_threads, const Rows& row_k
   psykern::parallel_for((num_rows + run - 1) / run, num_threads, [&](int64_t task) {
     const int64_t end = std::min((task + 1) * run, num_rows);
     for (int64_t row = task * run; row < end; ++row) row_kernel(row);
+    finish_streaming();
   });
+}
+
+// Whether an output of `num_rows` rows is written past the caches: a new array that is too large for them anyway. Its
+// lines are then not read before they are written. Rows must begin at whole vectors.
+inline bool is_streamed(const float* out, int64_t stride, int64_t num_rows, int64_t size, bool is_input) {
+  const bool is_aligned = reinterpret_cast<uintptr_t>(out) % sizeof(Vec) == 0 && stride % kLanes == 0;
+  return !is_input && is_aligned && num_rows * size >= kStreamedFloats;
 }
 
 // 1 / sqrt(mean(s^2) + eps), the squares added up in kSums vectors.
@@ -73,7 +85,7 @@ inline float inverse_rms(const float* x, int64_t size, float eps) {
 }
 
 // As in Llama and Qwen. kStoreSum: `summed` is wanted; the second loop then reads it, else it adds again.
-template <bool kResidual, bool kStoreSum>
+template <bool kResidual, bool kStoreSum, typename Full>
 void add_then_norm(const AddRmsNorm& p, int64_t row) {
   const float* x = p.x + row * p.x_stride;
   const float* residual = kResidual ? p.residual + row * p.residual_stride : nullptr;
@@ -90,7 +102,7 @@ void add_then_norm(const AddRmsNorm& p, int64_t row) {
   });
   if (p.normed == nullptr) return;
   const Vec scale = broadcast(inverse_rms(squares, p.size, p.eps));
-  for_vectors(p.size, [&](int64_t i, int, auto lanes) {
+  for_vectors<Full>(p.size, [&](int64_t i, int, auto lanes) {
     const Vec s = kStoreSum ? get(summed + i, lanes) : add(i, lanes);
     put(normed + i, s * scale * get(p.weight + i, lanes), lanes);
   });
@@ -111,17 +123,23 @@ void norm_then_add(const AddRmsNorm& p, int64_t row) {
   });
 }
 
-void add_rms_norm_isa(const AddRmsNorm& p, int num_threads) {
-  auto* kernel = &norm_then_add;
-  if (!p.norm_first && p.residual != nullptr) {
-    kernel = p.summed != nullptr ? &add_then_norm<true, true> : &add_then_norm<true, false>;
-  } else if (!p.norm_first) {
-    kernel = p.summed != nullptr ? &add_then_norm<false, true> : &add_then_norm<false, false>;
+template <typename Full>
+auto choose_norm(const AddRmsNorm& p) {
+  if (p.norm_first) return &norm_then_add;
+  if (p.residual == nullptr) {
+    return p.summed != nullptr ? &add_then_norm<false, true, Full> : &add_then_norm<false, false, Full>;
   }
+  return p.summed != nullptr ? &add_then_norm<true, true, Full> : &add_then_norm<true, false, Full>;
+}
+
+void add_rms_norm_isa(const AddRmsNorm& p, int num_threads) {
+  const bool in_place = p.normed == p.x || p.normed == p.residual;
+  const bool streamed = is_streamed(p.normed, p.normed_stride, p.num_rows, p.size, in_place);
+  auto* kernel = streamed ? choose_norm<Streamed>(p) : choose_norm<Whole>(p);
   for_rows(p.num_rows, p.size, num_threads, [&](int64_t row) { kernel(p, row); });
 }
 
-template <bool kNorm>
+template <bool kNorm, typename Full>
 void norm_and_rotate(const QkNormRope& p, int64_t row) {
   const float* x = p.x + row * p.x_stride;
   float* out = p.out + row * p.out_stride;
@@ -134,7 +152,7 @@ void norm_and_rotate(const QkNormRope& p, int64_t row) {
     if (kNorm && !whole_row) inverse = inverse_rms(x + head, p.head_dim, p.eps);
     const Vec scale = broadcast(inverse);
     const float* weight = p.weight + (whole_row ? head : 0);
-    for_vectors(half, [&](int64_t i, int, auto lanes) {
+    for_vectors<Full>(half, [&](int64_t i, int, auto lanes) {
       Vec low = get(x + head + i, lanes), high = get(x + head + half + i, lanes);
       if (kNorm) {
         low = low * scale * get(weight + i, lanes);
@@ -148,8 +166,12 @@ void norm_and_rotate(const QkNormRope& p, int64_t row) {
 }
 
 void qk_norm_rope_isa(const QkNormRope& p, int num_threads) {
-  auto* kernel = p.weight != nullptr ? &norm_and_rotate<true> : &norm_and_rotate<false>;
-  for_rows(p.num_rows, p.num_heads * p.head_dim, num_threads, [&](int64_t row) { kernel(p, row); });
+  const int64_t size = p.num_heads * p.head_dim;
+  const bool whole_vectors = p.head_dim / 2 % kLanes == 0;  // where each half of a head begins
+  const bool streamed = whole_vectors && is_streamed(p.out, p.out_stride, p.num_rows, size, p.out == p.x);
+  auto* kernel = streamed ? &norm_and_rotate<false, Streamed> : &norm_and_rotate<false, Whole>;
+  if (p.weight != nullptr) kernel = streamed ? &norm_and_rotate<true, Streamed> : &norm_and_rotate<true, Whole>;
+  for_rows(p.num_rows, size, num_threads, [&](int64_t row) { kernel(p, row); });
 }
 
 // z / (1 + exp(-z)) with the exponential of -|z|, which does not overflow.
@@ -163,15 +185,21 @@ inline Vec silu(Vec z) {
   return z * ((z > 0.0f ? one : e) / (one + e));
 }
 
-void silu_mul_isa(const SiluMul& p, int num_threads) {
-  for_rows(p.num_rows, p.size, num_threads, [&](int64_t row) {
-    const float* gate = p.gate + row * p.gate_stride;
-    const float* up = p.up + row * p.up_stride;
-    float* out = p.out + row * p.out_stride;
-    for_vectors(p.size, [&](int64_t i, int, auto lanes) {
-      put(out + i, silu(get(gate + i, lanes)) * get(up + i, lanes), lanes);
-    });
+template <typename Full>
+void silu_then_mul(const SiluMul& p, int64_t row) {
+  const float* gate = p.gate + row * p.gate_stride;
+  const float* up = p.up + row * p.up_stride;
+  float* out = p.out + row * p.out_stride;
+  for_vectors<Full>(p.size, [&](int64_t i, int, auto lanes) {
+    put(out + i, silu(get(gate + i, lanes)) * get(up + i, lanes), lanes);
   });
+}
+
+void silu_mul_isa(const SiluMul& p, int num_threads) {
+  const bool in_place = p.out == p.gate || p.out == p.up;
+  const bool streamed = is_streamed(p.out, p.out_stride, p.num_rows, p.size, in_place);
+  auto* kernel = streamed ? &silu_then_mul<Streamed> : &silu_then_mul<Whole>;
+  for_rows(p.num_rows, p.size, num_threads, [&](int64_t row) { kernel(p, row); });
 }
 
 }  // namespace

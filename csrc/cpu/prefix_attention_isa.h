@@ -26,7 +26,7 @@ namespace {
 
 using psykern::PrefixAttention;
 
-constexpr int64_t kTileKeys = 256;              // K, a multiple of kColumns
+constexpr int64_t kTileKeys = 256;               // K, a multiple of kColumns
 constexpr int64_t kTaskQueryBytes = 256 * 1024;  // of a task's rows of q
 constexpr int64_t kMostTaskRows = 768;
 constexpr int64_t kNoLimit = std::numeric_limits<int64_t>::max();

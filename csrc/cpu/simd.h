@@ -3,6 +3,10 @@
 // function of one may be taken for another's by the linker.
 #pragma once
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include <cstdint>
 #include <cstring>
 #include <utility>
@@ -23,6 +27,24 @@ typedef float UnalignedVec __attribute__((vector_size(kLanes * 4), aligned(4), m
 
 inline Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
 inline void store(float* p, Vec x) { *reinterpret_cast<UnalignedVec*>(p) = x; }
+
+// Writes to memory past the caches, where the set has instructions for it; p is a multiple of the vector's size.
+inline void stream(float* p, Vec x) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, reinterpret_cast<__m512>(x));
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, reinterpret_cast<__m256>(x));
+#else
+  store(p, x);
+#endif
+}
+
+// Streamed values are there for other threads once this has run.
+inline void finish_streaming() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
 
 inline Vec broadcast(float x) {
 #if defined(__AVX512F__)

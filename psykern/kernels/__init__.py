@@ -43,7 +43,7 @@ class OptionLogprobs(NamedTuple):
 def resolve(backend: str, device: torch.device) -> str:
     """The backend that ``backend`` means on ``device``. Raises :class:`BackendError` where there is none."""
     if backend == "auto":
-        return "reference"  # until the C++ kernels are measured faster on every study (benchmarks/results)
+        return "cpu" if device.type == "cpu" else "reference"
     if backend == "cpu" and device.type != "cpu":
         raise BackendError(f"backend 'cpu' computes on the CPU; the inputs are on {device}")
     if backend in _BACKENDS:
@@ -134,19 +134,29 @@ def add_rms_norm(
     eps: float,
     *,
     norm_first: bool = False,
+    normed: Tensor | None = None,
+    summed: Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Residual add and RMSNorm: gives (normed, summed), both [N, D] like x.
+    """Residual add and RMSNorm: gives (normed, summed), both [N, D] like x, in the arrays of these names where given.
 
     As in Llama and Qwen: summed = x + residual, normed = norm(summed). With ``norm_first``, as in OLMo: normed =
     norm(x), summed = residual + normed. norm(s) = weight * s / sqrt(mean(s^2) + eps), in fp32. x, residual: [N, D]
-    (None: nothing is added); weight: [D]. Source: Zhang and Sennrich 2019, arXiv 1910.07467.
+    (None: nothing is added, and what is given for summed is x or, with ``norm_first``, normed itself); weight: [D].
+    ``normed`` and ``summed`` may each be an input. Source: Zhang and Sennrich 2019, arXiv 1910.07467.
     """
     _expect("x", x.dim() == 2, "[N, D]", x)
     _expect("weight", weight.shape == x.shape[1:], f"[{x.shape[-1]}]", weight)
     if residual is not None:
         _expect("residual", residual.shape == x.shape, f"{list(x.shape)} like x", residual)
-    return _BACKENDS[resolve(backend, x.device)].add_rms_norm(x, residual, weight, eps, norm_first)
+    op = _BACKENDS[resolve(backend, x.device)].add_rms_norm
+    normed = _like("normed", normed, x)
+    if residual is None:
+        op(x, None, weight, eps, norm_first, normed, None)
+        return normed, normed if norm_first else x
+    summed = _like("summed", summed, x)
+    op(x, residual, weight, eps, norm_first, normed, summed)
+    return normed, summed
 
 
 def qk_norm_rope(

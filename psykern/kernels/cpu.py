@@ -65,24 +65,27 @@ def prefix_attention(
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, norm_first: bool
-) -> tuple[Tensor, Tensor]:
-    normed = torch.empty(x.shape)
-    summed = None if residual is None else torch.empty(x.shape)  # without a residual it is x or the norm, as it is
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    norm_first: bool,
+    normed: Tensor,
+    summed: Tensor | None,
+) -> None:
+    targets = [None if out is None else _target(out) for out in (normed, summed)]
     _cpu.add_rms_norm(
         _activations(x),
         None if residual is None else _activations(residual),
         _norm_weight(weight),
-        normed.numpy(),
-        None if summed is None else summed.numpy(),
+        *(None if target is None else target.numpy() for target in targets),
         eps=eps,
         norm_first=norm_first,
         num_threads=torch.get_num_threads(),
     )
-    normed = normed.to(x.dtype)
-    if summed is None:
-        return normed, normed if norm_first else x
-    return normed, summed.to(x.dtype)
+    for out, target in zip((normed, summed), targets, strict=True):
+        if out is not None and target is not None and target is not out:
+            out.copy_(target)
 
 
 def qk_norm_rope(

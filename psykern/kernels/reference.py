@@ -173,13 +173,19 @@ def _combine(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, norm_first: bool
-) -> tuple[Tensor, Tensor]:
-    if norm_first:
-        normed = _rms_norm(x, weight, eps)
-        return normed, normed if residual is None else residual + normed
-    summed = x if residual is None else x + residual
-    return _rms_norm(summed, weight, eps), summed
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    norm_first: bool,
+    normed: Tensor,
+    summed: Tensor | None,
+) -> None:
+    total = x if residual is None or norm_first else x + residual
+    norm = _rms_norm(total, weight, eps)
+    if summed is not None:
+        summed.copy_(residual + norm if norm_first else total)
+    normed.copy_(norm)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
