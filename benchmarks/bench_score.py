@@ -3,12 +3,14 @@
     study     the study's procedure: one transcript at a time, logits of all tokens, cross-entropy of all of them
     careful   a careful user's: transformers, one transcript at a time, only the predicting rows through the head
     psykern   from the texts on (the other two are given tokens and spans), tokenizing and planning included;
-              psykern:cpu and psykern:reference name the backend
+              psykern:cpu and psykern:reference name the backend; psykern:bf16 reads a checkpoint in bf16
 
 Random weights at the shape of Qwen2.5-0.5B, with 4 layers unless ``--layers 24`` asks for all, and Qwen3's tokenizer.
-Tokens per second count the tokens of the transcripts, not those computed. Needs the shared transcripts.
+The weights are numbers that bf16 holds, so that the checkpoint in bf16 is the same model. Tokens per second count the
+tokens of the transcripts, not those computed; GFLOP/s count what psykern computed (``engine.cost``), over the whole
+time, and ``share_of_sgemm`` compares them with a square product just before. Needs the shared transcripts.
 
-    python benchmarks/bench_score.py [--layers 4] [--mix full|small|longest] [--repeats 1] [--name score.csv]
+    python benchmarks/bench_score.py [--layers 4] [--mix full|medium|small|many|longest] [--repeats 1] [--name FILE]
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from harness import PeakMemory, Timing, available_bytes, sgemm_gflops, write_csv
+from harness import PeakMemory, Timing, available_bytes, print_row, sgemm_gflops, write_csv
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from psykern import engine
@@ -45,6 +47,16 @@ MIXES = {
         "dezfouli2019": 1,
         "shahar2019twosteptask": 1,
     },
+    "medium": {
+        "frey2017mpl": 1,
+        "guenther2024substitutions": 16,
+        "thoma2025riskychoice": 10,
+        "franke2024bayesian": 10,
+        "jagadish2023zero": 1,
+        "dezfouli2019": 1,
+        "shahar2019twosteptask": 1,
+    },
+    "many": {"guenther2024substitutions": 200},
     "longest": {"dezfouli2019": 0},  # 0: the study's longest transcript alone, for peak memory
     "small": {"guenther2024substitutions": 4, "thoma2025riskychoice": 4, "franke2024bayesian": 3},
 }
@@ -67,7 +79,7 @@ class Study:
 
 
 def make_checkpoint(folder: Path, layers: int) -> PreTrainedModel:
-    """Random weights at the shape of Qwen2.5-0.5B."""
+    """Random weights at the shape of Qwen2.5-0.5B, in a folder by the name of each dtype; the model in fp32."""
     config = AutoConfig.for_model(
         "qwen2",
         vocab_size=151_936,
@@ -81,10 +93,12 @@ def make_checkpoint(folder: Path, layers: int) -> PreTrainedModel:
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(SHARED / "tokenizers" / "qwen3" / name, folder / name)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(config).bfloat16()
+    for dtype in (torch.bfloat16, torch.float32):
+        model.to(dtype).save_pretrained(folder / str(dtype))
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(SHARED / "tokenizers" / "qwen3" / name, folder / str(dtype) / name)
+    return model.eval()
 
 
 def load_studies(mix: dict[str, int], tokenizer: Tokenizer) -> list[Study]:
@@ -167,27 +181,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         oracle = make_checkpoint(folder, options.layers)
-        model = Model(folder, device=torch.device("cpu"), dtype=torch.float32)
-        tokenizer = Tokenizer.load(folder)
+        models = {
+            dtype: Model(folder / str(dtype), device=torch.device("cpu"), dtype=torch.float32)
+            for dtype in (torch.float32, torch.bfloat16)
+        }
+        tokenizer = Tokenizer.load(folder / "torch.float32")
         mix = {name: n for name, n in MIXES[options.mix].items() if not options.studies or name in options.studies}
         studies = load_studies(mix, tokenizer)
         print(f"{sum(s.num_tokens for s in studies):,} tokens, {sum(s.num_responses for s in studies):,} responses")
         rows = []
         for study in studies:
-            rows += bench_study(study, oracle, model, tokenizer, options)
+            rows += bench_study(study, oracle, models, tokenizer, options)
     print_totals(rows, options.providers)
     if options.name:
         print(f"written: {write_csv(options.name, rows)}")
 
 
 def bench_study(
-    study: Study, oracle: PreTrainedModel, model: Model, tokenizer: Tokenizer, options: argparse.Namespace
+    study: Study,
+    oracle: PreTrainedModel,
+    models: dict[torch.dtype, Model],
+    tokenizer: Tokenizer,
+    options: argparse.Namespace,
 ) -> list[dict[str, object]]:
     """One row per provider. A result that differs from the careful user's by more than the tolerance is refused."""
     planned: list[Plan] = []
 
-    def psykern_logprobs(backend: Backend) -> np.ndarray:
-        scores, used = run_psykern(model, tokenizer, study, options.min_share, backend)
+    def psykern_logprobs(backend: Backend, dtype: torch.dtype = torch.float32) -> np.ndarray:
+        scores, used = run_psykern(models[dtype], tokenizer, study, options.min_share, backend)
         planned[:] = [used]
         return scores.logprob
 
@@ -197,14 +218,16 @@ def bench_study(
         "psykern": lambda: psykern_logprobs("auto"),
         "psykern:cpu": lambda: psykern_logprobs("cpu"),
         "psykern:reference": lambda: psykern_logprobs("reference"),
+        "psykern:bf16": lambda: psykern_logprobs("auto", torch.bfloat16),
     }
     lengths = np.concatenate([t.spans_tok[:, 1] - t.spans_tok[:, 0] for t in study.encoded])
     starts = np.concatenate(([0], np.cumsum(lengths[lengths > 0])[:-1]))
-    gflops = sgemm_gflops()
+    config = models[torch.float32].config
     rows: list[dict[str, object]] = []
     expected: np.ndarray | None = None
     for name in options.providers:
         repeats = 1 if name == "study" else options.repeats
+        matrix_rate = sgemm_gflops()
         scores, seconds, peak = measure(providers[name], repeats)
         per_response = np.add.reduceat(scores.astype(np.float64), starts)
         if expected is None:
@@ -215,12 +238,16 @@ def bench_study(
                 f"{study.name}: {name} differs from {options.providers[0]} by {difference:.1e} nats: refused"
             )
         timing = Timing.of(seconds)
+        gflops: float | None = None
+        if name.startswith("psykern"):
+            work = engine.cost(planned[0], config, torch.float32)
+            gflops = (work.flops_body + work.flops_attention + work.flops_head) / timing.median / 1e9
         rows.append(
             {
                 "study": study.name,
                 "provider": name,
-                "layers": model.config.num_layers,
-                "dtype": "float32",
+                "layers": config.num_layers,
+                "checkpoint": "bfloat16" if name == "psykern:bf16" else "float32",
                 "transcripts": len(study.transcripts),
                 "responses": study.num_responses,
                 "tokens": study.num_tokens,
@@ -232,10 +259,12 @@ def bench_study(
                 "tokens_per_second": round(study.num_tokens / timing.median, 1),
                 "peak_mb": round(peak / 1e6),
                 "max_difference_nats": f"{difference:.1e}",
-                "sgemm_gflops": round(gflops, 1),
+                "sgemm_gflops": round(matrix_rate, 1),
+                "gflops": "" if gflops is None else round(gflops, 1),
+                "share_of_sgemm": "" if gflops is None else round(gflops / matrix_rate, 3),
             }
         )
-        print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
+        print_row(rows[-1])
     return rows
 
 
@@ -245,13 +274,19 @@ def print_totals(rows: list[dict[str, object]], providers: Sequence[str]) -> Non
     def total(column: str, provider: str, study: str | None = None) -> float:
         return sum(float(str(r[column])) for r in rows if r["provider"] == provider and study in (None, r["study"]))
 
+    def times(provider: str, study: str | None, per: str) -> str:
+        """How many times as much of `per` the last provider does in a second."""
+        rates = [total(per, p, study) / total("seconds", p, study) for p in (last, provider)]
+        return f"{rates[0] / rates[1]:5.2f}x {provider}"
+
     last = providers[-1]
     names: list[str | None] = [*dict.fromkeys(str(r["study"]) for r in rows), None]
     for study in names:
-        ratios = [f"{total('seconds', p, study) / total('seconds', last, study):5.2f}x {p}" for p in providers[:-1]]
-        saved = 1 - total("computed_tokens", last, study) / total("tokens", last, study)
         rate = total("tokens", last, study) / total("seconds", last, study)
-        print(f"{study or 'all':32} {rate:8.0f} tokens/s  {'  '.join(ratios)}  tokens saved by sharing {saved:5.1%}")
+        saved = 1 - total("computed_tokens", last, study) / total("tokens", last, study)
+        for what, per in ((f"{rate:.0f} tokens/s", "tokens"), ("per computed token", "computed_tokens")):
+            print(f"{study or 'all':28} {what:20}", *(times(p, study, per) for p in providers[:-1]))
+        print(f"{'':28} tokens saved by sharing {saved:.1%}")
 
 
 if __name__ == "__main__":

@@ -112,6 +112,36 @@ def test_add_rms_norm_keeps_rows_apart_and_inputs_as_they_are(place: Place, norm
         assert_same_bits(after, before)
 
 
+@each_place
+@pytest.mark.parametrize("norm_first", [False, True], ids=["add-first", "norm-first"])
+@pytest.mark.parametrize("into", ["new", "inputs", "inputs-swapped"])
+def test_add_rms_norm_writes_all_of_its_arrays_which_may_be_inputs(place: Place, norm_first: bool, into: str) -> None:
+    x, residual, weight = place.put(normal(9, 35), normal(9, 35, seed=2), normal(35, seed=1))
+    expected = kernels.add_rms_norm(x, residual, weight, EPS, norm_first=norm_first, backend=place.backend)
+    if into == "new":
+        normed, summed = torch.full((2, 9, 40), math.nan, device=place.device)[:, :, :35]  # gaps between the rows
+    else:
+        x, residual = x.clone(), residual.clone()
+        normed, summed = (x, residual) if into == "inputs" else (residual, x)
+    got = kernels.add_rms_norm(
+        x, residual, weight, EPS, norm_first=norm_first, normed=normed, summed=summed, backend=place.backend
+    )
+    assert got[0] is normed and got[1] is summed
+    assert_same_bits(normed.cpu(), expected[0].cpu())
+    assert_same_bits(summed.cpu(), expected[1].cpu())
+
+
+@each_place
+@pytest.mark.parametrize("norm_first", [False, True], ids=["add-first", "norm-first"])
+def test_add_rms_norm_without_residual_gives_its_input_or_norm_as_sum(place: Place, norm_first: bool) -> None:
+    x, weight = place.put(normal(9, 35), normal(35, seed=1))
+    normed = torch.full_like(x, math.nan)
+    got = kernels.add_rms_norm(x, None, weight, EPS, norm_first=norm_first, normed=normed, backend=place.backend)
+    assert got[0] is normed and got[1] is (normed if norm_first else x) and normed.isfinite().all()
+    with pytest.raises(ValueError, match=r"normed: expected \[9, 35\]"):
+        kernels.add_rms_norm(x, None, weight, EPS, normed=normed[:8], backend=place.backend)
+
+
 # --- qk_norm_rope
 
 ROPE_SHAPES = {  # N rows, H heads, Dh

@@ -104,6 +104,19 @@ def test_two_equal_runs_give_equal_bytes(backend: Backend, tmp_path: Path, group
         assert getattr(one, field).tobytes() == getattr(two, field).tobytes()
 
 
+def test_one_thread_and_two_give_equal_bytes(tmp_path: Path, group: list[EncodedTranscript]) -> None:
+    make_model(tmp_path, **CONFIGS["qwen3"])
+    before, scores = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            scores.append(score(group, tmp_path, wave_tokens=512, batch_tokens=256, backend="cpu"))
+    finally:
+        torch.set_num_threads(before)
+    for field in ("logprob", "entropy", "is_argmax"):
+        assert getattr(scores[0], field).tobytes() == getattr(scores[1], field).tobytes()
+
+
 @each_backend
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_half_precision_checkpoints_are_widened(

@@ -81,11 +81,29 @@ LAYOUTS = {
 each_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 each_window = pytest.mark.parametrize("window", [None, 1, 5, 1000], ids=lambda w: f"window-{w}")
 
+
+def deep(count: int, queries: int, own: int) -> Segment:
+    """A segment below `count` ancestors of 1 to 7 rows each, its own rows from `own` on."""
+    ancestors = [(8 * i, 8 * i + 1 + i % 7) for i in range(count)]
+    depth = sum(end - begin for begin, end in ancestors)
+    return range(depth, depth + queries), [*ancestors, (own, own + queries)]
+
+
+def branches(tokens: int, every: int) -> Layout:
+    """A transcript, and behind it four branches of 3 tokens at every `every`-th of its tokens."""
+    points = [point for point in range(every, tokens, every) for _ in range(4)]
+    ends = [tokens + 3 * (i + 1) for i in range(len(points))]
+    options = [(range(p, p + 3), [(0, p), (end - 3, end)]) for p, end in zip(points, ends, strict=True)]
+    return Layout(((range(tokens), [(0, tokens)]), *options))
+
+
 LONG = {  # beyond every tile of queries (128 here) and of keys
     "long-700": Layout(((range(700), [(0, 700)]),)),
     "long-on-two-ranges": Layout(((range(300), [(0, 300)]), (range(300, 571), [(0, 300), (310, 581)]))),
     "long-gaps": Layout((([0, 1, 600, 1300, 1999], [(0, 2000)]),)),  # whole blocks of keys are masked
     "many-gaps": Layout((([*range(0, 600, 2)], [(0, 600)]),)),  # 300 queries: two tiles and a bit, each with gaps
+    "deep-ancestors": Layout((deep(150, 3, 1200), deep(150, 4, 1203), deep(100, 2, 1207))),
+    "branches": branches(700, 20),  # 420 queries that share more and more keys with those before
 }
 
 

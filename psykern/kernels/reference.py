@@ -181,10 +181,12 @@ def add_rms_norm(
     normed: Tensor,
     summed: Tensor | None,
 ) -> None:
-    total = x if residual is None or norm_first else x + residual
+    if residual is None or summed is None:  # one is where the other is
+        normed.copy_(_rms_norm(x, weight, eps))
+        return
+    total = x if norm_first else x + residual
     norm = _rms_norm(total, weight, eps)
-    if summed is not None:
-        summed.copy_(residual + norm if norm_first else total)
+    summed.copy_(residual + norm if norm_first else total)
     normed.copy_(norm)
 
 
