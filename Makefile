@@ -5,6 +5,7 @@ PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 CSRC   := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 ASAN   := build/asan
+BENCH  ?= score
 
 MAKEFLAGS += --no-print-directory
 .PHONY: setup build demo test format bench asan clean
@@ -45,7 +46,8 @@ format: setup
 	$(VENV)/bin/clang-format -i $(CSRC)
 
 bench: setup
-	$(PY) benchmarks/bench_score.py $(ARGS)
+	$(PIP) matplotlib
+	$(PY) benchmarks/bench_$(BENCH).py $(ARGS)
 
 # The tests of planner and kernels on a copy of the package whose C++ is built with the address and undefined-behaviour
 # sanitizers.

@@ -61,6 +61,7 @@ MIXES = {
     "small": {"guenther2024substitutions": 4, "thoma2025riskychoice": 4, "franke2024bayesian": 3},
 }
 TOLERANCE = 1e-4  # nats per response
+CHECKPOINTS = {"psykern:bf16": torch.bfloat16}  # of the other providers: fp32
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,12 @@ def make_checkpoint(folder: Path, layers: int) -> PreTrainedModel:
         model.to(dtype).save_pretrained(folder / str(dtype))
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(SHARED / "tokenizers" / "qwen3" / name, folder / str(dtype) / name)
-    return model.eval()
+    # Not the model at hand, whose rotary frequencies were rounded too.
+    return AutoModelForCausalLM.from_pretrained(folder / "torch.float32", dtype=torch.float32).eval()
+
+
+def weight_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def load_studies(mix: dict[str, int], tokenizer: Tokenizer) -> list[Study]:
@@ -191,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{sum(s.num_tokens for s in studies):,} tokens, {sum(s.num_responses for s in studies):,} responses")
         rows = []
         for study in studies:
-            rows += bench_study(study, oracle, models, tokenizer, options)
+            rows += bench_study(study, folder, oracle, models, tokenizer, options)
     print_totals(rows, options.providers)
     if options.name:
         print(f"written: {write_csv(options.name, rows)}")
@@ -199,6 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def bench_study(
     study: Study,
+    folder: Path,
     oracle: PreTrainedModel,
     models: dict[torch.dtype, Model],
     tokenizer: Tokenizer,
@@ -218,7 +225,7 @@ def bench_study(
         "psykern": lambda: psykern_logprobs("auto"),
         "psykern:cpu": lambda: psykern_logprobs("cpu"),
         "psykern:reference": lambda: psykern_logprobs("reference"),
-        "psykern:bf16": lambda: psykern_logprobs("auto", torch.bfloat16),
+        "psykern:bf16": lambda: psykern_logprobs("auto", CHECKPOINTS["psykern:bf16"]),
     }
     lengths = np.concatenate([t.spans_tok[:, 1] - t.spans_tok[:, 0] for t in study.encoded])
     starts = np.concatenate(([0], np.cumsum(lengths[lengths > 0])[:-1]))
@@ -247,7 +254,7 @@ def bench_study(
                 "study": study.name,
                 "provider": name,
                 "layers": config.num_layers,
-                "checkpoint": "bfloat16" if name == "psykern:bf16" else "float32",
+                "checkpoint": str(CHECKPOINTS.get(name, torch.float32)).removeprefix("torch."),
                 "transcripts": len(study.transcripts),
                 "responses": study.num_responses,
                 "tokens": study.num_tokens,
@@ -259,6 +266,7 @@ def bench_study(
                 "tokens_per_second": round(study.num_tokens / timing.median, 1),
                 "peak_mb": round(peak / 1e6),
                 "max_difference_nats": f"{difference:.1e}",
+                "weights_mb": round(weight_bytes(folder / str(CHECKPOINTS.get(name, torch.float32))) / 1e6),
                 "sgemm_gflops": round(matrix_rate, 1),
                 "gflops": "" if gflops is None else round(gflops, 1),
                 "share_of_sgemm": "" if gflops is None else round(gflops / matrix_rate, 3),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import ctypes
 import os
 import platform
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import date
 from functools import cache
@@ -117,23 +118,40 @@ def print_row(row: Mapping[str, object]) -> None:
 
 
 def write_results(name: str, rows: Sequence[Mapping[str, object]], *, x: str, y: str, panel: str) -> None:
-    """``rows`` as ``name``.csv, and ``y`` over ``x`` as ``name``.png: a line per provider, a panel per value of
-    ``panel``. Rows without ``y`` are in the file only."""
+    """``rows`` as ``name``.csv, and ``y`` over ``x`` as ``name``.png, a panel per value of ``panel``: a line per
+    provider over numbers, a bar over names. Rows without ``y`` are in the file only."""
     from matplotlib import pyplot
 
     path = write_csv(f"{name}.csv", rows)
     drawn = [row for row in rows if row[y] != ""]
     panels = list(dict.fromkeys(row[panel] for row in drawn))
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False, layout="constrained")
+    places = list(dict.fromkeys(row[x] for row in drawn))
+    providers = list(dict.fromkeys(row["provider"] for row in drawn))
+    is_number = all(isinstance(place, (int, float)) for place in places)
+    width = 5 if is_number else 1 + 0.8 * len(places)
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(width * len(panels), 4), squeeze=False, sharey=True, layout="constrained"
+    )
     for axis, value in zip(axes[0], panels, strict=True):
-        for provider in dict.fromkeys(row["provider"] for row in drawn):
-            points = [(row[x], row[y]) for row in drawn if row["provider"] == provider and row[panel] == value]
-            if points:
-                axis.plot(*zip(*points, strict=True), marker="o", label=provider)
-        axis.set(title=f"{panel} {value}", xlabel=x, ylabel=y, ylim=(0, None))
-        if all(isinstance(row[x], (int, float)) for row in drawn):
+        for p, provider in enumerate(providers):
+            points = {row[x]: row[y] for row in drawn if row["provider"] == provider and row[panel] == value}
+            if is_number:
+                axis.plot(points.keys(), points.values(), marker="o", label=provider)
+            else:
+                shift = (p + 0.5) / len(providers) - 0.5
+                axis.bar(
+                    [places.index(k) + 0.8 * shift for k in points],
+                    points.values(),
+                    0.8 / len(providers),
+                    label=provider,
+                )
+        axis.set(title=f"{panel} {value}", xlabel=x, ylim=(0, None))
+        if is_number:
             axis.set_xscale("log", base=2)
-        axis.grid(alpha=0.3)
+        else:
+            axis.set_xticks(range(len(places)), places, rotation=30, ha="right")
+        axis.grid(alpha=0.3, axis="y")
+    axes[0][0].set_ylabel(y)
     axes[0][0].legend()
     figure.suptitle(f"{name}: {machine()['device']}", fontsize=9)
     figure.savefig(path.with_suffix(".png"), dpi=120)
@@ -149,6 +167,7 @@ class PeakMemory:
 
     @contextmanager
     def watch(self) -> Iterator[PeakMemory]:
+        _return_free_memory()
         start, stop = _resident_bytes(), threading.Event()
 
         def sample() -> None:
@@ -162,6 +181,12 @@ class PeakMemory:
         finally:
             stop.set()
             thread.join()
+
+
+def _return_free_memory() -> None:
+    """What earlier runs freed goes back to the system (glibc), so that the next run's memory shows."""
+    with suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _resident_bytes() -> int:

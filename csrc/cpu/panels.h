@@ -34,17 +34,39 @@ struct RowPanels {
   int64_t start(int64_t panel) const { return num_rows * panel / count; }
 };
 
-// Half a panel of columns, packed[d][column]: column i < count is row_of(i)[0..depth), fp32 or bf16, the rest is zeros.
+// The depths [0, result) of pack_half_panel, in whole vectors of the columns' rows.
 template <typename RowOf>
-void pack_half_panel(const RowOf& row_of, int64_t count, int64_t depth, float* packed) {
+int64_t pack_vectors(const RowOf& row_of, int64_t count, int64_t depth, float* packed, const float*) {
   int64_t d = 0;
   for (; d + kLanes <= depth; d += kLanes) {
     Vec rows[kLanes];
-    for (int i = 0; i < kLanes; ++i) rows[i] = i < count ? load_widened(row_of(i) + d) : Vec{};
+    for (int i = 0; i < kLanes; ++i) rows[i] = i < count ? load(row_of(i) + d) : Vec{};
     transpose(rows);
     for (int i = 0; i < kLanes; ++i) store(packed + (d + i) * kColumns, rows[i]);
   }
-  for (; d < depth; ++d) {
+  return d;
+}
+
+template <typename RowOf>
+int64_t pack_vectors(const RowOf& row_of, int64_t count, int64_t depth, float* packed, const uint16_t*) {
+  int64_t d = 0;
+  for (; d + 2 * kLanes <= depth; d += 2 * kLanes) {
+    Vec rows[kLanes];  // of pairs: neighbours in depth stay together until they are widened
+    for (int i = 0; i < kLanes; ++i) rows[i] = i < count ? load_pairs(row_of(i) + d) : Vec{};
+    transpose(rows);
+    for (int i = 0; i < kLanes; ++i) {
+      store(packed + (d + 2 * i) * kColumns, widen_first(rows[i]));
+      store(packed + (d + 2 * i + 1) * kColumns, widen_second(rows[i]));
+    }
+  }
+  return d;
+}
+
+// Half a panel of columns, packed[d][column]: column i < count is row_of(i)[0..depth), fp32 or bf16, the rest is zeros.
+template <typename RowOf>
+void pack_half_panel(const RowOf& row_of, int64_t count, int64_t depth, float* packed) {
+  using Pointer = decltype(row_of(0));
+  for (int64_t d = pack_vectors(row_of, count, depth, packed, Pointer{}); d < depth; ++d) {
     for (int i = 0; i < kLanes; ++i) packed[d * kColumns + i] = i < count ? widen(row_of(i)[d]) : 0.0f;
   }
 }

@@ -116,7 +116,7 @@ int64_t common_keys(const PrefixAttention& p, int64_t a, int64_t b) {
   return common;
 }
 
-Plan plan_tasks(const PrefixAttention& p) {
+Plan plan_tasks(const PrefixAttention& p, int num_threads) {
   Plan plan;
   for (int64_t s = 0; s < p.num_segments; ++s) {
     int64_t place = 0;
@@ -127,7 +127,10 @@ Plan plan_tasks(const PrefixAttention& p) {
   }
   const int64_t group = p.num_heads / p.num_kv_heads;
   const int64_t most_rows = kTaskQueryBytes / (p.head_dim * static_cast<int64_t>(sizeof(float)));
-  plan.most_queries = std::max<int64_t>(std::min(most_rows, kMostTaskRows) / group, 1);
+  // Small enough for four tasks a thread, large enough for two panels of rows.
+  const int64_t fair_rows = p.query_offsets[p.num_segments] * p.num_heads / (4 * num_threads);
+  const int64_t rows = std::min({std::max<int64_t>(fair_rows, 2 * kMaxPanel), most_rows, kMostTaskRows});
+  plan.most_queries = std::max<int64_t>(rows / group, 1);
   int64_t before = -1, queries = 0;  // the segment of the piece before, the queries of the task so far
   for (int64_t s = 0; s < p.num_segments; ++s) {
     const int64_t first = p.query_offsets[s], count = p.query_offsets[s + 1] - first;
@@ -419,7 +422,7 @@ class Task {
 };
 
 void prefix_attention_isa(const PrefixAttention& p, int num_threads) {
-  const Plan plan = plan_tasks(p);
+  const Plan plan = plan_tasks(p, num_threads);
   const int64_t num_tasks = static_cast<int64_t>(plan.tasks.size()) - 1;
   psykern::parallel_for(num_tasks * p.num_kv_heads, num_threads, [&](int64_t i) {
     const int64_t task = num_tasks - 1 - i / p.num_kv_heads;  // those with the most keys first

@@ -66,15 +66,15 @@ inline float widen(uint16_t bf16) {
 }
 inline float widen(float x) { return x; }
 
-inline Vec load_widened(const float* p) { return load(p); }
-inline Vec load_widened(const uint16_t* p) {  // bf16 is the upper half of fp32
-  typedef uint16_t Half __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
-  typedef uint32_t Wide __attribute__((vector_size(kLanes * 4)));
-  const Wide bits = __builtin_convertvector(*reinterpret_cast<const Half*>(p), Wide) << 16;
-  Vec x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
+// bf16 is the upper half of fp32: kLanes pairs of neighbours, and the fp32 vectors of the first and second of each.
+typedef uint32_t Bits __attribute__((vector_size(kLanes * 4)));
+inline Vec load_pairs(const uint16_t* p) {
+  Vec pairs;
+  std::memcpy(&pairs, p, sizeof pairs);
+  return pairs;
 }
+inline Vec widen_first(Vec pairs) { return reinterpret_cast<Vec>(reinterpret_cast<Bits>(pairs) << 16); }
+inline Vec widen_second(Vec pairs) { return reinterpret_cast<Vec>(reinterpret_cast<Bits>(pairs) & 0xffff0000u); }
 
 // rows[i][j] becomes rows[j][i]: log2(kLanes) rounds of interleaving the first half of the rows with the second.
 template <int... kLane>
