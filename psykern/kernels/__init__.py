@@ -3,26 +3,29 @@
 ``reference`` is plain torch, on any device, written to be read: it is what the others are tested against. ``auto``
 takes the backend that is measured fastest on the device of the inputs. A backend that is asked for by name and is not
 there is an error that says how to get it. No operation changes its inputs; ``out`` arrays are written and returned.
+
+Shapes and dtypes are always checked; values (token ids, rows, positions, offsets) where they are on the CPU, for
+reading them from a device would make it wait. The index tensors of ``prefix_attention`` may stay on the CPU.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
 from types import ModuleType
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from psykern.kernels import cpu, reference
-
 Backend = Literal["auto", "reference", "cpu", "triton", "cuda"]
 
-_BACKENDS: dict[str, ModuleType] = {"reference": reference, "cpu": cpu}
 _HOW_TO_GET = {
-    "triton": "the Triton kernels are not part of this version yet; use backend='reference'",
-    "cuda": "the CUDA kernels are not part of this version yet; use backend='reference'",
+    "triton": "it needs triton (`pip install triton`) and a CUDA device, or TRITON_INTERPRET=1 in the environment",
+    "cuda": "it needs a CUDA device and psykern built from source where nvcc is found",
 }
-
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -42,15 +45,33 @@ class OptionLogprobs(NamedTuple):
 
 def resolve(backend: str, device: torch.device) -> str:
     """The backend that ``backend`` means on ``device``. Raises :class:`BackendError` where there is none."""
+    if backend not in get_args(Backend):
+        raise BackendError(f"backend: expected one of {', '.join(get_args(Backend))}, got {backend!r}")
     if backend == "auto":
-        return "cpu" if device.type == "cpu" else "reference"
+        if device.type != "cuda":
+            return "cpu" if device.type == "cpu" else "reference"
+        return "triton" if _module("triton") else "reference"
     if backend == "cpu" and device.type != "cpu":
         raise BackendError(f"backend 'cpu' computes on the CPU; the inputs are on {device}")
-    if backend in _BACKENDS:
-        return backend
-    if backend in _HOW_TO_GET:
+    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if backend in _HOW_TO_GET and (_module(backend) is None or not (device.type == "cuda" or interpreted)):
         raise BackendError(f"backend {backend!r} is not available on {device}: {_HOW_TO_GET[backend]}")
-    raise BackendError(f"backend: expected one of {', '.join(get_args(Backend))}, got {backend!r}")
+    return backend
+
+
+@cache
+def _module(backend: str) -> ModuleType | None:
+    """The module of a backend, imported when it is first asked for; None: something that it needs is not installed."""
+    try:
+        return import_module(f"psykern.kernels.{backend}")
+    except ImportError:
+        if backend in _HOW_TO_GET:
+            return None
+        raise
+
+
+def _op(name: str, backend: str, device: torch.device) -> Callable[..., Any]:
+    return getattr(_module(resolve(backend, device)), name)
 
 
 def option_logprobs(
@@ -74,10 +95,10 @@ def option_logprobs(
     ):
         _expect_dtype(name, tensor, dtypes)
     _expect_offsets("token_offsets", token_offsets, token_ids.shape[0])
-    if token_ids.numel() and (int(token_ids.min()) < 0 or int(token_ids.max()) >= weight.shape[0]):
+    if token_ids.is_cpu and token_ids.numel() and (int(token_ids.min()) < 0 or int(token_ids.max()) >= weight.shape[0]):
         got = f"{int(token_ids.min())} to {int(token_ids.max())}"
         raise ValueError(f"token_ids: expected ids of the vocabulary, 0 to {weight.shape[0] - 1}, got {got}")
-    op = _BACKENDS[resolve(backend, hidden.device)].option_logprobs
+    op = _op("option_logprobs", backend, hidden.device)
     return OptionLogprobs(*op(hidden, weight, token_offsets, token_ids))
 
 
@@ -118,12 +139,12 @@ def prefix_attention(
         _expect_dtype(name, tensor, (torch.int32,))
     _expect_offsets("query_offsets", query_offsets, q.shape[0])
     _expect_offsets("range_offsets", range_offsets, key_ranges.shape[0])
-    if key_ranges.numel() and (int(key_ranges.min()) < 0 or int(key_ranges.max()) > k.shape[0]):
+    if key_ranges.is_cpu and key_ranges.numel() and (int(key_ranges.min()) < 0 or int(key_ranges.max()) > k.shape[0]):
         got = f"{int(key_ranges.min())} to {int(key_ranges.max())}"
         raise ValueError(f"key_ranges: expected rows of k, 0 to {k.shape[0]}, got {got}")
     if window is not None and window < 1:
         raise ValueError(f"window: expected at least 1, got {window}")
-    op = _BACKENDS[resolve(backend, q.device)].prefix_attention
+    op = _op("prefix_attention", backend, q.device)
     return op(q, k, v, positions, query_offsets, range_offsets, key_ranges, softmax_scale, window, _like("out", out, q))
 
 
@@ -149,7 +170,7 @@ def add_rms_norm(
     _expect("weight", weight.shape == x.shape[1:], f"[{x.shape[-1]}]", weight)
     if residual is not None:
         _expect("residual", residual.shape == x.shape, f"{list(x.shape)} like x", residual)
-    op = _BACKENDS[resolve(backend, x.device)].add_rms_norm
+    op = _op("add_rms_norm", backend, x.device)
     normed = _like("normed", normed, x)
     if residual is None:
         op(x, None, weight, eps, norm_first, normed, None)
@@ -184,10 +205,10 @@ def qk_norm_rope(
     _expect("sin", sin.shape == cos.shape, f"{list(cos.shape)} like cos", sin)
     _expect("positions", positions.shape == x.shape[:1], f"[{x.shape[0]}]", positions)
     _expect_dtype("positions", positions, (torch.int32,))
-    if positions.numel() and (int(positions.min()) < 0 or int(positions.max()) >= cos.shape[0]):
+    if positions.is_cpu and positions.numel() and (int(positions.min()) < 0 or int(positions.max()) >= cos.shape[0]):
         got = f"{int(positions.min())} to {int(positions.max())}"
         raise ValueError(f"positions: expected rows of cos, 0 to {cos.shape[0] - 1}, got {got}")
-    op = _BACKENDS[resolve(backend, x.device)].qk_norm_rope
+    op = _op("qk_norm_rope", backend, x.device)
     return op(x, weight, cos, sin, positions, eps, _like("out", out, x))
 
 
@@ -198,7 +219,7 @@ def silu_mul(gate: Tensor, up: Tensor, *, out: Tensor | None = None, backend: Ba
     """
     _expect("gate", gate.dim() == 2, "[N, F]", gate)
     _expect("up", up.shape == gate.shape, f"{list(gate.shape)} like gate", up)
-    return _BACKENDS[resolve(backend, gate.device)].silu_mul(gate, up, _like("out", out, gate))
+    return _op("silu_mul", backend, gate.device)(gate, up, _like("out", out, gate))
 
 
 def _expect(name: str, holds: bool, expected: str, got: Tensor) -> None:
@@ -213,6 +234,8 @@ def _expect_dtype(name: str, got: Tensor, expected: tuple[torch.dtype, ...]) -> 
 
 def _expect_offsets(name: str, offsets: Tensor, end: int) -> None:
     """CSR offsets of ``end`` values in all."""
+    if not offsets.is_cpu:
+        return
     ends = (int(offsets[0]), int(offsets[-1])) if len(offsets) else (0, -1)
     if ends != (0, end) or bool((offsets.diff() < 0).any()):
         raise ValueError(f"{name}: expected to ascend from 0 to {end}, got {offsets.tolist()!s:.80}")
