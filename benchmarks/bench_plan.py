@@ -81,7 +81,12 @@ def bench_minima(
 
 
 def plan_with(transcripts: list[EncodedTranscript], min_share: int) -> Plan:
-    return plan(transcripts, wave_tokens=engine.WAVE_TOKENS, batch_tokens=engine.BATCH_TOKENS, min_share=min_share)
+    return plan(
+        transcripts,
+        wave_tokens=engine.CPU_BUDGETS.wave_tokens,
+        batch_tokens=engine.CPU_BUDGETS.batch_tokens,
+        min_share=min_share,
+    )
 
 
 def bench_large_plan(count: int = 100_000, length: int = 1000, shared: int = 300) -> None:

@@ -157,7 +157,12 @@ def run_psykern(
     model: Model, tokenizer: Tokenizer, study: Study, min_share: int, backend: Backend = "auto"
 ) -> tuple[TargetScores, Plan]:
     encoded = Encoder(tokenizer).encode(study.transcripts, lambda error: None)
-    planned = plan(encoded, wave_tokens=engine.WAVE_TOKENS, batch_tokens=engine.BATCH_TOKENS, min_share=min_share)
+    planned = plan(
+        encoded,
+        wave_tokens=engine.CPU_BUDGETS.wave_tokens,
+        batch_tokens=engine.CPU_BUDGETS.batch_tokens,
+        min_share=min_share,
+    )
     return engine.run(planned, model, backend=backend), planned
 
 

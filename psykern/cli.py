@@ -26,8 +26,8 @@ _HELP = {
     "backend": "kernels to use",
     "dtype": "arithmetic; auto: float32 on a CPU, bfloat16 on a GPU",
     "device": "where to compute",
-    "wave_tokens": "tokens computed together, layer by layer: more need more memory",
-    "batch_tokens": "tokens in one matrix product: more need more memory",
+    "wave_tokens": "tokens computed together, layer by layer: more need more memory; not given: as suits the device",
+    "batch_tokens": "tokens in one matrix product; likewise",
     "min_share": "tokens from which on a common prefix of transcripts is computed once",
     "limit": "take only the first N transcripts of each study",
 }

@@ -14,7 +14,8 @@ that predict a target need queries, output projection and MLP.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -25,10 +26,24 @@ from torch import Tensor
 from psykern import kernels
 from psykern.core import NonFiniteError, OutOfMemoryError, TargetScores, Wave
 from psykern.model import Batch, Model, ModelConfig, Workspace, decoder_layer
+from psykern.pipeline import ahead
 from psykern.plan import Plan
 
-WAVE_TOKENS = 32_768  # rows; at this size the weights of a layer are read once for seconds of work
-BATCH_TOKENS = 2048  # rows; a product with a wide weight is 8 % faster than with 1024 (benchmarks/results)
+
+@dataclass(frozen=True, slots=True)
+class Budgets:
+    """Rows that are computed together."""
+
+    wave_tokens: int  # a layer's weights are read once for these
+    batch_tokens: int  # what one product of a layer takes
+
+
+# A product with a wide weight is 8 % faster with 2,048 rows than with 1,024 (benchmarks/results).
+CPU_BUDGETS = Budgets(wave_tokens=32_768, batch_tokens=2048)
+
+_DEVICE_BATCH = 16_384  # rows: a launch costs the host more than the smallest model's product of fewer
+_DEVICE_WAVE = (16_384, 131_072)  # rows at least, where memory is short, and at most
+_WAVE_SHARE = 0.6  # of a device's free memory; the rest is for fragments and for what others take
 
 _HEAD_TILES = 3 * 32 * 2**20  # bytes that option_logprobs holds in the reference backend
 
@@ -61,13 +76,34 @@ def cost(plan: Plan, config: ModelConfig, dtype: torch.dtype) -> Cost:
     values += 2 * (wave + carried) * keys  # store of one layer
     values += 2 * carried * keys * (layers + 1)  # carried, all layers
     values += 2 * plan.max_response_rows * config.hidden_size
-    values += batch * (5 * config.hidden_size + 3 * queries + 3 * config.intermediate_size)
+    values += batch * _batch_values(config)
     return Cost(
         flops_body=rows * layers * key_value + (rows * (layers - 1) + responses) * rest,
         flops_attention=4 * queries * attention,
         flops_head=2 * responses * config.hidden_size * config.vocab_size,
         wave_bytes=values * size + _HEAD_TILES,
     )
+
+
+def budgets(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Budgets:
+    """Budgets that fit ``device`` as it is now: on a device with memory of its own, waves as large as that allows when
+    a transcript as long as the model's context is carried from wave to wave."""
+    if device.type == "cpu":
+        return CPU_BUDGETS
+    size = torch.empty(0, dtype=dtype).element_size()
+    key_value = 2 * config.num_kv_heads * config.head_dim
+    longest = min(config.max_positions, 2 * 32_768)
+    fixed = _DEVICE_BATCH * _batch_values(config) + 2 * longest * key_value * (config.num_layers + 1)
+    free = _WAVE_SHARE * (_free_bytes(device) or 0) - _HEAD_TILES
+    rows = int((free / size - fixed) // (2 * config.hidden_size + key_value))
+    least, most = _DEVICE_WAVE
+    rows = max(least, min(rows - rows % _DEVICE_BATCH, most))
+    return Budgets(wave_tokens=rows, batch_tokens=min(_DEVICE_BATCH, rows))
+
+
+def _batch_values(config: ModelConfig) -> int:
+    """Numbers that one row of a batch needs between a layer's operations, at most."""
+    return 5 * config.hidden_size + 3 * config.num_heads * config.head_dim + 3 * config.intermediate_size
 
 
 def run(
@@ -82,27 +118,166 @@ def run(
     Raises ``NonFiniteError`` (naming the layer) where a score is not finite, ``OutOfMemoryError`` where a wave does not
     fit the memory, ``kernels.BackendError`` where the backend is not there.
     """
-    backend = kernels.resolve(backend, model.device)  # type: ignore[assignment]
-    scores = TargetScores(
-        logprob=np.zeros(plan.num_targets, np.float32),
-        is_argmax=np.zeros(plan.num_targets, np.bool_),
-        entropy=np.zeros(plan.num_targets, np.float32),
-    )
-    carried = torch.empty(0)
-    done = 0
-    with torch.inference_mode(), _memory_errors(plan):
-        _check_memory(plan, model)
-        work = Workspace.make(min(plan.batch_tokens, plan.max_wave_rows), model)
-        for wave in plan.waves():
-            rows = len(wave.token_ids)
-
-            def layer_done(layers: int, before: int = done, rows: int = rows) -> None:
-                progress((before + rows * layers / model.config.num_layers) / plan.num_computed)
-
-            hidden, carried = _body(wave, model, carried, work, backend, layer_done)
-            _head(wave, model, hidden, backend, scores)
-            done += rows
+    (scores,) = stream([(plan, progress)], model, backend=backend)
     return scores
+
+
+def stream(
+    plans: Iterable[tuple[Plan, Callable[[float], None]]],
+    model: Model,
+    *,
+    backend: kernels.Backend = "auto",
+    clock: DeviceClock | None = None,
+) -> Generator[TargetScores, None, None]:
+    """The scores of one plan after the other, as :func:`run` gives them; each plan comes with its ``progress``.
+
+    While a device computes one wave, a thread lays out the next, the host launches it, and the scores of the last go
+    where they belong: also from one plan to the next. ``plans`` is read in that thread, ahead of the scores.
+    """
+    backend = kernels.resolve(backend, model.device)  # type: ignore[assignment]
+    clock = clock or DeviceClock()
+    launched: deque[tuple[_Job, _Computed | None]] = deque()
+    most = 0 if model.device.type == "cpu" else 1  # waves that a device computes while the host goes on
+    carried, work = torch.empty(0), None
+    with ahead(_waves(plans)) as waves:
+        for job, wave in waves:
+            computed = None
+            if wave is not None:
+                with _memory_errors(job.plan), torch.inference_mode():
+                    if wave.index == 0:
+                        _check_memory(job.plan, model)
+                        work = Workspace.grown(work, min(job.plan.batch_tokens, job.plan.max_wave_rows), model)
+                    assert work is not None
+                    computed, carried = _compute(job, wave, model, carried, work, backend)
+            launched.append((job, computed))
+            while len(launched) > most:
+                yield from _finish(*launched.popleft(), model, clock)
+    while launched:
+        yield from _finish(*launched.popleft(), model, clock)
+
+
+class DeviceClock:
+    """How much of the time between its first and its last wave a device computed. A CPU is not timed.
+
+    Counted is what lies between the layers of all waves: where the host is late with a wave, a layer's weights or a
+    layer's launches, the device waits there.
+    """
+
+    def __init__(self) -> None:
+        self._first: torch.cuda.Event | None = None
+        self._busy = self._span = 0.0  # milliseconds
+
+    def add(self, layers: Sequence[tuple[torch.cuda.Event, torch.cuda.Event]]) -> None:
+        """Start and end of each layer of a wave that is computed."""
+        if not layers:
+            return
+        self._first = self._first or layers[0][0]
+        self._busy += sum(start.elapsed_time(end) for start, end in layers)
+        self._span = self._first.elapsed_time(layers[-1][1])
+
+    @property
+    def idle_share(self) -> float | None:
+        """From 0 to 1; None: no device was timed."""
+        return max(0.0, 1.0 - self._busy / self._span) if self._span > 0 else None
+
+
+@dataclass(slots=True)
+class _Job:
+    """A plan and what has come of it."""
+
+    plan: Plan
+    progress: Callable[[float], None]
+    scores: TargetScores
+    waves_left: int
+    rows_done: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Computed:
+    """A wave's scores on their way to the host; [nnz] each by target of the wave."""
+
+    wave: Wave
+    logprob: Tensor
+    is_argmax: Tensor
+    entropy: Tensor
+    sums: Tensor  # [1 + layers + 1] of the hidden states after the embedding and each layer, and of the scores
+    layers: list[tuple[torch.cuda.Event, torch.cuda.Event]]  # when each layer began and ended; empty on a CPU
+    arrived: torch.cuda.Event | None
+
+
+def _waves(plans: Iterable[tuple[Plan, Callable[[float], None]]]) -> Iterator[tuple[_Job, Wave | None]]:
+    """The waves of all plans; a plan without a target has none, which is said by one None."""
+    for plan, progress in plans:
+        scores = TargetScores(
+            logprob=np.zeros(plan.num_targets, np.float32),
+            is_argmax=np.zeros(plan.num_targets, np.bool_),
+            entropy=np.zeros(plan.num_targets, np.float32),
+        )
+        job = _Job(plan, progress, scores, plan.num_waves)
+        yield from ((job, wave) for wave in plan.waves())
+        if not plan.num_waves:
+            yield job, None
+
+
+def _compute(
+    job: _Job,
+    wave: Wave,
+    model: Model,
+    carried: Tensor,
+    work: Workspace,
+    backend: kernels.Backend,
+) -> tuple[_Computed, Tensor]:
+    """Launches one wave, and gives it with what the next wave carries. On a device nothing here waits for it."""
+    is_cuda = model.device.type == "cuda"
+    layers: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+    start = _event() if is_cuda else None
+
+    def layer_done(count: int) -> None:
+        nonlocal start
+        if start is not None:
+            layers.append((start, _event()))
+            start = _event()
+        else:
+            share = count / model.config.num_layers
+            job.progress((job.rows_done + len(wave.token_ids) * share) / job.plan.num_computed)
+
+    hidden, kept, sums = _body(wave, model, carried, work, backend, layer_done)
+    logprob, is_argmax, entropy, total = _head(wave, model, hidden, backend)
+    computed = _Computed(
+        wave,
+        logprob=logprob.to("cpu", non_blocking=True),
+        is_argmax=is_argmax.to("cpu", non_blocking=True),
+        entropy=entropy.to("cpu", non_blocking=True),
+        sums=torch.stack([*sums, total]).to("cpu", non_blocking=True),
+        layers=layers,
+        arrived=_event() if is_cuda else None,
+    )
+    return computed, kept
+
+
+def _event() -> torch.cuda.Event:
+    """Now, in the order of what the device was given."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _finish(job: _Job, computed: _Computed | None, model: Model, clock: DeviceClock) -> Iterator[TargetScores]:
+    """Waits for a wave and puts its scores where they belong; gives the scores of a plan that is complete."""
+    if computed is not None:
+        if computed.arrived is not None:
+            computed.arrived.synchronize()
+        clock.add(computed.layers)
+        _check_finite(computed.sums, model)
+        ids = computed.wave.target_ids
+        job.scores.logprob[ids] = computed.logprob.numpy()
+        job.scores.is_argmax[ids] = computed.is_argmax.numpy()
+        job.scores.entropy[ids] = computed.entropy.numpy()
+        job.rows_done += len(computed.wave.token_ids)
+        job.waves_left -= 1
+        job.progress(job.rows_done / job.plan.num_computed)
+    if not job.waves_left:
+        yield job.scores
 
 
 def _body(
@@ -112,20 +287,21 @@ def _body(
     work: Workspace,
     backend: kernels.Backend,
     layer_done: Callable[[int], None],
-) -> tuple[Tensor, Tensor]:
-    """All layers of one wave: the hidden states of its response rows [R, D], and what the next wave carries.
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """All layers of one wave: the hidden states of its response rows [R, D], what the next wave carries, and the sum of
+    the hidden states after the embedding and after each layer.
 
     carried: [L, 2, C, Hkv, Dh], keys and values of each layer; not read where the wave carries nothing.
     """
     config, device = model.config, model.device
-    hidden = model.embed(torch.from_numpy(wave.token_ids))  # [N, D]
-    is_finite = [hidden.sum()]
+    hidden = model.embed(_upload(wave.token_ids, device))  # [N, D]
+    sums = [hidden.sum(dtype=torch.float32)]
     heads = (config.num_kv_heads, config.head_dim)
     keys, values = store = hidden.new_empty((2, wave.num_carried + len(wave.token_ids), *heads))
-    keep_rows = torch.from_numpy(wave.keep_rows).to(device)
+    keep_rows = _upload(wave.keep_rows, device)
     kept = hidden.new_empty((config.num_layers, 2, len(keep_rows), *heads))
     out = hidden.new_empty((len(wave.response_rows), config.hidden_size))
-    batches, last_batches = list(_batches(wave, device, last=False)), list(_batches(wave, device, last=True))
+    batches, last_batches = _batches(wave, device)
     num_positions = int(wave.positions.max()) + 1
     for index in range(config.num_layers):
         layer = model.layer(index, num_positions)
@@ -136,62 +312,74 @@ def _body(
             target = out[responses] if is_last else hidden[rows]
             decoder_layer(layer, hidden[rows], keys, values, batch, target, work, backend)
         torch.index_select(store, 1, keep_rows, out=kept[index])
-        is_finite.append((out if is_last else hidden).sum())
+        sums.append((out if is_last else hidden).sum(dtype=torch.float32))
         layer_done(index + 1)
-    _check_finite(torch.stack(is_finite), model)
-    return out, kept
+    return out, kept, sums
 
 
-def _batches(wave: Wave, device: torch.device, last: bool) -> Iterator[tuple[slice, slice, Batch]]:
-    """The wave's row ranges, the response rows in each, and what its queries see: all rows, or in the last layer the
+def _upload(array: np.ndarray, device: torch.device) -> Tensor:
+    """A tensor of ``array`` on ``device``; a device's copy is made when its turn comes, the host does not wait."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+_Rows = tuple[slice, slice, Batch]
+
+
+def _batches(wave: Wave, device: torch.device) -> tuple[list[_Rows], list[_Rows]]:
+    """The wave's row ranges, the response rows in each, and what its queries see: all rows, or, for the last layer, the
     response rows only."""
-
-    def tensor(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(device)
-
+    ends = np.searchsorted(wave.response_rows, wave.batch_offsets)
+    rows_of_batch = wave.response_rows - np.repeat(wave.batch_offsets[:-1], np.diff(ends))
+    positions, response_positions = wave.positions, wave.positions[wave.response_rows]
+    on_device = _upload(positions, device)
+    query_rows = _upload(rows_of_batch.astype(np.int64), device)
+    query_positions = _upload(response_positions, device)
+    every: list[_Rows] = []
+    last: list[_Rows] = []
     for b in range(len(wave.batch_offsets) - 1):
         begin, end = wave.batch_offsets[b : b + 2].tolist()
         first, stop = wave.batch_segments[b : b + 2].tolist()
-        responses = slice(*np.searchsorted(wave.response_rows, [begin, end]).tolist())
-        query_rows = wave.response_rows[responses] - begin
+        rows, responses = slice(begin, end), slice(*ends[b : b + 2].tolist())
         offsets = wave.segment_offsets[first : stop + 1] - begin
-        if last:
-            offsets = np.searchsorted(query_rows, offsets).astype(np.int32)
-        ranges = slice(int(wave.range_offsets[first]), int(wave.range_offsets[stop]))
-        positions = wave.positions[begin:end]
-        batch = Batch(
-            positions=tensor(positions),
-            store_row=wave.num_carried + begin,
-            query_rows=tensor(query_rows).long() if last else None,
-            query_positions=tensor(positions[query_rows] if last else positions),
-            query_offsets=tensor(offsets),
-            range_offsets=tensor(wave.range_offsets[first : stop + 1] - wave.range_offsets[first]),
-            key_ranges=tensor(wave.key_ranges[ranges]),
+        range_offsets = _tensor(wave.range_offsets[first : stop + 1] - wave.range_offsets[first])
+        key_ranges = _tensor(wave.key_ranges[wave.range_offsets[first] : wave.range_offsets[stop]])
+        own = wave.num_carried + begin
+        all_rows = (None, on_device[rows], _tensor(positions[rows]), _tensor(offsets))
+        every.append((rows, responses, Batch(on_device[rows], own, *all_rows, range_offsets, key_ranges)))
+        response_offsets = np.searchsorted(rows_of_batch[responses], offsets).astype(np.int32)
+        some = (
+            query_rows[responses],
+            query_positions[responses],
+            _tensor(response_positions[responses]),
+            _tensor(response_offsets),
         )
-        yield slice(begin, end), responses, batch
+        last.append((rows, responses, Batch(on_device[rows], own, *some, range_offsets, key_ranges)))
+    return every, last
 
 
-def _head(wave: Wave, model: Model, hidden: Tensor, backend: kernels.Backend, scores: TargetScores) -> None:
-    """Final norm and head of the response rows [R, D], written to ``scores`` by target id."""
-    offsets = torch.from_numpy(wave.target_offsets).to(model.device)
-    token_ids = torch.from_numpy(wave.target_token_ids).to(model.device)
+def _tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def _head(wave: Wave, model: Model, hidden: Tensor, backend: kernels.Backend) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Final norm and head of the response rows [R, D]: by target of the wave its logprob, whether it is the argmax, and
+    the entropy, [nnz] each; and the sum of the rows' lse and entropy."""
+    offsets, token_ids = _upload(wave.target_offsets, model.device), _upload(wave.target_token_ids, model.device)
     normed = model.final_norm(hidden, backend)
     result = kernels.option_logprobs(normed, model.head(), offsets, token_ids, backend=backend)
-    if not bool(torch.isfinite(result.lse + result.entropy).all()):
-        _raise_non_finite(model, model.config.num_layers, "the final norm and head")
-    row = torch.repeat_interleave(offsets.diff())
-    ids = wave.target_ids
-    scores.logprob[ids] = (result.logits - result.lse[row]).cpu().numpy()
-    scores.is_argmax[ids] = (result.argmax[row] == token_ids).cpu().numpy()
-    scores.entropy[ids] = result.entropy[row].cpu().numpy()
+    row = torch.repeat_interleave(offsets.diff(), output_size=len(token_ids))
+    logprob = result.logits - result.lse[row]
+    return logprob, result.argmax[row] == token_ids, result.entropy[row], (result.lse + result.entropy).sum()
 
 
 def _check_finite(sums: Tensor, model: Model) -> None:
-    """``sums``: [1 + layers], the sum of the hidden states after the embedding and after each layer."""
+    """``sums``: of the hidden states after the embedding and after each layer, and of the scores."""
     broken = torch.nonzero(~torch.isfinite(sums))
     if len(broken):
-        first = int(broken[0])
-        _raise_non_finite(model, first - 1, "the embedding" if first == 0 else f"layer {first - 1}")
+        layer = int(broken[0]) - 1
+        places = {-1: "the embedding", model.config.num_layers: "the final norm and head"}
+        _raise_non_finite(model, layer, places.get(layer, f"layer {layer}"))
 
 
 def _raise_non_finite(model: Model, layer: int, name: str) -> None:
@@ -214,7 +402,8 @@ def _check_memory(plan: Plan, model: Model) -> None:
 
 def _free_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for what comes
+        return torch.cuda.mem_get_info(device)[0] + kept
     try:
         with open("/proc/meminfo") as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))

@@ -19,6 +19,10 @@ from torch import Tensor
 from psykern import kernels
 from psykern.checkpoint import Checkpoint, read_config, widen
 from psykern.core import CheckpointError
+from psykern.weights import Layout, Slots
+
+_RESIDENT_SHARE = 0.7  # of the free memory: weights beyond that are streamed, the rest is for waves
+_STREAMED_SLOTS = 2  # one is computed with while the other is filled
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,6 +349,7 @@ class Layer:
     window: int | None
     cos: Tensor  # [P, Dh/2] fp32
     sin: Tensor  # [P, Dh/2] fp32
+    is_fused: bool  # qkv_proj, kv_proj and gate_up_proj are there, and used
 
     def linear(self, name: str, x: Tensor, out: Tensor) -> Tensor:
         """x [N, in] to ``out`` [N, out]."""
@@ -362,46 +367,83 @@ class Layer:
 
 
 class Model:
-    """A checkpoint opened for scoring: weights stay mapped and are handed out one layer at a time."""
+    """A checkpoint opened for scoring: weights are handed out one layer at a time.
 
-    def __init__(self, folder: Path, *, device: torch.device, dtype: torch.dtype) -> None:
-        """Raises ``CheckpointError`` where the folder's config, tensors or shapes are not as they must be."""
+    On a CPU the layers are the mapped file itself, or one layer's copy where they are stored in another dtype. On a
+    device they are in slots (:mod:`psykern.weights`), all at once where they fit beside the embedding and the head.
+    """
+
+    def __init__(self, folder: Path, *, device: torch.device, dtype: torch.dtype, num_slots: int | None = None) -> None:
+        """``num_slots``: layers that are held at once; None: on a device as many as fit, on a CPU none where the
+        stored dtype is ``dtype``. Raises ``CheckpointError`` where the folder's config, tensors or shapes are not as
+        they must be.
+        """
         self.config = ModelConfig.read(folder)
         self.device = device
         self.dtype = dtype
         self._checkpoint = Checkpoint.open(folder)
         optional = ["*.rotary_emb.inv_freq", *(["lm_head.weight"] if self.config.tied_head else [])]
-        self._checkpoint.check(expected_tensors(self.config), optional)
-        self._names = [name for name in expected_tensors(self.config) if name.startswith("model.layers.0.")]
-        self._widened: dict[str, Tensor] = {}  # one layer's
+        shapes = expected_tensors(self.config)
+        self._checkpoint.check(shapes, optional)
+        prefix = "model.layers.0."
+        self._shapes = {n.removeprefix(prefix): shape for n, shape in shapes.items() if n.startswith(prefix)}
         self._tables: dict[Rope, tuple[Tensor, Tensor]] = {}
+        self._outside: dict[str, Tensor] = {}  # embedding, head and final norm on a device
+        self.is_fused = device.type != "cpu" or num_slots is not None  # on a CPU two products are as fast as one
+        self._slots = self._make_slots(num_slots)
+
+    def _make_slots(self, num_slots: int | None) -> Slots | None:
+        on_cpu = self.device.type == "cpu"
+        if num_slots is None and on_cpu and all(t.dtype == self.dtype for t in self._stored(0).values()):
+            return None
+        layout = Layout.of(self._shapes)
+        if num_slots is None and on_cpu:
+            num_slots = 1
+        elif num_slots is None:
+            outside = ("model.embed_tokens.weight", "lm_head.weight")
+            size = torch.empty(0, dtype=self.dtype).element_size()
+            needed = sum(self._checkpoint.tensor(name).nbytes for name in outside if name in self._checkpoint.names)
+            needed += layout.size * size * self.config.num_layers
+            free = torch.cuda.mem_get_info(self.device)[0]
+            num_slots = self.config.num_layers if needed <= _RESIDENT_SHARE * free else _STREAMED_SLOTS
+        return Slots(
+            self._stored,
+            layout,
+            num_layers=self.config.num_layers,
+            num_slots=num_slots,
+            device=self.device,
+            dtype=self.dtype,
+        )
+
+    def _stored(self, index: int) -> dict[str, Tensor]:
+        """Layer ``index`` as the file has it."""
+        return {name: self._checkpoint.tensor(f"model.layers.{index}.{name}") for name in self._shapes}
+
+    @property
+    def is_resident(self) -> bool:
+        """All layers stay where they are computed with: nothing is copied for a further wave."""
+        return self._slots is None or self._slots.is_resident
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        """[N] token ids to [N, D] in the compute dtype."""
-        rows = self._checkpoint.tensor("model.embed_tokens.weight")[token_ids.cpu().long()]
-        return rows.to(self.device, self.dtype)
+        """[N] token ids on the model's device to [N, D] in the compute dtype."""
+        return self._on_device("model.embed_tokens.weight")[token_ids.long()].to(self.dtype)
 
     def layer(self, index: int, num_positions: int) -> Layer:
         """Layer ``index`` with rotary tables for at least ``num_positions`` positions.
 
-        Weights stored in another dtype are widened into arrays that the next layer's weights will take.
+        Its tensors are valid until the next layer is asked for: that one may take their place.
         """
         cos, sin = self._rotary_tables(self.config.ropes[index], num_positions)
-        prefix = "model.layers.0."
-        tensors = {
-            name.removeprefix(prefix): self._layer_weight(name, name.replace(prefix, f"model.layers.{index}.", 1))
-            for name in self._names
-        }
-        return Layer(self.config, tensors, self.config.windows[index], cos, sin)
+        tensors = self._stored(index) if self._slots is None else self._slots.layer(index)
+        return Layer(self.config, tensors, self.config.windows[index], cos, sin, self.is_fused)
 
     def final_norm(self, hidden: Tensor, backend: kernels.Backend) -> Tensor:
-        weight = self._weight("model.norm.weight")
+        weight = widen(self._on_device("model.norm.weight"), self.dtype)
         return kernels.add_rms_norm(hidden, None, weight, self.config.rms_norm_eps, backend=backend)[0]
 
     def head(self) -> Tensor:
         """The head's weight [V, D] in the checkpoint's own dtype: ``option_logprobs`` widens it tile by tile."""
-        name = "model.embed_tokens.weight" if self.config.tied_head else "lm_head.weight"
-        return self._checkpoint.tensor(name).to(self.device)
+        return self._on_device("model.embed_tokens.weight" if self.config.tied_head else "lm_head.weight")
 
     def non_finite_tensors(self, layer: int) -> list[str]:
         """Names of the tensors of one layer that hold a NaN or an infinity; layer -1: those outside the layers."""
@@ -411,16 +453,14 @@ class Model:
         ]
         return [n for n in names if not torch.isfinite(self._checkpoint.tensor(n)).all()]
 
-    def _layer_weight(self, place: str, name: str) -> Tensor:
+    def _on_device(self, name: str) -> Tensor:
+        """A tensor outside the layers as it is stored, copied to the device once."""
         stored = self._checkpoint.tensor(name)
-        if stored.dtype == self.dtype and self.device.type == "cpu":
+        if self.device.type == "cpu":
             return stored
-        if place not in self._widened:
-            self._widened[place] = torch.empty(stored.shape, dtype=self.dtype, device=self.device)
-        return self._widened[place].copy_(stored)
-
-    def _weight(self, name: str) -> Tensor:
-        return widen(self._checkpoint.tensor(name).to(self.device), self.dtype)
+        if name not in self._outside:
+            self._outside[name] = stored.to(self.device)
+        return self._outside[name]
 
     def _rotary_tables(self, rope: Rope, num_positions: int) -> tuple[Tensor, Tensor]:
         tables = self._tables.get(rope)
@@ -433,36 +473,42 @@ class Model:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Batch:
-    """The rows of one batch and what their queries see; tensors on the model's device."""
+    """The rows of one batch and what their queries see. Positions and rows are on the model's device; what describes
+    the segments stays on the CPU, where a kernel's tiles are planned from it."""
 
     positions: Tensor  # [n] int32
     store_row: int  # first of the n rows of the key/value store that are this batch's own
     query_rows: Tensor | None  # [m] int64, rows of the batch that need an output; None: all
     query_positions: Tensor  # [m] int32
-    query_offsets: Tensor  # [S+1] int32, into the queries
-    range_offsets: Tensor  # [S+1] int32
-    key_ranges: Tensor  # [.., 2] int32, rows of the store
+    segment_positions: Tensor  # [m] int32, query_positions on the CPU
+    query_offsets: Tensor  # [S+1] int32 on the CPU, into the queries
+    range_offsets: Tensor  # [S+1] int32 on the CPU
+    key_ranges: Tensor  # [.., 2] int32 on the CPU, rows of the store
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Workspace:
-    """The arrays between a layer's operations, made once for all batches of a run: a batch takes their first rows."""
+    """The arrays between a layer's operations, made once for all batches of a run: a batch takes what it needs."""
 
     normed: Tensor  # [n, D]
-    queries: Tensor  # [n, Hq, Dh]
-    gate: Tensor  # [n, F]
-    up: Tensor  # [n, F]
+    projected: Tensor  # [n * columns] queries, and where products are fused keys and values too
+    inner: Tensor  # [n * 2F] gate and up
 
     @classmethod
     def make(cls, rows: int, model: Model) -> Workspace:
         config = model.config
-        shapes: tuple[tuple[int, ...], ...] = (
-            (config.hidden_size,),
-            (config.num_heads, config.head_dim),
-            (config.intermediate_size,),
-            (config.intermediate_size,),
-        )
-        return cls(*(torch.empty((rows, *shape), dtype=model.dtype, device=model.device) for shape in shapes))
+        heads = config.num_heads + (2 * config.num_kv_heads if model.is_fused else 0)
+        shapes = ((rows, config.hidden_size), (rows * heads * config.head_dim,), (rows * 2 * config.intermediate_size,))
+        return cls(*(torch.empty(shape, dtype=model.dtype, device=model.device) for shape in shapes))
+
+    @classmethod
+    def grown(cls, work: Workspace | None, rows: int, model: Model) -> Workspace:
+        """``work`` itself where it has room for ``rows``, else a new one."""
+        return work if work is not None and len(work.normed) >= rows else cls.make(rows, model)
+
+    def project(self, rows: int, columns: int) -> Tensor:
+        """[rows, columns] of ``projected``."""
+        return self.projected[: rows * columns].view(rows, columns)
 
 
 def decoder_layer(
@@ -480,42 +526,64 @@ def decoder_layer(
     keys, values: [M, Hkv, Dh], the store of this layer. ``out`` is ``hidden`` itself where all rows are queries. No
     array of a batch's size is allocated.
     """
-    _keys_and_values(layer, hidden, keys, values, batch, work, backend)
+    q = _project(layer, hidden, keys, values, batch, work, backend)
     if batch.query_rows is not None:
         torch.index_select(hidden, 0, batch.query_rows, out=out)
-    _attention(layer, out, keys, values, batch, work, backend)
+        x = _input_norm(layer, out, work, backend)
+        q = layer.linear("self_attn.q_proj", x, work.project(len(out), layer.config.num_heads * layer.config.head_dim))
+    _attention(layer, q.unflatten(1, (-1, layer.config.head_dim)), out, keys, values, batch, work, backend)
     _mlp(layer, out, work, backend)
 
 
-def _keys_and_values(
+def _project(
     layer: Layer, hidden: Tensor, keys: Tensor, values: Tensor, batch: Batch, work: Workspace, backend: kernels.Backend
-) -> None:
-    own = slice(batch.store_row, batch.store_row + len(hidden))
+) -> Tensor:
+    """Keys and values of hidden [n, D] into the store, and queries [n, Hq * Dh] where all rows need them.
+
+    One product for all three where the layer is fused; else keys and values are computed where they belong, and
+    nothing is copied.
+    """
+    n, config = len(hidden), layer.config
+    own = slice(batch.store_row, batch.store_row + n)
+    needs_queries = batch.query_rows is None
+    queries, heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     x = _input_norm(layer, hidden, work, backend)
-    layer.linear("self_attn.v_proj", x, values[own].flatten(1))
-    layer.linear("self_attn.k_proj", x, keys[own].flatten(1))
-    _norm_and_rotate(layer, "self_attn.k_norm", keys[own], batch.positions, backend)
+    if layer.is_fused:
+        name, first = ("self_attn.qkv_proj", queries) if needs_queries else ("self_attn.kv_proj", 0)
+        q = projected = layer.linear(name, x, work.project(n, first + 2 * heads))
+        values[own].copy_(projected[:, first + heads :].unflatten(1, values.shape[1:]))
+        k = projected[:, first : first + heads].unflatten(1, keys.shape[1:])
+    else:
+        layer.linear("self_attn.v_proj", x, values[own].flatten(1))
+        k = layer.linear("self_attn.k_proj", x, keys[own].flatten(1)).view(keys[own].shape)
+        q = work.project(n, queries)
+        if needs_queries:
+            layer.linear("self_attn.q_proj", x, q)
+    _norm_and_rotate(layer, "self_attn.k_norm", k, batch.positions, keys[own], backend)
+    return q[:, :queries]
 
 
 def _attention(
-    layer: Layer, hidden: Tensor, keys: Tensor, values: Tensor, batch: Batch, work: Workspace, backend: kernels.Backend
+    layer: Layer,
+    q: Tensor,
+    hidden: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    batch: Batch,
+    work: Workspace,
+    backend: kernels.Backend,
 ) -> None:
-    """hidden [m, D] plus attention of its rows, in ``hidden``; their norm for the MLP, where it stands before, too."""
-    config = layer.config
-    is_normed = batch.query_rows is None and not config.family.norm_after  # from the keys, of the same rows
-    x = work.normed[: len(hidden)] if is_normed else _input_norm(layer, hidden, work, backend)
-    q = work.queries[: len(hidden)]
-    layer.linear("self_attn.q_proj", x, q.flatten(1))
-    _norm_and_rotate(layer, "self_attn.q_norm", q, batch.query_positions, backend)
+    """hidden [m, D] plus attention of q [m, Hq, Dh], in ``hidden``; and their norm, where the MLP takes that."""
+    _norm_and_rotate(layer, "self_attn.q_norm", q, batch.query_positions, q, backend)
     kernels.prefix_attention(
         q,
         keys,
         values,
-        batch.query_positions,
+        batch.segment_positions,
         batch.query_offsets,
         batch.range_offsets,
         batch.key_ranges,
-        softmax_scale=config.head_dim**-0.5,
+        softmax_scale=layer.config.head_dim**-0.5,
         window=layer.window,
         out=q,
         backend=backend,
@@ -526,10 +594,15 @@ def _attention(
 
 def _mlp(layer: Layer, hidden: Tensor, work: Workspace, backend: kernels.Backend) -> None:
     """hidden [m, D] plus the MLP, in ``hidden``."""
-    normed, gate, up = (x[: len(hidden)] for x in (work.normed, work.gate, work.up))
+    m, columns = len(hidden), layer.config.intermediate_size
+    normed, inner = work.normed[:m], work.inner[: 2 * m * columns]
     x = hidden if layer.config.family.norm_after else normed
-    layer.linear("mlp.gate_proj", x, gate)
-    layer.linear("mlp.up_proj", x, up)
+    if layer.is_fused:
+        gate, up = layer.linear("mlp.gate_up_proj", x, inner.view(m, 2 * columns)).chunk(2, dim=1)
+    else:
+        gate, up = inner.view(2, m, columns)
+        layer.linear("mlp.gate_proj", x, gate)
+        layer.linear("mlp.up_proj", x, up)
     kernels.silu_mul(gate, up, out=gate, backend=backend)
     if layer.config.family.norm_after:
         _add_norm(layer, "post_feedforward_layernorm", layer.linear("mlp.down_proj", gate, normed), hidden, backend)
@@ -560,7 +633,11 @@ def _add_norm(layer: Layer, name: str, x: Tensor, hidden: Tensor, backend: kerne
     )
 
 
-def _norm_and_rotate(layer: Layer, name: str, x: Tensor, positions: Tensor, backend: kernels.Backend) -> None:
-    """In place: x [n, H, Dh]."""
+def _norm_and_rotate(
+    layer: Layer, name: str, x: Tensor, positions: Tensor, out: Tensor, backend: kernels.Backend
+) -> None:
+    """x [n, H, Dh] to ``out``, which may be x."""
     weight = layer.tensors.get(f"{name}.weight")
-    kernels.qk_norm_rope(x, weight, layer.cos, layer.sin, positions, layer.config.rms_norm_eps, out=x, backend=backend)
+    kernels.qk_norm_rope(
+        x, weight, layer.cos, layer.sin, positions, layer.config.rms_norm_eps, out=out, backend=backend
+    )

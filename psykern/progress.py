@@ -13,7 +13,7 @@ class Progress:
     known before they are tokenized."""
 
     def __init__(self, characters: int, *, quiet: bool) -> None:
-        self._done_responses = self._done_tokens = 0
+        self._characters = self._responses = self._tokens = 0  # of the groups begun
         self._bar: tqdm = tqdm(
             total=characters,
             disable=quiet,
@@ -30,10 +30,12 @@ class Progress:
         self._bar.close()
 
     def start(self, characters: int, responses: int, tokens: int) -> Callable[[float], None]:
-        """Begin a group; the function returned takes the share of it that is done, from 0 to 1."""
-        first_character, first_response, first_token = self._bar.n, self._done_responses, self._done_tokens
-        self._done_responses += responses
-        self._done_tokens += tokens
+        """Begin a group; the function returned takes the share of it that is done, from 0 to 1. A group may begin while
+        the one before it is under way."""
+        first_character, first_response, first_token = self._characters, self._responses, self._tokens
+        self._characters += characters
+        self._responses += responses
+        self._tokens += tokens
 
         def update(share: float) -> None:
             self._describe(first_response + int(responses * share), first_token + int(tokens * share))

@@ -221,10 +221,12 @@ class Manifest:
     batch_tokens: int
     min_share: int
     counts: Counts
-    seconds: Mapping[str, float]  # by phase
+    seconds: Mapping[str, float]  # by phase; reading, encoding, planning and writing go on beside "run"
     tokens_per_second: float
     responses_per_second: float
     peak_memory_bytes: int
+    peak_device_bytes: int | None  # of a device with memory of its own; None: there was none
+    gpu_idle_share: float | None  # of the time between its first and last wave; see engine.DeviceClock
     started: str  # ISO 8601, UTC
     finished: str
 

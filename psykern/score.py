@@ -3,15 +3,16 @@
     rows ─ read ─► Transcript ─ encode ─► EncodedTranscript ─ plan ─► Wave… ─ run ─► TargetScores ─ write ─► parquet
 
 Transcripts go through in groups: those of one study among neighbours up to a number of tokens, planned together so that
-they share prefixes, and written as one part. Memory is bounded by the group, not by the data.
+they share prefixes, and written as one part. The next group is read, encoded and planned, and the last one written,
+while one is computed; memory is bounded by the group, not by the data.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timezone
 from pathlib import Path
@@ -30,11 +31,13 @@ from psykern.core import (
     OverLength,
     Protocol,
     RowError,
+    TargetScores,
     Transcript,
 )
 from psykern.encode import Encoder, Tokenizer
 from psykern.metrics import Summary, SummaryAccumulator
 from psykern.model import Model, ModelConfig
+from psykern.pipeline import ahead, behind
 from psykern.plan import MIN_SHARE, Plan, plan
 from psykern.progress import Progress
 from psykern.records import Counts, Manifest, RunFolder
@@ -65,8 +68,8 @@ class Settings:
     backend: kernels.Backend = "auto"
     dtype: Dtype = "auto"  # float32 on a CPU, bfloat16 on a GPU
     device: Device = "auto"
-    wave_tokens: int = engine.WAVE_TOKENS
-    batch_tokens: int = engine.BATCH_TOKENS
+    wave_tokens: int | None = None  # rows of a wave; None: as suits the device
+    batch_tokens: int | None = None  # rows of a batch; likewise
     min_share: int = MIN_SHARE  # tokens from which on a common prefix is shared
     strict: bool = False  # the first row that cannot be used stops the run
 
@@ -135,24 +138,43 @@ def score(
         files = find_data([data] if isinstance(data, (str, Path)) else data)
         totals = _scan(files, settings, reject)
     encoder = _encoder(tokenizer, decoder.config, settings)
+    budgets = _budgets(settings, decoder.config, device, dtype)
     summary = SummaryAccumulator()
     counts: Counter[str] = Counter()
-    with Progress(totals.characters, quiet=quiet) as progress:
+    device_clock = engine.DeviceClock()
+    underway: deque[tuple[_Group, Plan]] = deque()
+
+    def planned_groups() -> Iterator[tuple[_Group, Plan]]:
         for group in _groups(files, encoder, totals, settings, reject, clock, counts):
             with clock("plan"):
-                planned = _plan(group.transcripts, settings)
-            with clock("run"):
-                start = progress.start(group.characters, planned.num_responses, planned.num_tokens)
-                scores = engine.run(planned, decoder, backend=settings.backend, progress=start)
-            with clock("write"):
-                table = records.to_table(group.transcripts, scores)
-                run.write_part(table)
-                summary.add(table)
-            counts["scored_responses"] += len(table) - table.column("logprob").null_count
-            _count(counts, planned)
+                planned = _plan(group.transcripts, settings, budgets)
+            yield group, planned
+
+    def write(scored: tuple[_Group, TargetScores]) -> None:
+        group, scores = scored
+        with clock("write"):
+            table = records.to_table(group.transcripts, scores)
+            run.write_part(table)
+            summary.add(table)
+        counts["scored_responses"] += len(table) - table.column("logprob").null_count
+
+    with Progress(totals.characters, quiet=quiet) as progress, ahead(planned_groups()) as groups, behind(write) as put:
+
+        def plans() -> Iterator[tuple[Plan, Callable[[float], None]]]:
+            for group, planned in groups:
+                underway.append((group, planned))
+                yield planned, progress.start(group.characters, planned.num_responses, planned.num_tokens)
+
+        with closing(engine.stream(plans(), decoder, backend=settings.backend, clock=device_clock)) as stream:
+            for scores in _timed(stream, clock, "run"):
+                group, planned = underway.popleft()
+                put((group, scores))
+                _count(counts, planned)
     with clock("hash"):
         hashes = hash_model(folder), tuple(_data_record(file) for file in files)
-    manifest = _manifest(str(model), hashes, tokenizer, settings, device, dtype, backend, clock, counts, run)
+    manifest = _manifest(
+        str(model), hashes, tokenizer, settings, budgets, device_clock, device, dtype, backend, clock, counts, run
+    )
     run.write_summary(summary.summary().to_json())
     run.write_manifest(manifest)
     return Run(run.path, manifest, summary.summary())
@@ -188,10 +210,11 @@ def estimate(
 ) -> Estimate:
     """What :func:`score` would cost, per study, from the model's config and tokenizer alone: no weights are needed."""
     settings = settings or Settings()
-    _, dtype = _device_and_dtype(settings)
+    device, dtype = _device_and_dtype(settings)
     folder = resolve_model(model, weights=False)
     config = ModelConfig.read(folder)
     encoder = _encoder(_load_tokenizer(folder, config), config, settings)
+    budgets = _budgets(settings, config, device, dtype)
     rejects: list[RowError] = []
 
     def reject(error: RowError) -> None:
@@ -204,7 +227,7 @@ def estimate(
     plans: dict[str, StudyPlan] = {}
     with Progress(totals.characters, quiet=quiet) as progress:
         for group in _groups(files, encoder, totals, settings, reject, _Clock(), Counter()):
-            planned = _plan(group.transcripts, settings)
+            planned = _plan(group.transcripts, settings, budgets)
             study = group.transcripts[0].study
             plans[study] = _add(plans.get(study), _study_plan(study, planned, config, dtype))
             progress.start(group.characters, planned.num_responses, planned.num_tokens)(1.0)
@@ -326,11 +349,17 @@ def _chunks(rows: Iterator[Transcript]) -> Iterator[list[Transcript]]:
         yield chunk
 
 
-def _plan(transcripts: Sequence[EncodedTranscript], settings: Settings) -> Plan:
+def _budgets(settings: Settings, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> engine.Budgets:
+    """What the settings say, and what suits the device where they say nothing."""
+    default = engine.budgets(config, device, dtype)
+    return engine.Budgets(settings.wave_tokens or default.wave_tokens, settings.batch_tokens or default.batch_tokens)
+
+
+def _plan(transcripts: Sequence[EncodedTranscript], settings: Settings, budgets: engine.Budgets) -> Plan:
     return plan(
         transcripts,
-        wave_tokens=settings.wave_tokens,
-        batch_tokens=settings.batch_tokens,
+        wave_tokens=budgets.wave_tokens,
+        batch_tokens=budgets.batch_tokens,
         min_share=settings.min_share,
     )
 
@@ -413,6 +442,8 @@ def _manifest(
     hashes: tuple[str, tuple[records.DataFile, ...]],
     tokenizer: Tokenizer,
     settings: Settings,
+    budgets: engine.Budgets,
+    device_clock: engine.DeviceClock,
     device: torch.device,
     dtype: torch.dtype,
     backend: str,
@@ -438,14 +469,16 @@ def _manifest(
         device=device_name,
         dtype=str(dtype).removeprefix("torch."),
         backend=backend,
-        wave_tokens=settings.wave_tokens,
-        batch_tokens=settings.batch_tokens,
+        wave_tokens=budgets.wave_tokens,
+        batch_tokens=budgets.batch_tokens,
         min_share=settings.min_share,
         counts=Counts(**{name: counts[name] for name in names} | {"rejects": run.num_rejects}),
         seconds=clock.seconds | {"total": clock.total},
         tokens_per_second=counts["tokens"] / clock.total,
         responses_per_second=counts["responses"] / clock.total,
         peak_memory_bytes=records.peak_memory_bytes(),
+        peak_device_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        gpu_idle_share=device_clock.idle_share,
         started=clock.started.isoformat(timespec="seconds"),
         finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )

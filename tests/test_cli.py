@@ -24,6 +24,7 @@ from test_score import CONTEXT, Row, Toy, fitting, make_toy, make_toy_data, resp
 import psykern
 from psykern import Settings, demo, engine, kernels
 from psykern.cli import main
+from psykern.plan import MIN_SHARE
 
 ROOT = Path(__file__).resolve().parents[1]
 pipeline = importlib.import_module("psykern.score")  # the package's attribute of that name is the function
@@ -237,7 +238,7 @@ def test_help_lists_every_option_and_choice(command: str, capsys: pytest.Capture
 def test_help_names_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     psykern_command("score", "--help")
     text = " ".join(capsys.readouterr().out.split())
-    for value in ("exact", "joint", "given", 26, "error", engine.WAVE_TOKENS, engine.BATCH_TOKENS):
+    for value in ("exact", "joint", "given", 26, "error", MIN_SHARE):
         assert f"(default: {value})" in text
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from psykern import engine
 from psykern.core import EncodedTranscript, NonFiniteError, OutOfMemoryError, TargetScores
 from psykern.kernels import Backend
 from psykern.model import Model, ModelConfig
-from psykern.plan import plan
+from psykern.plan import Plan, plan
 
 TOLERANCE = 1e-4  # nats, against fp32 transformers
 INVARIANCE = 1e-5  # nats, between budgets and batch mates
@@ -68,6 +68,49 @@ def test_every_family_equals_transformers(
 ) -> None:
     oracle = make_model(tmp_path, **CONFIGS[name])
     assert_scores(score(group, tmp_path, backend=backend), group, oracle)
+
+
+@pytest.mark.parametrize("num_slots", [2, 3])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_fused_layers_that_are_streamed_equal_transformers(
+    name: str, num_slots: int, tmp_path: Path, group: list[EncodedTranscript]
+) -> None:
+    """As on a device: weights in slots, 2 of 3 or 4 layers or all 3, one product for all that take the same input."""
+    oracle = make_model(tmp_path, **CONFIGS[name])
+    model = Model(tmp_path, device=torch.device("cpu"), dtype=torch.float32, num_slots=num_slots)
+    assert model.is_fused
+    scores = engine.run(plan(group, wave_tokens=200, batch_tokens=64, min_share=4), model)
+    assert_scores(scores, group, oracle)
+
+
+def test_a_stream_of_plans_gives_the_scores_of_each(tmp_path: Path, group: list[EncodedTranscript]) -> None:
+    """Between them one without a target; the work arrays grow from plan to plan."""
+    make_model(tmp_path, **CONFIGS["qwen3"])
+    model = Model(tmp_path, device=torch.device("cpu"), dtype=torch.float32)
+    groups = [group[:3], [encoded([], [])], group, group[5:6]]
+    plans = [plan(g, wave_tokens=200, batch_tokens=64, min_share=4) for g in groups]
+    shares: list[list[float]] = [[] for _ in plans]
+    got = list(engine.stream(zip(plans, (s.append for s in shares), strict=True), model))
+    assert len(got) == len(plans)
+    for scores, planned, share in zip(got, plans, shares, strict=True):
+        alone = engine.run(planned, model)
+        for field in ("logprob", "entropy", "is_argmax"):
+            assert getattr(scores, field).tobytes() == getattr(alone, field).tobytes()
+        assert share == sorted(share) and (not share or share[-1] == pytest.approx(1.0))
+
+
+def test_an_error_of_the_plans_comes_after_the_scores_before_it(tmp_path: Path, group: list[EncodedTranscript]) -> None:
+    make_model(tmp_path, **CONFIGS["llama"])
+    model = Model(tmp_path, device=torch.device("cpu"), dtype=torch.float32)
+
+    def plans() -> Iterator[tuple[Plan, Callable[[float], None]]]:
+        yield plan(group[:2], wave_tokens=64, batch_tokens=64), lambda share: None
+        raise ValueError("no more")
+
+    stream = engine.stream(plans(), model)
+    assert len(next(stream).logprob)
+    with pytest.raises(ValueError, match="no more"):
+        next(stream)
 
 
 @each_backend

@@ -15,7 +15,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-_BELOW_SCORE = {"core", "transcripts", "protocol", "encode", "plan", "kernels", "checkpoint", "model", "engine"}
+_BELOW_SCORE = {
+    "core",
+    "transcripts",
+    "protocol",
+    "encode",
+    "plan",
+    "kernels",
+    "checkpoint",
+    "model",
+    "engine",
+    "pipeline",
+}
 ALLOWED: dict[str, set[str]] = {
     "version": set(),
     "core": set(),
@@ -27,8 +38,10 @@ ALLOWED: dict[str, set[str]] = {
     "_cuda": set(),
     "kernels": {"kernels", "_cpu", "_cuda"},
     "checkpoint": {"core"},
-    "model": {"core", "kernels", "checkpoint"},
-    "engine": {"core", "plan", "model", "kernels"},
+    "weights": set(),
+    "model": {"core", "kernels", "checkpoint", "weights"},
+    "pipeline": set(),
+    "engine": {"core", "plan", "model", "kernels", "pipeline"},
     "records": {"core"},
     "metrics": {"core"},
     "progress": set(),

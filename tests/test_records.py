@@ -170,6 +170,8 @@ def manifest(**changes: object) -> Manifest:
         tokens_per_second=15.0,
         responses_per_second=1.0,
         peak_memory_bytes=peak_memory_bytes(),
+        peak_device_bytes=None,
+        gpu_idle_share=None,
         started="2026-01-01T00:00:00+00:00",
         finished="2026-01-01T00:00:02+00:00",
     )

@@ -141,7 +141,9 @@ def _mask(positions: Tensor, first: int, last: int, window: int | None, like: Te
     """[queries, last - first]: 0 where the key is seen, -inf elsewhere."""
     distance = positions[:, None] - torch.arange(first, last, device=positions.device)
     hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
-    return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, -torch.inf)
+    return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(
+        hidden.to(like.device), -torch.inf
+    )
 
 
 def _attend(
