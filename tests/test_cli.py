@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -691,16 +691,15 @@ def test_what_was_written_before_a_stop_is_kept(
     """The third of the groups is stopped: two parts stay, whole, and no manifest says that the run is complete."""
     error, expected, message = STOPS[name]
     assert score(toy.model, toy.data, tmp_path / "whole") == 0
-    calls = []
 
-    def run(*arguments: Any, **named: Any) -> Any:
-        calls.append(arguments)
-        if len(calls) == 3:
-            raise error
-        return original(*arguments, **named)
+    def stream(*arguments: Any, **named: Any) -> Iterator[Any]:
+        for done, scores in enumerate(original(*arguments, **named)):
+            if done == 2:
+                raise error
+            yield scores
 
-    original = engine.run
-    monkeypatch.setattr(engine, "run", run)
+    original = engine.stream
+    monkeypatch.setattr(engine, "stream", stream)
     monkeypatch.setattr(pipeline, "GROUP_TOKENS", 1)
     monkeypatch.setattr(pipeline, "_READ_CHARS", 1)
     capsys.readouterr()
