@@ -1,0 +1,37 @@
+"""What the launches share."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# What a kernel's log2 and exp2 are scaled by: the hardware computes powers of 2.
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Launches go to the device of ``x``, on torch's current stream there."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def dense_rows(x: Tensor) -> Tensor:
+    """``x`` with the numbers of each row dense: a copy where they are not."""
+    inner = x[:1] if x.dim() > 1 else x
+    return x if inner.is_contiguous() or x.numel() == 0 else x.contiguous()
+
+
+@cache
+def is_hopper(device: torch.device) -> bool:
+    """Compute capability 9.0 or later: larger shared memory, and what reads tiles without registers."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def power_of_2(n: int) -> int:
+    """The least power of 2 from ``n`` on, at least 16 (the least side of a matrix product)."""
+    return max(16, triton.next_power_of_2(n))
