@@ -20,6 +20,12 @@ def on_device_of(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
+def is_wide(dtype: torch.dtype) -> bool:
+    """Whether inputs of ``dtype`` are multiplied in fp32; the interpreter has no product of bf16, whose numbers fp32
+    holds exactly."""
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and triton.knobs.runtime.interpret)
+
+
 def dense_rows(x: Tensor) -> Tensor:
     """``x`` with the numbers of each row dense: a copy where they are not."""
     inner = x[:1] if x.dim() > 1 else x

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from psykern.kernels.triton.common import LN2, LOG2E, dense_rows, on_device_of, power_of_2
+from psykern.kernels.triton.common import LN2, LOG2E, dense_rows, is_wide, on_device_of, power_of_2
 
 _PARTIAL_BYTES = 64 * 2**20  # of the reduced tiles that are held at once
 _TARGETS = 256  # looked at together to see whether a tile has any
@@ -87,7 +87,7 @@ def option_logprobs(
                 size,
                 chunk,
                 row_blocks,
-                IS_WIDE=dtype == torch.float32,
+                IS_WIDE=is_wide(dtype),
                 BLOCK_R=tiles.block_r,
                 BLOCK_V=tiles.block_v,
                 BLOCK_K=tiles.block_k,

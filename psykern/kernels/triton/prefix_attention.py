@@ -1,0 +1,329 @@
+"""prefix_attention: online softmax over the keys of each tile of queries, range by range of their path.
+
+One program answers the query heads of one key head for the queries of one tile (:mod:`psykern.kernels.triton.tiles`),
+so that a key is read once for all of them. Blocks of keys that all queries of the tile see need no mask; those that
+none sees, behind the last query or before the window, are not read.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from psykern.kernels.triton.common import LOG2E, dense_rows, is_hopper, is_wide, on_device_of, power_of_2
+from psykern.kernels.triton.tiles import (
+    END_QUERY,
+    END_RANGE,
+    END_TAIL,
+    FIRST_POSITION,
+    FIRST_QUERY,
+    FIRST_RANGE,
+    FIRST_TAIL,
+    LIMIT,
+    MIN_LIMIT,
+    NUM_COLUMNS,
+    query_tiles,
+)
+
+MAX_HEAD_DIM = 256
+
+
+class Blocks(NamedTuple):
+    """Rows (queries times heads) and keys of a program's products, and what it takes."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def blocks_of(head_dim: int, dtype: torch.dtype, hopper: bool) -> Blocks:
+    """By head size and dtype; ``hopper``: 228 KiB of shared memory, not 164."""
+    if dtype == torch.float32:
+        return Blocks(64, 32, 4, 2) if head_dim <= 128 else Blocks(32, 32, 4, 1)
+    if head_dim <= 64:
+        return Blocks(128, 128 if hopper else 64, 8 if hopper else 4, 3)
+    if head_dim <= 128:
+        return Blocks(128, 128, 8, 2) if hopper else Blocks(128, 64, 8, 2)
+    return Blocks(128, 64, 8, 2) if hopper else Blocks(64, 32, 4, 2)
+
+
+def prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    query_offsets: Tensor,
+    range_offsets: Tensor,
+    key_ranges: Tensor,
+    softmax_scale: float,
+    window: int | None,
+    out: Tensor,
+) -> Tensor:
+    if q.shape[2] > MAX_HEAD_DIM:
+        raise ValueError(f"q: expected heads of at most {MAX_HEAD_DIM} numbers, got {q.shape[2]}")
+    if q.numel() == 0:
+        return out
+    blocks = blocks_of(q.shape[2], q.dtype, is_hopper(q.device))
+    group = q.shape[1] // k.shape[1]
+    block_m = max(blocks.block_m, power_of_2(group))
+    tiles = query_tiles(positions, query_offsets, range_offsets, key_ranges, block_m // group, q.device)
+    q, k, v = dense_rows(q), dense_rows(k.to(q.dtype)), dense_rows(v.to(q.dtype))
+    target = out if dense_rows(out) is out else torch.empty_like(out, memory_format=torch.contiguous_format)
+    with on_device_of(q):
+        attention_kernel[(tiles.num_tiles, k.shape[1])](
+            q,
+            k,
+            v,
+            target,
+            tiles.table,
+            tiles.key_ranges,
+            tiles.limits,
+            tiles.tails,
+            tiles.positions,
+            q.stride(0),
+            k.stride(0),
+            v.stride(0),
+            target.stride(0),
+            softmax_scale,
+            0 if window is None else window,
+            q.shape[2],
+            GROUP=group,
+            HAS_WINDOW=window is not None,
+            IS_WIDE=is_wide(q.dtype),
+            BLOCK_M=block_m,
+            BLOCK_N=blocks.block_n,
+            BLOCK_D=power_of_2(q.shape[2]),
+            FIRST_QUERY=FIRST_QUERY,
+            END_QUERY=END_QUERY,
+            FIRST_RANGE=FIRST_RANGE,
+            END_RANGE=END_RANGE,
+            FIRST_TAIL=FIRST_TAIL,
+            END_TAIL=END_TAIL,
+            FIRST_POSITION=FIRST_POSITION,
+            LIMIT=LIMIT,
+            MIN_LIMIT=MIN_LIMIT,
+            NUM_COLUMNS=NUM_COLUMNS,
+            num_warps=blocks.num_warps,
+            num_stages=blocks.num_stages,
+        )
+    return out if target is out else out.copy_(target)
+
+
+@triton.jit
+def attend(
+    q,
+    acc,
+    maximum,
+    total,
+    k_ptr,
+    v_ptr,
+    stride_km,
+    stride_vm,
+    row,
+    begin,
+    end,
+    lows,
+    highs,
+    offs_n,
+    offs_d,
+    Dh,
+    scale,
+    IS_MASKED: tl.constexpr,
+    IS_WIDE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The keys at places ``begin`` to ``end`` behind store row ``row``; with IS_MASKED a query sees those from its
+    ``lows`` to its ``highs``."""
+    for n in range(begin, end, BLOCK_N):
+        places = n + offs_n
+        rows = (row + places).to(tl.int64)
+        inside = (places < end)[:, None] & (offs_d < Dh)[None, :]
+        if IS_MASKED or Dh != BLOCK_D:
+            k = tl.load(k_ptr + rows[:, None] * stride_km + offs_d[None, :], mask=inside, other=0.0)
+        else:
+            k = tl.load(k_ptr + rows[:, None] * stride_km + offs_d[None, :])
+        if IS_WIDE:
+            scores = tl.dot(q.to(tl.float32), tl.trans(k.to(tl.float32)), input_precision="ieee") * scale
+        else:
+            scores = tl.dot(q, tl.trans(k)) * scale
+        if IS_MASKED:
+            sees = (places[None, :] >= lows[:, None]) & (places[None, :] < highs[:, None]) & (places < end)[None, :]
+            scores = tl.where(sees, scores, float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
+        shift = new_maximum
+        if IS_MASKED:
+            shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)  # no key was seen so far
+        weights = tl.exp2(scores - shift[:, None])
+        rescale = tl.exp2(maximum - shift)
+        total = total * rescale + tl.sum(weights, axis=1)
+        acc = acc * rescale[:, None]
+        maximum = new_maximum
+        if IS_MASKED or Dh != BLOCK_D:
+            v = tl.load(v_ptr + rows[:, None] * stride_vm + offs_d[None, :], mask=inside, other=0.0)
+        else:
+            v = tl.load(v_ptr + rows[:, None] * stride_vm + offs_d[None, :])
+        if IS_WIDE:
+            acc = tl.dot(weights, v.to(tl.float32), acc, input_precision="ieee")
+        else:
+            acc = tl.dot(weights.to(v.dtype), v, acc)
+    return acc, maximum, total
+
+
+@triton.jit
+def attention_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    table_ptr,
+    key_ranges_ptr,
+    limits_ptr,
+    tails_ptr,
+    positions_ptr,
+    stride_qn,
+    stride_km,
+    stride_vm,
+    stride_on,
+    softmax_scale,
+    window,
+    Dh: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    IS_WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    FIRST_QUERY: tl.constexpr,
+    END_QUERY: tl.constexpr,
+    FIRST_RANGE: tl.constexpr,
+    END_RANGE: tl.constexpr,
+    FIRST_TAIL: tl.constexpr,
+    END_TAIL: tl.constexpr,
+    FIRST_POSITION: tl.constexpr,
+    LIMIT: tl.constexpr,
+    MIN_LIMIT: tl.constexpr,
+    NUM_COLUMNS: tl.constexpr,
+):
+    """One tile of queries, one key head. Row m of a product is query m // GROUP, head m % GROUP."""
+    tile_ptr = table_ptr + tl.program_id(0) * NUM_COLUMNS
+    head = tl.program_id(1)
+    first_query = tl.load(tile_ptr + FIRST_QUERY)
+    end_query = tl.load(tile_ptr + END_QUERY)
+    limit = tl.load(tile_ptr + LIMIT)
+    min_limit = tl.load(tile_ptr + MIN_LIMIT)
+    end_tail = tl.load(tile_ptr + END_TAIL)
+
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    query = first_query + offs_m // GROUP
+    is_query = (query < end_query) & (offs_m < BLOCK_M // GROUP * GROUP)
+    mask = is_query[:, None] & (offs_d < Dh)[None, :]
+    columns = ((head * GROUP + offs_m % GROUP) * Dh)[:, None] + offs_d[None, :]
+    q = tl.load(q_ptr + query.to(tl.int64)[:, None] * stride_qn + columns, mask=mask, other=0.0)
+    highs = tl.load(limits_ptr + query, mask=is_query, other=0)
+    lows = tl.zeros([BLOCK_M], dtype=tl.int32)
+    first_key = 0
+    if HAS_WINDOW:
+        lows = tl.load(positions_ptr + query, mask=is_query, other=0) - window + 1
+        first_key = tl.maximum(tl.load(tile_ptr + FIRST_POSITION) - window + 1, 0)
+    scale = softmax_scale * LOG2E
+    acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    maximum = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK_M], dtype=tl.float32)
+    k_ptr += head * Dh
+    v_ptr += head * Dh
+
+    place = 0  # of the range's first key on the path
+    for r in range(tl.load(tile_ptr + FIRST_RANGE), tl.load(tile_ptr + END_RANGE)):
+        row = tl.load(key_ranges_ptr + 2 * r)
+        length = tl.load(key_ranges_ptr + 2 * r + 1) - row
+        begin = tl.maximum(first_key - place, 0)
+        end = tl.minimum(limit - place, length)
+        seen_by_all = begin
+        if not HAS_WINDOW:
+            seen_by_all = tl.maximum(tl.minimum(min_limit - place, length), 0) // BLOCK_N * BLOCK_N
+            acc, maximum, total = attend(
+                q,
+                acc,
+                maximum,
+                total,
+                k_ptr,
+                v_ptr,
+                stride_km,
+                stride_vm,
+                row,
+                begin,
+                seen_by_all,
+                lows,
+                highs,
+                offs_n,
+                offs_d,
+                Dh,
+                scale,
+                IS_MASKED=False,
+                IS_WIDE=IS_WIDE,
+                BLOCK_N=BLOCK_N,
+                BLOCK_D=BLOCK_D,
+            )
+        acc, maximum, total = attend(
+            q,
+            acc,
+            maximum,
+            total,
+            k_ptr,
+            v_ptr,
+            stride_km,
+            stride_vm,
+            row,
+            seen_by_all,
+            end,
+            lows - place,
+            highs - place,
+            offs_n,
+            offs_d,
+            Dh,
+            scale,
+            IS_MASKED=True,
+            IS_WIDE=IS_WIDE,
+            BLOCK_N=BLOCK_N,
+            BLOCK_D=BLOCK_D,
+        )
+        place += length
+    if end_tail > 0:
+        tail_ptr = tails_ptr + 2 * query
+        tail_highs = tl.load(tail_ptr + 1, mask=is_query, other=0)
+        tail_lows = tl.load(tail_ptr, mask=is_query, other=0)
+        if HAS_WINDOW:
+            tail_lows = tl.maximum(tail_lows, tail_highs - window)
+        acc, maximum, total = attend(
+            q,
+            acc,
+            maximum,
+            total,
+            k_ptr,
+            v_ptr,
+            stride_km,
+            stride_vm,
+            0,
+            tl.load(tile_ptr + FIRST_TAIL),
+            end_tail,
+            tail_lows,
+            tail_highs,
+            offs_n,
+            offs_d,
+            Dh,
+            scale,
+            IS_MASKED=True,
+            IS_WIDE=IS_WIDE,
+            BLOCK_N=BLOCK_N,
+            BLOCK_D=BLOCK_D,
+        )
+    o = acc / total[:, None]
+    tl.store(out_ptr + query.to(tl.int64)[:, None] * stride_on + columns, o.to(out_ptr.dtype.element_ty), mask=mask)
