@@ -323,9 +323,7 @@ def _no_calibration() -> Calibration:
     return metrics.calibration(np.empty(0), np.empty(0))
 
 
-def _run_study(
-    study: _Study, temperature: float
-) -> tuple[RunStudy, Calibration, list[np.ndarray], np.ndarray]:
+def _run_study(study: _Study, temperature: float) -> tuple[RunStudy, Calibration, list[np.ndarray], np.ndarray]:
     """A study's row, its calibration, its participants' columns, and their sums [P, 3]: scored, NLL, hits."""
     scored = ~np.isnan(study.nll)
     nll = study.nll[scored]
@@ -399,8 +397,10 @@ def _compare_pair(pair: Pair, cache: _Loaded, draws: int, progress: Callable[[st
         studies.append(row)
         all_draws.append(drawn)
     differences = np.array([row.difference.value for row in studies])
-    means = {name: _aggregate([getattr(row, name).value for row in studies], [drawn[name] for drawn in all_draws])
-             for name in _STATISTICS}
+    means = {
+        name: _aggregate([getattr(row, name).value for row in studies], [drawn[name] for drawn in all_draws])
+        for name in _STATISTICS
+    }
     aggregate = PairStudy(
         study="mean over studies",
         participants=sum(row.participants for row in studies),
@@ -564,5 +564,3 @@ def _weighted(values: Sequence[float], weights: Sequence[int]) -> float:
     known = [(value, weight) for value, weight in zip(values, weights, strict=True) if not math.isnan(value)]
     total = sum(weight for _, weight in known)
     return sum(value * weight for value, weight in known) / total if total else NAN
-
-

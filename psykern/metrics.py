@@ -123,9 +123,7 @@ class Calibration:
     hits: np.ndarray  # [bins] float64, likewise: how often that option was the response
 
     def __add__(self, other: Calibration) -> Calibration:
-        return Calibration(
-            self.counts + other.counts, self.confidence + other.confidence, self.hits + other.hits
-        )
+        return Calibration(self.counts + other.counts, self.confidence + other.confidence, self.hits + other.hits)
 
     @property
     def error(self) -> float:
@@ -177,8 +175,8 @@ def fit_temperature(
     beta = 1.0
     for _ in range(60):
         slope, curvature = _fit_derivatives(log_softmax, offsets, option_index, weights, beta)
-        if curvature == 0 and slope == 0:
-            return 1.0
+        if slope == 0:  # at an optimum; or so steep or even that no temperature near this one matters
+            return 1 / beta
         low, high = (low, beta) if slope > 0 else (beta, high)
         step = beta - slope / curvature if curvature > 0 else math.nan
         if not low < step < high:
@@ -232,7 +230,9 @@ def cohens_d(base: np.ndarray, post: np.ndarray) -> float:
     return float((post.mean() - base.mean()) / math.sqrt(spread)) if spread > 0 else math.nan
 
 
-def cohens_d_of_sums(count: np.ndarray, base: np.ndarray, base2: np.ndarray, post: np.ndarray, post2: np.ndarray) -> np.ndarray:
+def cohens_d_of_sums(
+    count: np.ndarray, base: np.ndarray, base2: np.ndarray, post: np.ndarray, post2: np.ndarray
+) -> np.ndarray:
     """:func:`cohens_d` from sums over the same responses: their number, Σ base, Σ base², Σ post, Σ post². Any shape.
 
     The sums may be of values minus one constant, which loses fewer digits.

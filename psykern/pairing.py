@@ -75,8 +75,11 @@ def check_alike(runs: Sequence[NamedRun]) -> None:
 
 def _difference(one: Sequence[str], two: Sequence[str]) -> str:
     only = [sorted(set(a) - set(b)) for a, b in ((one, two), (two, one))]
-    shown = [f"{len(hashes)} of the {whose}'s hashes are not among the other's ({hashes[0][:16]}…)"
-             for hashes, whose in zip(only, ("latter", "former"), strict=True) if hashes]
+    shown = [
+        f"{len(hashes)} of the {whose}'s hashes are not among the other's ({hashes[0][:16]}…)"
+        for hashes, whose in zip(only, ("latter", "former"), strict=True)
+        if hashes
+    ]
     return "; ".join(shown) or f"{len(two)} files against {len(one)}"
 
 
@@ -187,10 +190,11 @@ def check_rows(pair: Pair, base: Responses, post: Responses) -> None:
                 )
     counts = np.diff(base.participant_offsets), np.diff(post.participant_offsets)
     if not np.array_equal(*counts):
-        first = int(np.flatnonzero(counts[0] != counts[1])[0])
+        others = np.flatnonzero(counts[0] != counts[1])
+        first = int(others[0])
         raise ComparisonError(
             f"responses: {_who(base.participants[first])} has {counts[0][first]:,} responses in {names[0]} and "
-            f"{counts[1][first]:,} in {names[1]}; the runs differ in {int((counts[0] != counts[1]).sum()):,} participants"
+            f"{counts[1][first]:,} in {names[1]}; the runs differ in {len(others):,} participants"
         )
     differing = base.response_index != post.response_index
     if differing.any():

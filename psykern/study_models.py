@@ -159,7 +159,7 @@ def find_model(model_id: str, described: dict[str, StudyModel]) -> StudyModel | 
 
 
 def read_models(path: Path) -> dict[str, StudyModel]:
-    """Models by lower-case name from the YAML file ``path``, form as above. Raises ComparisonError, naming the entry."""
+    """Models by lower-case name from the YAML file ``path``, as above. Raises ComparisonError, naming the entry."""
     import yaml
 
     try:

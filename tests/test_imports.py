@@ -44,7 +44,8 @@ ALLOWED: dict[str, set[str]] = {
     "session": {"core", "plan", "model", "engine", "kernels", "encode", "protocol", "checkpoint"},
     "integrations": {"psykern", "integrations"},
     "cli": {"psykern", "demo"},
-    "psykern": _BELOW_SCORE | {"records", "metrics", "score", "session", "compare", "report", "study_models", "version"},
+    "psykern": _BELOW_SCORE
+    | {"records", "metrics", "score", "session", "compare", "report", "study_models", "version"},
 }
 
 
