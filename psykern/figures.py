@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -133,13 +134,10 @@ def _over_sizes(
     shown = False
     for family, axes in zip(families, panels, strict=True):
         of_family = [result for result in results if result.named.model.family == family]
-        lines: dict[tuple[str, str], list[RunResult]] = {}
-        for result in of_family:
-            lines.setdefault((result.named.model.kind, result.named.model.generation), []).append(result)
-        for (kind, _), line in lines.items():
-            line.sort(key=lambda result: result.named.model.size or 0)
+        for number, (kind, line) in enumerate(_lines(of_family)):
             color, marker, style = _look(kind)
-            sizes = [result.named.model.size or 0.0 for result in line]
+            dodge = 1.04 ** (number % 4)  # models of one size stand beside each other
+            sizes = [(result.named.model.size or 0.0) * dodge for result in line]
             values = [of(result) for result in line]
             axes.plot(sizes, [value.value for value in values], color=color, marker=marker, linestyle=style)
             for size, value in zip(sizes, values, strict=True):
@@ -158,6 +156,20 @@ def _over_sizes(
     ring.set_label("published")
     _legend(figure, [result.named.model.kind for result in results], [ring] if shown else [])
     return figure
+
+
+def _lines(results: Sequence[RunResult]) -> list[tuple[str, list[RunResult]]]:
+    """A family's models by kind, and by generation too where one kind has several of one size; sizes ascend."""
+    by_kind: dict[str, list[RunResult]] = {}
+    for result in sorted(results, key=lambda result: result.named.model.size or 0.0):
+        by_kind.setdefault(result.named.model.kind, []).append(result)
+    lines = []
+    for kind in _kind_order(list(by_kind)):
+        of_kind = by_kind[kind]
+        repeat = len({result.named.model.size for result in of_kind}) < len(of_kind)
+        generations = dict.fromkeys(result.named.model.generation if repeat else "" for result in of_kind)
+        lines += [(kind, [r for r in of_kind if g in ("", r.named.model.generation)]) for g in generations]
+    return lines
 
 
 def _size_axis(axes: Axes, sizes: Sequence[float]) -> None:
@@ -210,20 +222,20 @@ def _effect_groups(comparison: Comparison, group_by: str) -> Iterator[Drawing]:
         means = {g: [e.d.value for e in effects if e.group == g] for g in groups}
         groups.sort(key=lambda group: sum(means[group]) / len(means[group]))
     kinds = _kind_order([effect.kind for effect in effects])
-    step = 0.8 / len(kinds) if group_by != "kind" else 0.0
-    figure = Figure(
-        figsize=(WIDTH * 0.9, 1.1 + max(0.42 * len(groups) * (1 if step == 0 else 0.6 + 0.4 * len(kinds)), 1.1))
-    )
+    of_group = {g: [k for k in kinds if any((e.group, e.kind) == (g, k) for e in effects)] for g in groups}
+    height = sum(0.22 + 0.2 * len(of_group[group]) for group in groups)
+    figure = Figure(figsize=(WIDTH * 0.9, 1.2 + max(height, 0.8)))
     figure.set_layout_engine("constrained")
     axes = figure.subplots()
     for effect in effects:
-        place = groups.index(effect.group) + (kinds.index(effect.kind) - (len(kinds) - 1) / 2) * step
-        _effect_row(axes, place, effect)
+        beside = of_group[effect.group]
+        shift = (beside.index(effect.kind) - (len(beside) - 1) / 2) * 0.8 / max(map(len, of_group.values()))
+        _effect_row(axes, groups.index(effect.group) + shift, effect)
     axes.axvline(0, color="black", linewidth=1)
     axes.set_yticks(range(len(groups)), groups)
     axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel("Cohen's d, post-trained − base  (right: base fits better)")
+    axes.set_xlabel("Cohen's d  (above 0: base fits better)")
     if any(not math.isnan(effect.published) for effect in effects):
         mark = Line2D([], [], linestyle="none", marker="|", markersize=16, markeredgewidth=2, color="black")
         mark.set_label("published")
@@ -240,6 +252,44 @@ def _effect_groups(comparison: Comparison, group_by: str) -> Iterator[Drawing]:
 
 
 _GROUP_TITLES = {"kind": "kind of post-training", "generation": "model generation", "domain": "domain"}
+
+
+def _heatmap(comparison: Comparison) -> Iterator[Drawing]:
+    """d of every pair in every domain, as the paper's figure: pairs and domains in order of their means."""
+    domains = sorted({comparison.domains.get(row.study, "") for result in comparison.pairs for row in result.studies})
+    domains = [domain for domain in domains if domain]
+    if len(comparison.pairs) < 2 or len(domains) < 2:
+        return
+    cells = np.full((len(comparison.pairs), len(domains)), np.nan)
+    for i, result in enumerate(comparison.pairs):
+        for j, domain in enumerate(domains):
+            values = [row.d.value for row in result.studies if comparison.domains.get(row.study) == domain]
+            values = [value for value in values if not math.isnan(value)]
+            if values:
+                cells[i, j] = sum(values) / len(values)
+    means = np.ma.masked_invalid(cells)
+    rows, columns = np.argsort(means.mean(axis=1)), np.argsort(means.mean(axis=0))
+    shown = np.vstack([cells[rows][:, columns], np.asarray(means.mean(axis=0).filled(np.nan))[columns]])
+    labels = [*(_short(comparison.pairs[i].pair.post.label, 30) for i in rows), "mean over pairs"]
+    figure = Figure(figsize=(WIDTH, 1.9 + 0.27 * len(labels)))
+    figure.set_layout_engine("constrained")
+    axes = figure.subplots()
+    largest = float(np.nanpercentile(np.abs(cells), 95)) or 1.0
+    axes.imshow(shown, aspect="auto", cmap="RdBu_r", vmin=-largest, vmax=largest)
+    for (i, j), value in np.ndenumerate(shown):
+        if not math.isnan(value):
+            dark = abs(value) > 0.65 * largest
+            axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color="white" if dark else "black")
+    axes.axhline(len(labels) - 1.5, color="black", linewidth=1.2)
+    axes.set_xticks(range(len(domains)), [domains[j] for j in columns], rotation=35, ha="right")
+    axes.set_yticks(range(len(labels)), labels)
+    axes.grid(visible=False)
+    yield Drawing(
+        "d_pairs_by_domain",
+        "Effect of post-training by pair and domain",
+        "Cohen's d of each pair in each domain, averaged over the domain's studies. Red: the base model fits better.",
+        figure,
+    )
 
 
 def _effect_row(axes: Axes, place: float, effect: Effect) -> None:
@@ -292,7 +342,7 @@ def _forest_panel(axes: Axes, rows: Sequence[PairStudy], of: Callable[[PairStudy
     axes.plot(values[-1].value, len(values) - 1, marker="D", markersize=7.5, color="black", zorder=3)
     axes.axvline(0, color="black", linewidth=1)
     axes.axhline(len(values) - 1.5, color=_GREY, linewidth=0.8)
-    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.grid(axis="y", visible=False)
 
 
@@ -395,7 +445,7 @@ def _determinism(comparison: Comparison) -> Iterator[Drawing]:
     pairs = [r for r in comparison.pairs if not math.isnan(r.aggregate.option_difference.value)]
     if not pairs:
         return
-    figure = Figure(figsize=(WIDTH, 1.7 + 0.55 * len(pairs)))
+    figure = Figure(figsize=(WIDTH, 1.6 + (0.55 if len(pairs) < 8 else 0.36) * len(pairs)))
     figure.set_layout_engine("constrained")
     axes = figure.subplots()
     for place, result in enumerate(pairs):
@@ -474,6 +524,7 @@ _FIGURES: tuple[Callable[[Comparison], Iterator[Drawing]], ...] = (
     lambda comparison: _effect_groups(comparison, "kind"),
     lambda comparison: _effect_groups(comparison, "generation"),
     lambda comparison: _effect_groups(comparison, "domain"),
+    _heatmap,
     _forest,
     _scatter,
     _accuracy_over_sizes,

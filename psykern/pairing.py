@@ -50,7 +50,7 @@ def name_runs(runs: Sequence[FinishedRun], described: Mapping[str, StudyModel]) 
         name = model_name(run.model_id)
         found = find_model(run.model_id, dict(described))
         model = found or StudyModel(name, name, name, None, "other", None)
-        label = name if run.condition == "plain" else f"{name} ({run.condition})"
+        label = model.name if run.condition == "plain" else f"{model.name} ({run.condition})"
         labels.append(label)
         named.append((label, run, model))
     return [

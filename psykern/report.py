@@ -559,3 +559,34 @@ def _p(value: float) -> str:
     if math.isnan(value):
         return "–"
     return f"{value:.1e}" if value < 0.001 else f"{value:.3f}"
+
+
+def format_comparison(comparison: Comparison) -> str:
+    """The printed table: a line per pair, with the mean effect and its interval; empty without pairs."""
+    header = ("pair", "kind", "d", "95 %", "NLL difference", "95 %", "base better: studies", "participants")
+    rows = [
+        (
+            f"{result.pair.post.label} − {result.pair.base.label}",
+            result.pair.kind,
+            *_value_and_interval(result.aggregate.d),
+            *_value_and_interval(result.aggregate.difference),
+            _share(result.studies_base_wins),
+            _share(result.aggregate.participants_base_wins),
+        )
+        for result in (*comparison.pairs, *comparison.conditions)
+    ]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            [
+                *(c.ljust(w) for c, w in zip(row[:2], widths, strict=False)),
+                *(c.rjust(w) for c, w in zip(row[2:], widths[2:], strict=True)),
+            ]
+        )
+        for row in ((header, *rows) if rows else ())
+    )
+
+
+def _value_and_interval(value: Estimate) -> tuple[str, str]:
+    interval = "–" if math.isnan(value.low) else f"[{_number(value.low)}, {_number(value.high)}]"
+    return _number(value.value, sign=True), interval

@@ -9,7 +9,8 @@ Qwen3-14B-Base). A kind of "base" means pretrained only. Other models are descri
       generation: My model 2   # d is averaged over pairs of one generation
       size: 7.2                # billions of weights
       kind: instruction        # base, instruction, reasoning, vision, code, math, human, or a word of your own
-      base: my-model-7b        # left out for a base model
+      base: my-model-7b        # its name; left out for a base model
+      name: My model 7B chat   # what the report calls it, and what another's base can name; by default as above
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ BASE = "base"
 class StudyModel:
     """What a figure needs to know of a model."""
 
-    name: str  # last part of its hub id
+    name: str  # last part of its hub id, or what a YAML file calls it
     family: str
     generation: str
     size: float | None  # billions of weights; None: not known, so it is in no figure over sizes
@@ -143,7 +144,7 @@ def _table() -> Iterator[StudyModel]:
 
 STUDY_MODELS: dict[str, StudyModel] = {model.name.lower(): model for model in _table()}
 
-_FIELDS = ("family", "generation", "size", "kind", "base")
+_FIELDS = ("family", "generation", "size", "kind", "base", "name")
 
 
 def model_name(model_id: str) -> str:
@@ -185,7 +186,7 @@ def _described(where: str, name: str, fields: Any) -> StudyModel:
         raise ComparisonError(f"{where}: size: expected billions of weights, got {size!r}")
     base = fields.get("base")
     return StudyModel(
-        name=model_name(name),
+        name=str(fields.get("name") or model_name(name)),
         family=fields["family"],
         generation=str(fields.get("generation") or fields["family"]),
         size=None if size is None else float(size),

@@ -35,6 +35,7 @@ ALLOWED: dict[str, set[str]] = {
     "score": _BELOW_SCORE | {"records", "metrics", "progress", "version"},
     "demo": set(),
     "demo.train": {"demo"},
+    "demo.posttrain": {"demo"},
     "runs": {"core"},
     "study_models": {"core"},
     "pairing": {"core", "runs", "study_models"},
