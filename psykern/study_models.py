@@ -77,7 +77,7 @@ PUBLISHED_NLL = {
 
 def _sizes(text: str) -> Iterator[tuple[str, float]]:
     for size in text.split():
-        yield f"{size}B", float(size.partition("-")[0])
+        yield f"{size}B", float(size.partition("-")[0].rstrip("B"))
 
 
 def _table() -> Iterator[StudyModel]:
@@ -102,7 +102,7 @@ def _table() -> Iterator[StudyModel]:
         name = f"DeepSeek-R1-Distill-Qwen-{b}"
         yield model(name, "Qwen2.5", "R1-Distill-Qwen", size, "reasoning", f"Qwen2.5-{b}")
 
-    for family, with_base, without in (("Qwen3", "0.6 1.7 4 8 14 30-A3", "32"), ("Qwen3.5", "0.8 2 4 9", "27")):
+    for family, with_base, without in (("Qwen3", "0.6 1.7 4 8 14 30B-A3", "32"), ("Qwen3.5", "0.8 2 4 9", "27")):
         for b, size in _sizes(with_base):
             yield model(f"{family}-{b}-Base", family, family, size, BASE)
             yield model(f"{family}-{b}", family, family, size, "reasoning", f"{family}-{b}-Base")
