@@ -368,7 +368,7 @@ def _finding(result: PairResult) -> str:
     text = (
         f"{escape(result.pair.post.label)} changes the NLL by {_estimate(row.difference, 3, sign=True)} nats; "
         f"{escape(result.pair.base.label)} fits better in {wins} of {_count(studies, 'study', 'studies')} "
-        f"(sign test p = {_p(result.sign_test)}) and for {row.participants_base_wins:.0%} of participants."
+        f"(sign test p = {_p(result.sign_test)}) and for {_share(row.participants_base_wins)} of participants."
     )
     if not math.isnan(row.option_difference.value):
         text += (
