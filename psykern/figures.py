@@ -179,7 +179,7 @@ def _size_axis(axes: Axes, sizes: Sequence[float]) -> None:
     axes.set_xlim(low, high)
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = [t for t in (m * 10.0**e for e in decades for m in (1, 3)) if low <= t <= high]
-    axes.set_xticks(ticks or sorted(set(sizes)))
+    axes.set_xticks(ticks if len(ticks) > 1 else sorted(set(sizes)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("parameters (billions)")

@@ -281,18 +281,22 @@ figcaption b { color: #000; }
 .scroll { overflow-x: auto; margin: 0.6rem 0; }
 table { border-collapse: collapse; font-size: 0.86rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.25rem 0.6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #e2e2e2; }
-th { border-bottom: 1.5px solid #333; vertical-align: bottom; }
+th { border-bottom: 1.5px solid #333; vertical-align: bottom; white-space: normal; min-width: 4rem; }
+td { vertical-align: top; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; position: sticky; left: 0; background: #fff; }
 tr.mean td { font-weight: 600; border-top: 1.5px solid #333; }
 td.text, th.text { text-align: left; }
 .interval { color: #555; font-size: 0.92em; }
+td .interval { display: block; }
 summary { cursor: pointer; padding: 0.3rem 0; color: #0050a0; }
 dt { font-weight: 600; margin-top: 0.7rem; } dd { margin: 0 0 0 1rem; }
 code { font-size: 0.92em; overflow-wrap: anywhere; }
+@media (min-width: 60rem) { .scroll { width: max-content; max-width: calc(50vw + 23rem); min-width: 100%; } }
 @media print {
   body { max-width: none; padding: 0; font-size: 9.5pt; }
-  h2 { break-after: avoid; } .scroll { overflow: visible; } table { font-size: 6.8pt; } th, td { padding: 1pt 3pt; }
-  td.path { white-space: normal; overflow-wrap: anywhere; }
+  h2 { break-after: avoid; } .scroll { overflow: visible; width: auto; max-width: 100%; } tr { break-inside: avoid; }
+  table { font-size: 6.6pt; } th, td { padding: 1pt 2pt; white-space: normal; } th { min-width: 0; }
+  td .interval { white-space: nowrap; } td.path { overflow-wrap: anywhere; }
   figure img { max-height: 20cm; width: auto; max-width: 100%; margin: 0 auto; }
 }
 """
@@ -424,9 +428,10 @@ def _figures_section(images: Sequence[Image]) -> str:
 
 def _figure(image: Image) -> str:
     data = base64.b64encode(image.svg).decode()
+    title = image.title if image.title.endswith("?") else f"{image.title}."
     return (
         f'<figure id="{escape(image.name)}"><img alt="{escape(image.title)}" src="data:image/svg+xml;base64,{data}">'
-        f"<figcaption><b>{escape(image.title)}.</b> {escape(image.caption)}</figcaption></figure>"
+        f"<figcaption><b>{escape(title)}</b> {escape(image.caption)}</figcaption></figure>"
     )
 
 
