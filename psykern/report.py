@@ -307,8 +307,8 @@ def page(comparison: Comparison, images: Sequence[Image]) -> str:
     sections = [
         _head(comparison),
         _findings(comparison),
-        _pairs_section("Pairs", "Difference: post-trained − base.", comparison.pairs),
-        _pairs_section("Conditions", "Difference: condition − plain.", comparison.conditions),
+        _pairs_section("Pairs", "Difference: post-trained − base.", "base", comparison.pairs),
+        _pairs_section("Conditions", "Difference: condition − plain.", "plain", comparison.conditions),
         _figures_section(images),
         _models_section(comparison),
         _study_sections(comparison),
@@ -382,12 +382,13 @@ def _finding(result: PairResult) -> str:
     return text
 
 
-def _pairs_section(title: str, note: str, results: Sequence[PairResult]) -> str:
+def _pairs_section(title: str, note: str, first: str, results: Sequence[PairResult]) -> str:
+    """``first`` is what the first of each pair is called."""
     if not results:
         return ""
     header = [
         "pair", "kind", "d", "NLL difference (nats)", "option NLL difference", "at best temperatures",
-        "entropy difference", "accuracy difference", "first better: studies", "participants", "sign test p",
+        "entropy difference", "accuracy difference", f"studies where {first} is better", "participants", "sign test p",
     ]  # fmt: skip
     rows = []
     for result in results:
@@ -410,9 +411,8 @@ def _pairs_section(title: str, note: str, results: Sequence[PairResult]) -> str:
             ]
         )  # fmt: skip
     return (
-        f"<h2>{title}</h2>\n<p>{note} Means over studies with 95 % intervals over participants; “first better” is the "
-        f"share of studies, and of participants, that the first model of the pair’s comparison (the base, or plain "
-        f"text) fits better.</p>\n{_table(header, rows)}"
+        f"<h2>{title}</h2>\n<p>{note} Means over studies with 95 % intervals over participants; the shares are of all "
+        f"studies and of all participants.</p>\n{_table(header, rows)}"
     )
 
 
@@ -466,7 +466,7 @@ def _study_sections(comparison: Comparison) -> str:
     parts = []
     for result in results:
         header = ["study", "participants", "responses", "base", "post", "d", "difference", "option difference",
-                  "at best temperatures", "participants, first better"]  # fmt: skip
+                  "at best temperatures", "participants, first fits better"]  # fmt: skip
         rows = [_study_row(row) for row in (*result.studies, result.aggregate)]
         open_ = " open" if len(results) <= 2 else ""
         parts.append(
