@@ -17,7 +17,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@echo "installing psykern and what it needs into $(VENV) (the first time takes minutes: torch is large)"
 	$(PIP) --no-compile torch setuptools pybind11 cmake
-	$(PIP) --no-compile --no-build-isolation --editable '.[test]'
+	$(PIP) --no-compile --no-build-isolation --editable '.[test,report]'
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed setup.py CMakeLists.txt $(CSRC)

@@ -5,8 +5,10 @@
 >>> print(run.summary.mean_nll)
 """
 
+from psykern.compare import Comparison
 from psykern.core import (
     CheckpointError,
+    ComparisonError,
     DataError,
     NonFiniteError,
     OutOfMemoryError,
@@ -18,12 +20,15 @@ from psykern.core import (
 from psykern.kernels import BackendError
 from psykern.metrics import StudySummary, Summary, format_summary
 from psykern.records import Manifest, read_run
+from psykern.report import compare_runs, format_comparison
 from psykern.score import Estimate, Run, Settings, StudyPlan, estimate, score
 from psykern.version import __version__
 
 __all__ = [
     "BackendError",
     "CheckpointError",
+    "Comparison",
+    "ComparisonError",
     "DataError",
     "Estimate",
     "Manifest",
@@ -39,7 +44,9 @@ __all__ = [
     "StudySummary",
     "Summary",
     "__version__",
+    "compare_runs",
     "estimate",
+    "format_comparison",
     "format_summary",
     "read_run",
     "score",

@@ -1,4 +1,4 @@
-"""The commands: ``psykern score``, ``psykern plan`` and ``psykern demo``.
+"""The commands: ``psykern score``, ``psykern plan``, ``psykern compare`` and ``psykern demo``.
 
 Exit status: 0 done; 1 an error stopped it; 2 wrong usage; 3 done, but some rows were rejected; 130 interrupted.
 """
@@ -9,6 +9,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import psykern
@@ -74,8 +75,18 @@ def _parser() -> argparse.ArgumentParser:
     _add_input(plan)
     plan.set_defaults(command=_plan)
 
-    show = commands.add_parser("demo", help="score the shipped sample with the shipped tiny model")
-    show.add_argument("--out", metavar="RUN", help="new folder for the records; default: a temporary one")
+    compare = commands.add_parser("compare", help="set finished runs against each other: tables, figures, a page")
+    compare.add_argument("runs", metavar="RUN", nargs="+", help="folders that `psykern score` wrote")
+    compare.add_argument("--out", required=True, metavar="REPORT", help="new folder for the report")
+    compare.add_argument("--pairs", metavar="CSV", help="columns base, post, kind; default: the study's own pairs")
+    compare.add_argument("--models", metavar="YAML", help="family, size, kind and base of models the study has not")
+    compare.add_argument("--domains", metavar="CSV", help="columns study, domain")
+    compare.add_argument("--unpaired", action="store_true", help="allow runs without a partner")
+    compare.add_argument("--quiet", action="store_true", help="do not say what is being read")
+    compare.set_defaults(command=_compare)
+
+    show = commands.add_parser("demo", help="score the shipped sample with two shipped tiny models and compare them")
+    show.add_argument("--out", metavar="FOLDER", help="new folder for runs and report; default: a temporary one")
     show.add_argument("--quiet", action="store_true", help="no progress bar")
     show.set_defaults(command=_demo)
     return parser
@@ -109,12 +120,53 @@ def _score(options: argparse.Namespace, settings: Settings) -> int:
     return _report(psykern.score(options.model, options.data, options.out, settings, quiet=options.quiet))
 
 
+def _compare(options: argparse.Namespace, settings: Settings) -> int:
+    del settings  # a comparison takes none
+    comparison = psykern.compare_runs(
+        options.runs,
+        options.out,
+        pairs=options.pairs,
+        models=options.models,
+        domains=options.domains,
+        unpaired=options.unpaired,
+        progress=_no_progress if options.quiet else _progress,
+    )
+    return _report_comparison(comparison, options.out)
+
+
+def _progress(line: str) -> None:
+    print(f"psykern: {line}", file=sys.stderr)
+
+
+def _no_progress(line: str) -> None:
+    del line
+
+
+def _report_comparison(comparison: psykern.Comparison, out: str | Path) -> int:
+    table = psykern.format_comparison(comparison)
+    if table:
+        print(table)
+    print(f"report: {Path(out) / 'report.html'}")
+    return 0
+
+
 def _demo(options: argparse.Namespace, settings: Settings) -> int:
-    out = options.out or tempfile.mkdtemp(prefix="psykern-demo-")
-    status = _report(psykern.score(demo.MODEL, demo.SAMPLE, out, settings, quiet=options.quiet))
-    print("The tiny model is a demonstration: it was trained for minutes on other participants of these studies.")
-    print("Its numbers say that psykern works, nothing about people or language models.")
-    return status
+    out = Path(options.out or tempfile.mkdtemp(prefix="psykern-demo-"))
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise psykern.RunFolderError(f"{out}: expected a new or empty folder")
+    runs = []
+    with tempfile.TemporaryDirectory(prefix="psykern-model-") as folder:
+        for model in (demo.MODEL, demo.build_posttrained(Path(folder) / demo.POSTTRAINED.parent.name)):
+            print(f"{model.name}:")
+            run = psykern.score(model, demo.SAMPLE, out / model.name, settings, quiet=options.quiet)
+            _report(run)
+            runs.append(run.folder)
+    comparison = psykern.compare_runs(runs, out / "report", models=demo.MODELS, domains=demo.DOMAINS)
+    _report_comparison(comparison, out / "report")
+    print("The tiny models are a demonstration: one was trained for minutes on other participants of these studies,")
+    print("the other then for seconds to give its own likeliest answer. Their numbers say that psykern works, nothing")
+    print("about people or language models.")
+    return 0
 
 
 def _report(run: Run) -> int:

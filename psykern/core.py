@@ -35,6 +35,10 @@ class RunFolderError(PsykernError):
     """The folder for a run's records cannot be used."""
 
 
+class ComparisonError(PsykernError):
+    """Runs cannot be compared; the message says what differs or is missing."""
+
+
 class NonFiniteError(PsykernError):
     """A score is NaN or infinite; the message names the layer where it began."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import importlib
 import json
@@ -184,17 +185,25 @@ def test_plan_names_rejected_rows(toy: Toy, tmp_path: Path, capsys: pytest.Captu
 def test_the_demo_scores_the_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if not (demo.MODEL / "config.json").is_file() or not demo.SAMPLE.is_dir():
         pytest.skip(f"the demo's assets are not there: {demo.MODEL}, {demo.SAMPLE}")
-    assert psykern_command("demo", "--out", tmp_path / "run", "--quiet") == 0
+    assert psykern_command("demo", "--out", tmp_path / "demo", "--quiet") == 0
     out = capsys.readouterr().out
-    assert "The tiny model is a demonstration" in out
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert len(summary["studies"]) >= 2
-    assert all(study["study"] in out for study in summary["studies"] if len(study["study"]) <= 30)
-    closed = [study for study in summary["studies"] if study["option_responses"]]
-    assert closed
-    for study in closed:
-        assert study["mean_option_nll"] < study["uniform_option_nll"], study["study"]
-    assert manifest(tmp_path / "run")["seconds"]["total"] < 30
+    assert "The tiny models are a demonstration" in out
+    for run in (tmp_path / "demo" / "model", tmp_path / "demo" / "posttrained"):
+        summary = json.loads((run / "summary.json").read_text())
+        assert len(summary["studies"]) >= 2
+        assert all(study["study"] in out for study in summary["studies"] if len(study["study"]) <= 30)
+        closed = [study for study in summary["studies"] if study["option_responses"]]
+        assert closed
+        if run.name == "model":
+            for study in closed:
+                assert study["mean_option_nll"] < study["uniform_option_nll"], study["study"]
+        assert manifest(run)["seconds"]["total"] < 30
+    page = tmp_path / "demo" / "report" / "report.html"
+    assert f"report: {page}" in out.splitlines()
+    assert "tiny-posttrained against tiny-base" in page.read_text()
+    (pair,) = csv.DictReader((tmp_path / "demo" / "report" / "tables" / "pairs.csv").open())
+    assert float(pair["difference"]) > 0  # the imitation of post-training fits people worse
+    assert float(pair["entropy_difference"]) < 0  # and is surer
 
 
 SCORE_OPTIONS = {
@@ -246,7 +255,7 @@ def test_help_of_demo_and_of_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(option_choices("demo", capsys)) == {"--help", "--out", "--quiet"}
     assert psykern_command("--help") == 0
     out = capsys.readouterr().out
-    assert all(re.search(rf"^ +{command} +\w", out, re.MULTILINE) for command in ("score", "plan", "demo"))
+    assert all(re.search(rf"^ +{command} +\w", out, re.MULTILINE) for command in ("score", "plan", "compare", "demo"))
     assert psykern_command("--version") == 0
     assert capsys.readouterr().out == f"psykern {psykern.__version__}\n"
 

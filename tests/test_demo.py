@@ -12,7 +12,8 @@ import pytest
 import torch
 import transformers
 
-from psykern.demo import MODEL, SAMPLE
+from psykern.demo import MODEL, POSTTRAINED, SAMPLE, build_posttrained
+from psykern.demo.posttrain import CHANGED
 from psykern.demo.train import RESPONSE, STUDIES, Study, encode, losses, per_response, read, split, with_options
 
 MAX_BYTES = 6 * 10**6
@@ -43,7 +44,19 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 def test_size() -> None:
     files = [path for folder in (SAMPLE, MODEL) for path in folder.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= MAX_BYTES
+    assert sum(path.stat().st_size for path in (*files, POSTTRAINED)) <= MAX_BYTES
+
+
+def test_posttrained_model_differs_in_its_last_layer_alone(
+    tmp_path: Path, model: transformers.Qwen3ForCausalLM
+) -> None:
+    folder = build_posttrained(tmp_path / "posttrained")
+    second = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    first = model.state_dict()
+    assert first.keys() == second.keys()
+    differing = {name for name in first if not torch.equal(first[name], second[name])}
+    assert differing == {name for name in first if name.startswith(CHANGED)} != set()
+    assert (folder / "tokenizer.json").read_bytes() == (MODEL / "tokenizer.json").read_bytes()
 
 
 def test_every_study_has_a_file_and_an_attribution() -> None:

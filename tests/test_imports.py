@@ -48,11 +48,18 @@ ALLOWED: dict[str, set[str]] = {
     "score": _BELOW_SCORE | {"records", "metrics", "progress", "version"},
     "demo": set(),
     "demo.train": {"demo"},
-    "report": {"metrics"},
+    "demo.posttrain": {"demo"},
+    "runs": {"core"},
+    "study_models": {"core"},
+    "pairing": {"core", "runs", "study_models"},
+    "compare": {"core", "runs", "study_models", "pairing", "metrics"},
+    "figures": {"core", "study_models", "compare", "metrics"},
+    "report": {"core", "study_models", "compare", "metrics", "figures", "version"},
     "session": {"core", "plan", "model", "engine", "kernels", "encode", "protocol", "checkpoint"},
     "integrations": {"psykern", "integrations"},
     "cli": {"psykern", "demo"},
-    "psykern": _BELOW_SCORE | {"records", "metrics", "score", "session", "report", "version"},
+    "psykern": _BELOW_SCORE
+    | {"records", "metrics", "score", "session", "compare", "report", "study_models", "version"},
 }
 
 
