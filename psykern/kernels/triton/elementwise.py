@@ -44,7 +44,7 @@ def add_rms_norm(
                 num_warps=_warps(block),
             )
     for out, target in zip((normed, summed), targets, strict=True):
-        if out is not None and target is not out:
+        if out is not None and target is not None and target is not out:
             out.copy_(target)
 
 

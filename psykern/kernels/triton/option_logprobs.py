@@ -2,8 +2,8 @@
 
 Each program computes one tile [rows, tokens] of logits in fp32 accumulators, and from these accumulators, for each of
 its rows, the maximum m, its token, sum exp(z - m) and sum exp(z - m) (z - m), and it stores the logits that the row
-asks for. A second kernel combines the tiles of a row in the order of the vocabulary. Programs that run together share rows
-of the weight: tiles are numbered down a column of row blocks first.
+asks for. A second kernel combines the tiles of a row in the order of the vocabulary. Programs that run together share
+rows of the weight: tiles are numbered down a column of row blocks first.
 """
 
 from __future__ import annotations

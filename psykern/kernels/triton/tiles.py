@@ -57,7 +57,14 @@ def query_tiles(
         known = _planned[query_offsets] = (others, versions, {})
     tiles = known[2]
     if (tile_queries, device) not in tiles:
-        tiles[tile_queries, device] = _plan(*(t.cpu().numpy() for t in inputs), tile_queries, device)
+        tiles[tile_queries, device] = _plan(
+            positions.cpu().numpy(),
+            query_offsets.cpu().numpy(),
+            range_offsets.cpu().numpy(),
+            key_ranges.cpu().numpy(),
+            tile_queries,
+            device,
+        )
     return tiles[tile_queries, device]
 
 
