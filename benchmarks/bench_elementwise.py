@@ -1,10 +1,11 @@
-"""The elementwise operations on the CPU beside torch, and beside the machine's own bandwidth: a copy of an array as
-large, in the same run.
+"""The elementwise operations beside torch (on a GPU also compiled, and psykern's other backends), and beside the
+machine's own bandwidth: a copy of an array as large, in the same run.
 
 Bytes: every array read or written once, though a processor may also read the lines that it writes; a copy counts
 likewise. Arrays are larger than the caches. `into` says where results go: a new array, or one of the inputs.
 
     python benchmarks/bench_elementwise.py [--rows 32768] [--repeats 9] [--name elementwise_cpu]
+    python benchmarks/bench_elementwise.py --device cuda --name elementwise_gpu
 """
 
 from __future__ import annotations
@@ -14,7 +15,17 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from harness import print_row, time_side_by_side, write_results
+from harness import (
+    CPU,
+    add_arguments,
+    available,
+    compiled,
+    dtype_of,
+    keep_working,
+    print_row,
+    time_side_by_side,
+    write_results,
+)
 from torch import Tensor
 
 from psykern import kernels
@@ -29,16 +40,22 @@ class Case(NamedTuple):
     providers: dict[str, Callable[[], object]]
 
 
-def cases(rows: int) -> dict[str, Case]:
+def cases(rows: int, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> dict[str, Case]:
     torch.manual_seed(0)
-    x, residual, normed, summed = torch.randn(4, rows, HIDDEN)
-    weight = torch.rand(HIDDEN)
-    gate, inner = torch.randn(2, rows, INNER)
+
+    def put(tensor: Tensor) -> Tensor:
+        return tensor.to(device, dtype)
+
+    x, residual, normed, summed = put(torch.randn(4, rows, HIDDEN))
+    weight = put(torch.rand(HIDDEN))
+    gate, inner = put(torch.randn(2, rows, INNER))
     up = 1 + torch.exp(-gate)  # in place, gate stays what it is: silu(z) (1 + exp(-z)) = z
-    heads, rotated = torch.randn(2, rows, HEADS, HEAD_SIZE)
-    head_weight, positions = torch.rand(HEAD_SIZE), torch.arange(rows, dtype=torch.int32)
+    heads, rotated = put(torch.randn(2, rows, HEADS, HEAD_SIZE))
+    head_weight, positions = put(torch.rand(HEAD_SIZE)), torch.arange(rows, dtype=torch.int32, device=device)
     angles = torch.arange(rows)[:, None] / 1e6 ** torch.linspace(0, 1, HEAD_SIZE // 2)
-    cos, sin = angles.cos(), angles.sin()
+    cos, sin = angles.cos().float().to(device), angles.sin().float().to(device)
+
+    others = available(("triton", "cuda"), device) if device.type == "cuda" else []
 
     def norm(backend: kernels.Backend, add: Tensor | None) -> None:
         kernels.add_rms_norm(x, add, weight, 1e-6, normed=normed, summed=summed, backend=backend)
@@ -50,7 +67,16 @@ def cases(rows: int) -> dict[str, Case]:
         kernels.silu_mul(gate, up, out=out, backend=backend)
 
     def pair(run: Callable[..., None], *arguments: object) -> dict[str, Callable[[], object]]:
-        return {"psykern": lambda: run("cpu", *arguments), "torch": lambda: run("reference", *arguments)}
+        found: dict[str, Callable[[], object]] = {
+            "psykern": lambda: run("auto", *arguments),
+            "torch": lambda: run("reference", *arguments),
+        }
+        if device.type == "cuda":
+            torch_compiled = compiled(run, device)
+            found["torch_compiled"] = lambda: torch_compiled("reference", *arguments)
+            for backend in others:
+                found[f"psykern:{backend}"] = lambda backend=backend: run(backend, *arguments)
+        return found
 
     size = HEADS * HEAD_SIZE
     return {
@@ -64,9 +90,12 @@ def cases(rows: int) -> dict[str, Case]:
     }
 
 
-def bench(name: str, case: Case, rows: int, repeats: int) -> list[dict[str, object]]:
-    source, target = torch.randn(2, rows, case.size)
-    timings = time_side_by_side({**case.providers, "copy": lambda: target.copy_(source)}, repeats, warmup=2)
+def bench(
+    name: str, case: Case, rows: int, repeats: int, device: torch.device, dtype: torch.dtype
+) -> list[dict[str, object]]:
+    source, target = torch.randn(2, rows, case.size).to(device, dtype)
+    providers = keep_working(case.providers, lambda name, result: None)
+    timings = time_side_by_side({**providers, "copy": lambda: target.copy_(source)}, repeats, 2, device)
     rates = {p: (2 if p == "copy" else case.arrays) * source.nbytes / timings[p].median / 1e9 for p in timings}
     table = []
     for provider, timing in timings.items():
@@ -90,10 +119,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=32_768)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--name", help="CSV and PNG in results/; default: no file")
+    add_arguments(parser)
     options = parser.parse_args(arguments)
-    table = [row for n, c in cases(options.rows).items() for row in bench(n, c, options.rows, options.repeats)]
+    rows, device, dtype = 64 if options.quick else options.rows, options.device, dtype_of(options)
+    table = [
+        row
+        for name, case in cases(rows, device, dtype).items()
+        for row in bench(name, case, rows, options.repeats, device, dtype)
+    ]
     if options.name:
-        write_results(options.name, table, x="case", y="share_of_copy", panel="rows")
+        drawing = {"x": "case", "y": "share_of_copy", "panel": "rows"}
+        write_results(options.name, table, **drawing, folder=options.folder, device=device)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
-"""option_logprobs on the CPU beside what a user writes, ``log_softmax(hidden @ weight.T)`` and a gather, at Qwen's
-vocabulary; and beside the machine's own matrix rate (``sgemm``: a square product of the same run).
+"""option_logprobs beside what a user writes, ``log_softmax(hidden @ weight.T)`` and a gather, at the study's
+vocabularies; and beside the machine's own matrix rate (``sgemm``: a square product of the same run; on a GPU ``gemm``:
+the plain product ``hidden @ weight.T`` itself).
 
-One target a row, as in most studies. FLOPs: 2 R V D, the logits alone. Memory: the peak above the start of one call.
+On a GPU also beside torch compiled, liger-kernel and cut-cross-entropy (where they are installed), in bf16; and all of
+psykern's own backends. One target a row, as in most studies. FLOPs: 2 R V D, the logits alone. Memory: the peak above
+the start of one call.
 
     python benchmarks/bench_option_logprobs.py [--rows 8 32 512] [--repeats 7] [--name option_logprobs_cpu]
+    python benchmarks/bench_option_logprobs.py --device cuda --name option_logprobs_gpu
 """
 
 from __future__ import annotations
@@ -12,7 +16,19 @@ import argparse
 from collections.abc import Callable, Sequence
 
 import torch
-from harness import SGEMM_FLOPS, PeakMemory, print_row, sgemm, time_side_by_side, write_results
+from harness import (
+    SGEMM_FLOPS,
+    PeakMemory,
+    add_arguments,
+    available,
+    compiled,
+    dtype_of,
+    keep_working,
+    print_row,
+    sgemm,
+    time_side_by_side,
+    write_results,
+)
 from torch import Tensor
 
 from psykern import kernels
@@ -22,6 +38,10 @@ HIDDEN_SIZES = (896, 1024)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048)
 TORCH_ROWS = 512  # beyond these its logits take gigabytes
 MEMORY_ROWS = 8192
+GPU_SHAPES = ((151_936, 1024), (151_936, 4096), (128_256, 4096))  # (V, D)
+GPU_ROWS = (128, 512, 2048, 8192)
+OWN_TOLERANCE = 1e-3  # nats: fp32 sums of products of 16-bit numbers, in another order
+OTHERS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}  # their logits are rounded
 
 
 def log_softmax(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
@@ -31,6 +51,94 @@ def log_softmax(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
 def psykern(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
     scores = kernels.option_logprobs(hidden, weight, torch.arange(len(hidden) + 1), token_ids, backend="cpu")
     return scores.logits - scores.lse
+
+
+def scored(hidden: Tensor, weight: Tensor, token_ids: Tensor, backend: kernels.Backend) -> Tensor:
+    offsets = torch.arange(len(hidden) + 1, device=hidden.device)
+    scores = kernels.option_logprobs(hidden, weight, offsets, token_ids, backend=backend)
+    return scores.logits - scores.lse
+
+
+def cross_entropies(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """Fused linear cross-entropies of others, where they are installed."""
+    labels = token_ids.long()
+    found: dict[str, Callable[[], Tensor]] = {}
+    try:
+        from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+
+        loss = LigerFusedLinearCrossEntropyLoss(reduction="none")
+        found["liger"] = lambda: -loss(weight, hidden, labels)
+    except Exception as error:
+        print(f"not measured: liger: {error!s:.200}")
+    try:
+        from cut_cross_entropy import linear_cross_entropy
+
+        found["cut_cross_entropy"] = lambda: -linear_cross_entropy(hidden, weight, labels, reduction="none")
+    except Exception as error:
+        print(f"not measured: cut_cross_entropy: {error!s:.200}")
+    return found
+
+
+def truth(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
+    """From fp32 logits of the same inputs, some rows at a time; products of fp32 are not rounded to tf32."""
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    wide = weight.float()
+    parts = [log_softmax(h.float(), wide, t) for h, t in zip(hidden.split(1024), token_ids.split(1024), strict=True)]
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def bench_device(
+    rows: int, vocabulary: int, hidden_size: int, repeats: int, device: torch.device, dtype: torch.dtype
+) -> list[dict[str, object]]:
+    torch.manual_seed(0)
+    hidden = torch.randn(rows, hidden_size, device=device).to(dtype)
+    weight = (torch.randn(vocabulary, hidden_size, device=device) * 0.02).to(dtype)
+    token_ids = torch.randint(vocabulary, (rows,), dtype=torch.int32, device=device)
+    inputs = (hidden, weight, token_ids)
+    backends = available(("auto", "triton", "cuda") if device.type == "cuda" else ("auto", "reference"), device)
+    own = {
+        "psykern" if backend == "auto" else f"psykern:{backend}": lambda backend=backend: scored(*inputs, backend)
+        for backend in backends
+    }
+    torch_compiled = compiled(log_softmax, device)
+    others: dict[str, Callable[[], Tensor]] = {
+        "torch": lambda: log_softmax(*inputs),
+        "torch_compiled": lambda: torch_compiled(*inputs),
+        **(cross_entropies(*inputs) if device.type == "cuda" else {}),
+    }
+    expected = truth(*inputs)
+
+    def check(name: str, result: Tensor) -> None:
+        tolerance = OWN_TOLERANCE if name.startswith("psykern") else OTHERS_TOLERANCE[dtype]
+        torch.testing.assert_close(result.float(), expected, atol=tolerance, rtol=0)
+
+    providers = keep_working({**own, **others}, check)
+    timings = time_side_by_side({**providers, "gemm": lambda: hidden @ weight.T}, repeats, 2, device)
+    rates = {name: 2 * rows * vocabulary * hidden_size / timing.median / 1e9 for name, timing in timings.items()}
+    table = []
+    for name, timing in timings.items():
+        with PeakMemory(device).watch() as peak:
+            (providers.get(name) or (lambda: hidden @ weight.T))()
+        table.append(
+            {
+                "rows": rows,
+                "hidden_size": hidden_size,
+                "vocab_size": vocabulary,
+                "dtype": str(dtype).removeprefix("torch."),
+                "provider": name,
+                **timing.columns(),
+                "gflops": round(rates[name], 1),
+                "share_of_gemm": round(rates[name] / rates["gemm"], 3),
+                "psykern_times": round(rates["psykern"] / rates[name], 2),
+                "peak_mb": round(peak.bytes / 1e6, 1),
+                "shape": f"V {vocabulary}, D {hidden_size}",
+            }
+        )
+        print_row(table[-1])
+    return table
 
 
 def bench(rows: int, hidden_size: int, repeats: int) -> list[dict[str, object]]:
@@ -83,17 +191,30 @@ def bench_memory(hidden_size: int) -> dict[str, object]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
+    add_arguments(parser)
+    parser.add_argument("--rows", type=int, nargs="+", help="default: several, up to 2048 on a CPU and 8192 on a GPU")
     parser.add_argument("--hidden-sizes", type=int, nargs="+", default=HIDDEN_SIZES)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--name", help="CSV and PNG in results/; default: no file")
     options = parser.parse_args(arguments)
-    table = [row for d in options.hidden_sizes for r in options.rows for row in bench(r, d, options.repeats)]
+    device, dtype = options.device, dtype_of(options)
+    if options.quick or device.type != "cpu":
+        shapes, rows = (((1000, 64),), (3, 40)) if options.quick else (GPU_SHAPES, options.rows or GPU_ROWS)
+        table = []
+        for vocabulary, hidden_size in shapes:
+            for r in rows:
+                table += bench_device(r, vocabulary, hidden_size, options.repeats, device, dtype)
+                if options.name:
+                    drawing = {"x": "rows", "y": "share_of_gemm", "panel": "shape"}
+                    write_results(options.name, table, **drawing, folder=options.folder, device=device)
+        return
+    rows = options.rows or ROWS
+    table = [row for d in options.hidden_sizes for r in rows for row in bench(r, d, options.repeats)]
     for hidden_size in options.hidden_sizes:
         table.append({**dict.fromkeys(table[0], ""), **bench_memory(hidden_size)})
         print_row(table[-1])
     if options.name:
-        write_results(options.name, table, x="rows", y="gflops", panel="hidden_size")
+        write_results(options.name, table, x="rows", y="gflops", panel="hidden_size", folder=options.folder)
 
 
 if __name__ == "__main__":

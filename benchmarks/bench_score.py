@@ -6,16 +6,27 @@
               psykern:cpu and psykern:reference name the backend; psykern:bf16 reads a checkpoint in bf16
 
 Random weights at the shape of Qwen2.5-0.5B, with 4 layers unless ``--layers 24`` asks for all, and Qwen3's tokenizer.
-The weights are numbers that bf16 holds, so that the checkpoint in bf16 is the same model. Tokens per second count the
+The weights are numbers that bf16 holds, so that the checkpoint in bf16 is the same model.
+
+``--shape Qwen3-8B --device cuda`` takes another shape (``shapes.py``) and runs all in bf16 on a GPU. Weights are drawn
+there, all layers different, and saved with the shape's tokenizer, one shard a layer. First the shortest transcript of
+each study is compared with ``transformers`` in fp32 on the same device: the RMS of differences of log-probabilities
+must stay within 0.035 nats (0.003 where psykern computes in fp32). There GFLOP/s are compared with a square bf16
+product, psykern:streamed holds two layers at a time, and a second run must give the same bytes.
+
+Tokens per second count the
 tokens of the transcripts, not those computed; GFLOP/s count what psykern computed (``engine.cost``), over the whole
 time, and ``share_of_sgemm`` compares them with a square product just before. Needs the shared transcripts.
 
+    python benchmarks/bench_score.py --device cuda --shape Qwen3-8B --mix gpu --name score_gpu_qwen3-8b
     python benchmarks/bench_score.py [--layers 4] [--mix full|medium|small|many|longest] [--repeats 1] [--name FILE]
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import json
 import shutil
 import tempfile
 import time
@@ -25,10 +36,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from harness import PeakMemory, Timing, available_bytes, print_row, sgemm_gflops, write_csv
+from harness import (
+    CPU,
+    PeakMemory,
+    Timing,
+    add_arguments,
+    available_bytes,
+    dtype_of,
+    matrix_gflops,
+    print_row,
+    sgemm_gflops,
+    write_csv,
+)
+from safetensors.torch import load_file, save_file
+from shapes import SHAPES
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from psykern import engine
+from psykern import demo, engine
 from psykern.core import EncodedTranscript, RowError, TargetScores, Transcript
 from psykern.encode import Encoder, Tokenizer
 from psykern.kernels import Backend
@@ -56,11 +80,22 @@ MIXES = {
         "dezfouli2019": 1,
         "shahar2019twosteptask": 1,
     },
+    "gpu": {  # about 0.3 million tokens, of every length
+        "frey2017mpl": 12,
+        "guenther2024substitutions": 64,
+        "thoma2025riskychoice": 60,
+        "franke2024bayesian": 30,
+        "jagadish2023zero": 6,
+        "dezfouli2019": 2,
+        "shahar2019twosteptask": 3,
+    },
+    "demo": {"frey2017mpl": 1, "guenther2024substitutions": 2, "jagadish2023zero": 1},  # of the package's own sample
     "many": {"guenther2024substitutions": 200},
     "longest": {"dezfouli2019": 0},  # 0: the study's longest transcript alone, for peak memory
     "small": {"guenther2024substitutions": 4, "thoma2025riskychoice": 4, "franke2024bayesian": 3},
 }
 TOLERANCE = 1e-4  # nats per response
+RMS_TOLERANCE = {torch.float32: 0.003, torch.bfloat16: 0.035}  # nats per token, against transformers in fp32
 CHECKPOINTS = {"psykern:bf16": torch.bfloat16}  # of the other providers: fp32
 
 
@@ -107,13 +142,13 @@ def weight_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def load_studies(mix: dict[str, int], tokenizer: Tokenizer) -> list[Study]:
+def load_studies(mix: dict[str, int], tokenizer: Tokenizer, folder: Path = SHARED / "psych") -> list[Study]:
     def fail(error: RowError) -> None:
         raise error
 
     studies = []
     for name, count in mix.items():
-        files = find_data([SHARED / "psych" / f"{name}.jsonl.gz"])
+        files = find_data([folder / f"{name}.jsonl.gz"])
         transcripts = list(read(files, limit=count or None, reject=fail))
         if count == 0:
             transcripts = [max(transcripts, key=lambda t: len(t.text))]
@@ -126,49 +161,54 @@ def run_study_procedure(model: PreTrainedModel, study: Study) -> np.ndarray:
     """[tokens] log-probabilities of all scored tokens."""
     scores = []
     for t in study.encoded:
-        ids = torch.from_numpy(t.token_ids.astype(np.int64))[None]
+        ids = torch.from_numpy(t.token_ids.astype(np.int64))[None].to(model.device)
         labels = torch.full_like(ids[0], -100)
         for start, end in t.spans_tok.tolist():
             labels[start:end] = ids[0, start:end]
         logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
         # Cross-entropy makes a second array of all logits; where that cannot fit, it is spared the copy.
-        step = len(logits) if logits.nbytes * 1.1 < available_bytes() else 1024
+        step = len(logits) if logits.is_cuda or logits.nbytes * 1.1 < available_bytes() else 1024
         nll = [
             torch.nn.functional.cross_entropy(logits[i : i + step], labels[1 + i : 1 + i + step], reduction="none")
             for i in range(0, len(logits), step)
         ]
         scores.append(-torch.cat(nll)[labels[1:] != -100])
-    return torch.cat(scores).numpy()
+    return torch.cat(scores).float().cpu().numpy()
 
 
 @torch.inference_mode()
 def run_careful_user(model: PreTrainedModel, study: Study) -> np.ndarray:
     scores = []
     for t in study.encoded:
-        ids = torch.from_numpy(t.token_ids.astype(np.int64))[None]
+        ids = torch.from_numpy(t.token_ids.astype(np.int64))[None].to(model.device)
         targets = np.concatenate([np.arange(start, end) for start, end in t.spans_tok.tolist()])
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[0, targets - 1]
         logprobs = torch.log_softmax(model.lm_head(hidden), dim=-1)
         scores.append(logprobs.gather(1, ids[0, targets][:, None])[:, 0])
-    return torch.cat(scores).numpy()
+    return torch.cat(scores).float().cpu().numpy()
 
 
 def run_psykern(
-    model: Model, tokenizer: Tokenizer, study: Study, min_share: int, backend: Backend = "auto"
+    model: Model,
+    tokenizer: Tokenizer,
+    study: Study,
+    min_share: int,
+    backend: Backend = "auto",
+    clock: engine.DeviceClock | None = None,
 ) -> tuple[TargetScores, Plan]:
     encoded = Encoder(tokenizer).encode(study.transcripts, lambda error: None)
-    planned = plan(
-        encoded,
-        wave_tokens=engine.CPU_BUDGETS.wave_tokens,
-        batch_tokens=engine.CPU_BUDGETS.batch_tokens,
-        min_share=min_share,
-    )
-    return engine.run(planned, model, backend=backend), planned
+    budgets = engine.budgets(model.config, model.device, model.dtype)
+    planned = plan(encoded, wave_tokens=budgets.wave_tokens, batch_tokens=budgets.batch_tokens, min_share=min_share)
+    (scores,) = engine.stream([(planned, lambda share: None)], model, backend=backend, clock=clock)
+    return scores, planned
 
 
-def measure(run: Callable[[], np.ndarray], repeats: int) -> tuple[np.ndarray, list[float], int]:
+def measure(
+    run: Callable[[], np.ndarray], repeats: int, device: torch.device = CPU
+) -> tuple[np.ndarray, list[float], int]:
+    """Results are on the host, so a device has nothing left to do when a run ends."""
     seconds = []
-    with PeakMemory().watch() as peak:
+    with PeakMemory(device).watch() as peak:
         for _ in range(repeats):
             start = time.perf_counter()
             scores = run()
@@ -178,6 +218,9 @@ def measure(run: Callable[[], np.ndarray], repeats: int) -> tuple[np.ndarray, li
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--shape", choices=SHAPES, help="one of the study's models, as a GPU runs it")
+    parser.add_argument("--data", type=Path, default=SHARED, help="folder with psych and tokenizers")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--mix", choices=MIXES, default="full")
     parser.add_argument(
@@ -188,6 +231,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--min-share", type=int, default=MIN_SHARE)
     parser.add_argument("--name", help="CSV file in results/; default: no file")
     options = parser.parse_args(arguments)
+    if options.shape:
+        bench_shape(options)
+        return
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -205,7 +251,168 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows += bench_study(study, folder, oracle, models, tokenizer, options)
     print_totals(rows, options.providers)
     if options.name:
-        print(f"written: {write_csv(options.name, rows)}")
+        print(f"written: {write_csv(options.name, rows, options.folder)}")
+
+
+def bench_shape(options: argparse.Namespace) -> None:
+    """One of the study's shapes on a device: exactness first, then every provider on each study and over all."""
+    device, dtype = options.device, dtype_of(options)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        data, mix = options.data / "psych", dict(MIXES[options.mix])
+        if not data.is_dir():
+            data, mix = demo.SAMPLE, MIXES["demo"]
+        start = time.perf_counter()
+        make_shape(folder, options, dtype)
+        tokenizer = Tokenizer.load(folder)
+        studies = load_studies(mix, tokenizer, data)
+        print(f"checkpoint and {sum(s.num_tokens for s in studies):,} tokens in {time.perf_counter() - start:.1f} s")
+        oracle = load_shape(folder, device, torch.float32)
+        shortest = [shortest_of(study) for study in studies]
+        expected = [run_careful_user(oracle, study) for study in shortest]
+        del oracle
+        release(device)
+        model = Model(folder, device=device, dtype=dtype)
+        got = [run_psykern(model, tokenizer, study, MIN_SHARE)[0].logprob for study in shortest]
+        rms = float(np.sqrt(np.mean((np.concatenate(got) - np.concatenate(expected)) ** 2.0)))
+        print(f"RMS of differences from transformers in fp32: {rms:.5f} nats, {len(np.concatenate(got))} tokens")
+        if rms > RMS_TOLERANCE[dtype]:
+            raise SystemExit(f"RMS: expected at most {RMS_TOLERANCE[dtype]}, got {rms:.5f}: refused")
+        user = load_shape(folder, device, dtype)
+        rows: list[dict[str, object]] = []
+        for study in [*studies, Study("all", *([x for s in studies for x in getattr(s, n)] for n in FIELDS))]:
+            rows += bench_shape_study(study, folder, user, model, tokenizer, options, rms)
+            if options.name:
+                write_csv(f"{options.name}.csv", rows, options.folder, device)
+    print_totals([row for row in rows if row["study"] != "all"], options.providers)
+
+
+FIELDS = ("transcripts", "encoded")
+
+
+def release(device: torch.device) -> None:
+    """What is no longer used goes back to the device, whose free memory decides how many layers stay on it."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def shortest_of(study: Study) -> Study:
+    """The study's shortest transcript alone."""
+    index = min(range(len(study.encoded)), key=lambda i: len(study.encoded[i].token_ids))
+    return Study(study.name, [study.transcripts[index]], [study.encoded[index]])
+
+
+def make_shape(folder: Path, options: argparse.Namespace, dtype: torch.dtype) -> None:
+    """Random weights of a shape, drawn on the device by ``transformers``, a shard a layer; and its tokenizer."""
+    config = dict(SHAPES[options.shape])
+    name = {"llama": "llama-3.1", "olmo3": "olmo-dolma2"}.get(config["model_type"], "qwen3")
+    tokenizer = options.data / "tokenizers" / name
+    source = tokenizer if tokenizer.is_dir() else demo.MODEL
+    shutil.copy(source / "tokenizer.json", folder / "tokenizer.json")
+    if options.quick:
+        config |= {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+        config |= {"num_key_value_heads": 2, "head_dim": 16}
+    torch.manual_seed(0)
+    with torch.device(options.device):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=dtype)
+    model.config.save_pretrained(folder)
+    shards: dict[str, dict[str, torch.Tensor]] = {}
+    places = {}
+    for key, tensor in model.state_dict().items():
+        if key == "lm_head.weight" and config["tie_word_embeddings"]:
+            continue
+        part = key.split(".")[2] if ".layers." in key else "outside"
+        places[key] = f"model-{part}.safetensors"
+        shards.setdefault(places[key], {})[key] = tensor.detach().contiguous().cpu()
+    for file, tensors in shards.items():
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def load_shape(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """``transformers``' model on the device, without a copy of all weights on the host."""
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+    weights = model.state_dict()
+    for file in folder.glob("*.safetensors"):
+        for key, tensor in load_file(file).items():
+            weights[key].copy_(tensor)
+    return model.eval()
+
+
+def bench_shape_study(
+    study: Study,
+    folder: Path,
+    user: PreTrainedModel,
+    model: Model,
+    tokenizer: Tokenizer,
+    options: argparse.Namespace,
+    rms: float,
+) -> list[dict[str, object]]:
+    """One row per provider. Scores far from the careful user's, or other bytes in a second run, are refused."""
+    device, dtype, config = options.device, dtype_of(options), model.config
+    used: list[tuple[Plan, float | None]] = []
+
+    def psykern_logprobs(decoder: Model) -> np.ndarray:
+        clock = engine.DeviceClock()
+        scores, planned = run_psykern(decoder, tokenizer, study, options.min_share, clock=clock)
+        used[:] = [(planned, clock.idle_share)]
+        return scores.logprob
+
+    streamed = Model(folder, device=device, dtype=dtype, num_slots=2)
+    providers: dict[str, Callable[[], np.ndarray]] = {
+        "study": lambda: run_study_procedure(user, study),
+        "careful": lambda: run_careful_user(user, study),
+        "psykern:streamed": lambda: psykern_logprobs(streamed),
+        "psykern": lambda: psykern_logprobs(model),
+    }
+    rows: list[dict[str, object]] = []
+    scored: dict[str, np.ndarray] = {}
+    for name in options.providers:
+        providers[name]()  # compiles, allocates, reads
+        rate = matrix_gflops(device, dtype)
+        scores, seconds, peak = measure(providers[name], options.repeats, device)
+        if name.startswith("psykern") and scores.tobytes() != providers[name]().tobytes():
+            raise SystemExit(f"{study.name}: {name}: two runs give different bytes: refused")
+        scored[name] = scores
+        difference = float(np.sqrt(np.mean((scores - next(iter(scored.values()))) ** 2.0)))
+        if difference > 2 * RMS_TOLERANCE[torch.bfloat16]:  # both are rounded, and each may be that far from fp32
+            raise SystemExit(
+                f"{study.name}: {name} differs from {options.providers[0]} by {difference:.3f} RMS: refused"
+            )
+        timing, computed = Timing.of(seconds), study.num_tokens
+        gflops: float | str = ""
+        idle: float | str = ""
+        if name.startswith("psykern"):
+            planned, idle_share = used[0]
+            work = engine.cost(planned, config, dtype)
+            gflops = (work.flops_body + work.flops_attention + work.flops_head) / timing.median / 1e9
+            computed, idle = planned.num_computed, "" if idle_share is None else round(idle_share, 4)
+        rows.append(
+            {
+                "shape": options.shape,
+                "study": study.name,
+                "provider": name,
+                "dtype": str(dtype).removeprefix("torch."),
+                "transcripts": len(study.transcripts),
+                "responses": study.num_responses,
+                "tokens": study.num_tokens,
+                "computed_tokens": computed,
+                **timing.columns(),
+                "repeats": options.repeats,
+                "tokens_per_second": round(study.num_tokens / timing.median, 1),
+                "peak_mb": round(peak / 1e6),
+                "rms_against_fp32": round(rms, 6),
+                "matrix_gflops": round(rate, 1),
+                "gflops": gflops and round(float(gflops), 1),
+                "share_of_matrix": gflops and round(float(gflops) / rate, 3),
+                "idle_share": idle,
+            }
+        )
+        print_row(rows[-1])
+    return rows
 
 
 def bench_study(

@@ -1,9 +1,15 @@
-"""What the benchmarks share: timing, memory, and rows for the CSV files in ``results/``."""
+"""What the benchmarks share: timing, memory, and rows for the CSV files in ``results/``.
+
+On a CUDA device runs are timed by events between which lies nothing but the run, after a write that clears the L2
+cache; the host goes ahead meanwhile, so that its launches count only where they are slower than the device.
+"""
 
 from __future__ import annotations
 
+import argparse
 import csv
 import ctypes
+import json
 import os
 import platform
 import statistics
@@ -14,28 +20,89 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import date
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import transformers
 from torch import Tensor
 
 import psykern
+from psykern import kernels
 
+T = TypeVar("T")
 RESULTS = Path(__file__).parent / "results"
+CPU = torch.device("cpu")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_FLUSH_BYTES = 256 * 2**20  # more than any L2 cache
 
 
-def machine() -> dict[str, object]:
+def machine(device: torch.device = CPU) -> dict[str, object]:
     """The columns that say where and with what a row was measured."""
-    gpu = torch.cuda.is_available()
-    return {
+    on_gpu = device.type == "cuda"
+    columns: dict[str, object] = {
         "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if gpu else f"{_cpu_name()}, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if on_gpu else f"{_cpu_name()}, {torch.get_num_threads()} threads",
         "psykern": psykern.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
+    return {**columns, "cuda": torch.version.cuda, "triton": _version("triton")} if on_gpu else columns
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What all benchmarks that run on a device take."""
+    parser.add_argument("--device", type=torch.device, default=CPU)
+    parser.add_argument("--dtype", choices=DTYPES, help="of the inputs; default: float32 on a CPU, bfloat16 on a GPU")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that everything runs")
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="where files go")
+
+
+def dtype_of(options: argparse.Namespace) -> torch.dtype:
+    return DTYPES[options.dtype or ("float32" if options.device.type == "cpu" else "bfloat16")]
+
+
+def compiled(function: Callable[..., T], device: torch.device) -> Callable[..., T]:
+    """``torch.compile`` on a GPU; on a CPU the function as it is, for there the providers only prove that they run."""
+    return torch.compile(function, dynamic=False) if device.type == "cuda" else function
+
+
+def available(names: Sequence[kernels.Backend], device: torch.device) -> list[kernels.Backend]:
+    """Those of the backends that are there on ``device``; the others are named with the reason."""
+    found: list[kernels.Backend] = []
+    for name in names:
+        try:
+            kernels.resolve(name, device)
+            found.append(name)
+        except kernels.BackendError as error:
+            print(f"not measured: {error}", flush=True)
+    return found
+
+
+def keep_working(
+    providers: Mapping[str, Callable[[], T]], check: Callable[[str, T], None], own: str = "psykern"
+) -> dict[str, Callable[[], T]]:
+    """The providers whose result passes ``check`` (which raises). One of others' that fails is named and left out; a
+    failure of psykern's own is raised, so that no wrong result is timed."""
+    kept = {}
+    for name, run in providers.items():
+        try:
+            check(name, run())
+            kept[name] = run
+        except Exception as error:
+            if name.startswith(own):
+                raise
+            print(f"not measured: {name}: {type(error).__name__}: {str(error).strip().splitlines()[:1]}", flush=True)
+    return kept
 
 
 def _cpu_name() -> str:
@@ -46,11 +113,15 @@ def _cpu_name() -> str:
         return platform.processor()
 
 
-def write_csv(name: str, rows: Sequence[Mapping[str, object]], folder: Path = RESULTS) -> Path:
-    """Write ``rows`` (equal keys) with the machine's columns behind them."""
+def write_csv(
+    name: str, rows: Sequence[Mapping[str, object]], folder: Path = RESULTS, device: torch.device = CPU
+) -> Path:
+    """Write ``rows`` (equal keys) with the machine's columns behind them; those of a GPU as JSON too."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
-    columns = machine()
+    columns = machine(device)
+    if device.type == "cuda" or folder != RESULTS:
+        path.with_suffix(".json").write_text(json.dumps({"machine": columns, "rows": list(rows)}, indent=1))
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*rows[0], *columns], lineterminator="\n")
         writer.writeheader()
@@ -80,9 +151,11 @@ class Timing:
 
 
 def time_side_by_side(
-    providers: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1
+    providers: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1, device: torch.device = CPU
 ) -> dict[str, Timing]:
     """Every provider in turn, ``repeats`` times, so that a drift of the machine's speed meets all of them."""
+    if device.type == "cuda":
+        return _time_on_gpu(providers, repeats, warmup, device)
     seconds: dict[str, list[float]] = {name: [] for name in providers}
     for turn in range(warmup + repeats):
         for name, provider in providers.items():
@@ -91,6 +164,25 @@ def time_side_by_side(
             if turn >= warmup:
                 seconds[name].append(time.perf_counter() - start)
     return {name: Timing.of(values) for name, values in seconds.items()}
+
+
+def _time_on_gpu(
+    providers: Mapping[str, Callable[[], object]], repeats: int, warmup: int, device: torch.device
+) -> dict[str, Timing]:
+    """By events; see the module."""
+    cache_lines = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in providers}
+    for turn in range(warmup + repeats):
+        for name, provider in providers.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            cache_lines.zero_()
+            start.record()
+            provider()
+            end.record()
+            torch.cuda.synchronize(device)
+            if turn >= warmup:
+                events[name].append((start, end))
+    return {name: Timing.of([a.elapsed_time(b) / 1e3 for a, b in pairs]) for name, pairs in events.items()}
 
 
 _SQUARE = 2048
@@ -113,16 +205,35 @@ def sgemm_gflops() -> float:
     return SGEMM_FLOPS / time_side_by_side({"sgemm": sgemm}, repeats=7)["sgemm"].median / 1e9
 
 
+def matrix_gflops(device: torch.device, dtype: torch.dtype, repeats: int = 9) -> float:
+    """The device's matrix rate now: ``sgemm`` on a CPU, a square product of 8,192 in ``dtype`` on a GPU."""
+    if device.type == "cpu":
+        return sgemm_gflops()
+    side = 8192
+    a, b, out = (torch.randn(side, side, device=device).to(dtype) for _ in range(3))
+    timing = time_side_by_side({"product": lambda: torch.mm(a, b, out=out)}, repeats, 3, device)["product"]
+    return 2 * side**3 / timing.median / 1e9
+
+
 def print_row(row: Mapping[str, object]) -> None:
     print("  ".join(f"{k} {v}" for k, v in row.items() if v != ""), flush=True)
 
 
-def write_results(name: str, rows: Sequence[Mapping[str, object]], *, x: str, y: str, panel: str) -> None:
+def write_results(
+    name: str,
+    rows: Sequence[Mapping[str, object]],
+    *,
+    x: str,
+    y: str,
+    panel: str,
+    folder: Path = RESULTS,
+    device: torch.device = CPU,
+) -> None:
     """``rows`` as ``name``.csv, and ``y`` over ``x`` as ``name``.png, a panel per value of ``panel``: a line per
     provider over numbers, a bar over names. Rows without ``y`` are in the file only."""
     from matplotlib import pyplot
 
-    path = write_csv(f"{name}.csv", rows)
+    path = write_csv(f"{name}.csv", rows, folder, device)
     drawn = [row for row in rows if row[y] != ""]
     panels = list(dict.fromkeys(row[panel] for row in drawn))
     places = list(dict.fromkeys(row[x] for row in drawn))
@@ -153,20 +264,28 @@ def write_results(name: str, rows: Sequence[Mapping[str, object]], *, x: str, y:
         axis.grid(alpha=0.3, axis="y")
     axes[0][0].set_ylabel(y)
     axes[0][0].legend()
-    figure.suptitle(f"{name}: {machine()['device']}", fontsize=9)
+    figure.suptitle(f"{name}: {machine(device)['device']}", fontsize=9)
     figure.savefig(path.with_suffix(".png"), dpi=120)
     print(f"written: {path}, {path.with_suffix('.png').name}")
 
 
 class PeakMemory:
     """Resident bytes above those at the start, sampled every 10 ms: ``ru_maxrss`` never falls, so it cannot tell one
-    provider of a process from the next."""
+    provider of a process from the next. On a GPU what torch allocated above that, at most."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device = CPU) -> None:
         self.bytes = 0
+        self._device = device
 
     @contextmanager
     def watch(self) -> Iterator[PeakMemory]:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            torch.cuda.reset_peak_memory_stats(self._device)
+            before = torch.cuda.memory_allocated(self._device)
+            yield self
+            self.bytes = torch.cuda.max_memory_allocated(self._device) - before
+            return
         _return_free_memory()
         start, stop = _resident_bytes(), threading.Event()
 

@@ -1,0 +1,130 @@
+"""What passed of gpu.sh, and what was reached of the numbers that issue 4 asks for on an H100. Reads a folder that
+gpu.sh fills, while it does; a number that no file holds is "not measured".
+
+    python benchmarks/gpu_summary.py FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A number to reach: of the values that the rows of a file give, the worst one counts."""
+
+    text: str
+    file: str
+    values: Callable[[list[Row]], Iterator[float]]
+    limit: float
+    at_most: bool = False
+
+    def measured(self, folder: Path) -> float | None:
+        path = folder / f"{self.file}.json"
+        if not path.is_file():
+            return None
+        values = list(self.values(json.loads(path.read_text())["rows"]))
+        return (max if self.at_most else min)(values) if values else None
+
+    def is_reached(self, value: float) -> bool:
+        return value <= self.limit if self.at_most else value >= self.limit
+
+
+def column(name: str, **where: object) -> Callable[[list[Row]], Iterator[float]]:
+    """Values of a column in the rows that have the given values in others."""
+
+    def values(rows: list[Row]) -> Iterator[float]:
+        for row in rows:
+            if all(row[key] == value for key, value in where.items()) and row[name] not in ("", None):
+                yield float(row[name])
+
+    return values
+
+
+def share_of_gemm(rows: list[Row]) -> Iterator[float]:
+    return column("share_of_gemm", provider="psykern")([row for row in rows if row["rows"] >= 2048])
+
+
+def against_others(rows: list[Row]) -> Iterator[float]:
+    others = ("torch", "torch_compiled", "liger", "cut_cross_entropy")
+    return (float(row["psykern_times"]) for row in rows if row["provider"] in others)
+
+
+def attention(case: str, *providers: str) -> Callable[[list[Row]], Iterator[float]]:
+    """Times of psykern of the providers, in cases of 4k tokens and more where the case is causal."""
+
+    def values(rows: list[Row]) -> Iterator[float]:
+        for row in rows:
+            long_enough = case != "causal" or row["tokens"] >= 4096
+            if row["case"].startswith(case) and row["provider"] in providers and long_enough:
+                yield float(row["psykern_times"])
+
+    return values
+
+
+def times_the_study(rows: list[Row]) -> Iterator[float]:
+    seconds = {row["provider"]: float(row["seconds"]) for row in rows if row["study"] == "all"}
+    if {"study", "psykern"} <= seconds.keys():
+        yield seconds["study"] / seconds["psykern"]
+
+
+OPTION, ATTENTION = "option_logprobs_gpu", "prefix_attention_gpu"
+LARGE, SMALL = "score_qwen3-8b", "score_qwen3-0.6b"
+TARGETS = (
+    Target("option_logprobs: share of the plain GEMM's rate, R >= 2048", OPTION, share_of_gemm, 0.9),
+    Target("option_logprobs: times the others", OPTION, against_others, 1.0),
+    Target("option_logprobs: extra memory, MB", OPTION, column("peak_mb", provider="psykern"), 100, at_most=True),
+    Target("prefix_attention: times flash attention, 4k to 16k", ATTENTION, attention("causal", "sdpa"), 1.0),
+    Target("prefix_attention: likewise, half shared", ATTENTION, attention("shared", "sdpa_batch", "sdpa_apart"), 1.7),
+    Target("prefix_attention: branches, separate sequences", ATTENTION, attention("branches", "sdpa_sequences"), 4.0),
+    Target("8B: share of the matrix rate", LARGE, column("share_of_matrix", provider="psykern", study="all"), 0.65),
+    Target("8B: times the study's procedure", LARGE, times_the_study, 3.0),
+    Target("0.6B: times the study's procedure", SMALL, times_the_study, 10.0),
+    Target(
+        "8B: idle share of the device",
+        LARGE,
+        column("idle_share", provider="psykern", study="all"),
+        0.03,
+        at_most=True,
+    ),
+    Target("8B: RMS against fp32, nats", LARGE, column("rms_against_fp32"), 0.035, at_most=True),
+)
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    """Parts with status and seconds; targets with what was measured; the machine, as the first file has it."""
+    lines = (folder / "status.tsv").read_text().splitlines()
+    names = ("part", "status", "seconds")
+    parts = [dict(zip(names, line.split("\t"), strict=True)) for line in lines]
+    targets = []
+    for target in TARGETS:
+        value = target.measured(folder)
+        reached = "not measured" if value is None else "yes" if target.is_reached(value) else "no"
+        limit = f"{'<=' if target.at_most else '>='} {target.limit:g}"
+        targets.append({"target": target.text, "limit": limit, "measured": value, "reached": reached})
+    machines = [json.loads(path.read_text()).get("machine") for path in sorted(folder.glob("*_gpu.json"))]
+    return {"machine": machines[0] if machines else None, "parts": parts, "targets": targets}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    folder = Path((arguments if arguments is not None else sys.argv[1:])[0])
+    found = summary(folder)
+    (folder / "summary.json").write_text(json.dumps(found, indent=1))
+    print(found["machine"] or "no file says on which machine")
+    for part in found["parts"]:
+        state = {"0": "passed", "124": "ran out of time"}.get(part["status"], f"failed ({part['status']})")
+        print(f"{part['part']:24} {state:16} {part['seconds']:>4} s")
+    for target in found["targets"]:
+        value = "" if target["measured"] is None else f"{target['measured']:.3g}"
+        print(f"{target['target']:60} {target['limit']:>8}  {value:>8}  {target['reached']}")
+
+
+if __name__ == "__main__":
+    main()
