@@ -31,7 +31,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -149,7 +149,8 @@ def load_studies(mix: dict[str, int], tokenizer: Tokenizer, folder: Path = SHARE
     studies = []
     for name, count in mix.items():
         files = find_data([folder / f"{name}.jsonl.gz"])
-        transcripts = list(read(files, limit=count or None, reject=fail))
+        # The other providers score no options.
+        transcripts = [replace(t, options=None) for t in read(files, limit=count or None, reject=fail)]
         if count == 0:
             transcripts = [max(transcripts, key=lambda t: len(t.text))]
         studies.append(Study(name, transcripts, Encoder(tokenizer).encode(transcripts, fail)))

@@ -18,7 +18,8 @@ quick=()
 [ -z "${QUICK:-}" ] || quick=(--quick)
 mkdir -p "$folder"
 folder=$(realpath "$folder")
-rm -f "$folder"/status.tsv
+rm -f "$folder"/{status.tsv,quick,*.json}
+[ -z "${QUICK:-}" ] || touch "$folder/quick" # no number of such a run counts
 started=$SECONDS failed=0
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=true
 export OMP_WAIT_POLICY=PASSIVE
@@ -65,7 +66,9 @@ mark=gpu
 [ "$device" != cpu ] || mark="not gpu"
 tests=tests
 [ "$device" != cpu ] || tests=tests/test_gpu.py
-part tests 170 "$python" -m pytest -q -m "$mark" -p no:cacheprovider "$tests"
+parallel=()
+[ "$device" = cpu ] || ! "$python" -c "import xdist" 2>/dev/null || parallel=(-n 4)
+part tests 140 "$python" -m pytest -q -m "$mark" -p no:cacheprovider ${parallel[@]+"${parallel[@]}"} "$tests"
 bench option_logprobs_gpu 70 option_logprobs
 bench prefix_attention_gpu 80 prefix_attention
 score Qwen3-8B 130

@@ -1,5 +1,5 @@
 """What passed of gpu.sh, and what was reached of the numbers that issue 4 asks for on an H100. Reads a folder that
-gpu.sh fills, while it does; a number that no file holds is "not measured".
+gpu.sh fills, while it does; a number that no file holds is "not measured", and so is what a CPU or tiny shapes gave.
 
     python benchmarks/gpu_summary.py FOLDER
 """
@@ -28,9 +28,12 @@ class Target:
 
     def measured(self, folder: Path) -> float | None:
         path = folder / f"{self.file}.json"
-        if not path.is_file():
+        if not path.is_file() or (folder / "quick").exists():
             return None
-        values = list(self.values(json.loads(path.read_text())["rows"]))
+        found = json.loads(path.read_text())
+        if "cuda" not in found["machine"]:
+            return None
+        values = list(self.values(found["rows"]))
         return (max if self.at_most else min)(values) if values else None
 
     def is_reached(self, value: float) -> bool:

@@ -72,7 +72,9 @@ def dtype_of(options: argparse.Namespace) -> torch.dtype:
 
 
 def compiled(function: Callable[..., T], device: torch.device) -> Callable[..., T]:
-    """``torch.compile`` on a GPU; on a CPU the function as it is, for there the providers only prove that they run."""
+    """``torch.compile`` on a GPU, for one set of shapes: what was compiled before is forgotten, or torch would silently
+    stop to compile after some. On a CPU the function as it is, for there the providers only prove that they run."""
+    torch._dynamo.reset()
     return torch.compile(function, dynamic=False) if device.type == "cuda" else function
 
 

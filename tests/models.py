@@ -96,5 +96,5 @@ def make_model(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, 
 @torch.inference_mode()
 def oracle_logprobs(model: PreTrainedModel, token_ids: np.ndarray) -> torch.Tensor:
     """[T, V] log-probabilities of the token after each, in fp64 from transformers' fp32 logits."""
-    ids = torch.from_numpy(token_ids.astype(np.int64))[None]
+    ids = torch.from_numpy(token_ids.astype(np.int64))[None].to(model.device)
     return model(ids, use_cache=False).logits[0].double().log_softmax(-1)

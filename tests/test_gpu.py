@@ -73,11 +73,10 @@ def rms_from_transformers(
     oracle = oracle.to(device)
     tables: dict[tuple[int, ...], torch.Tensor] = {}
     expected = []
-    with torch.device(device):
-        for context, token in wanted(group):
-            if (known := tuple(context)) not in tables:
-                tables[known] = oracle_logprobs(oracle, np.array(context))[-1].cpu()
-            expected.append(float(tables[known][token]))
+    for context, token in wanted(group):
+        if (known := tuple(context)) not in tables:
+            tables[known] = oracle_logprobs(oracle, np.array(context))[-1].cpu()
+        expected.append(float(tables[known][token]))
     torch.backends.cuda.matmul.allow_tf32 = allowed
     return float(np.sqrt(np.mean((scores.logprob - np.array(expected)) ** 2)))
 
