@@ -262,7 +262,8 @@ def bench_shape(options: argparse.Namespace) -> None:
         folder = Path(temporary)
         data, mix = options.data / "psych", dict(MIXES[options.mix])
         if not data.is_dir():
-            data, mix = demo.SAMPLE, MIXES["demo"]
+            data, mix = demo.SAMPLE, dict(MIXES["demo"])
+        mix = {name: n for name, n in mix.items() if not options.studies or name in options.studies}
         start = time.perf_counter()
         make_shape(folder, options, dtype)
         tokenizer = Tokenizer.load(folder)
@@ -313,7 +314,7 @@ def make_shape(folder: Path, options: argparse.Namespace, dtype: torch.dtype) ->
     shutil.copy(source / "tokenizer.json", folder / "tokenizer.json")
     if options.quick:
         config |= {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
-        config |= {"num_key_value_heads": 2, "head_dim": 16}
+        config |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": Tokenizer.load(folder).size}
     torch.manual_seed(0)
     with torch.device(options.device):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=dtype)
@@ -339,7 +340,7 @@ def load_shape(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTra
     weights = model.state_dict()
     for file in folder.glob("*.safetensors"):
         for key, tensor in load_file(file).items():
-            weights[key].copy_(tensor)
+            weights[key].copy_(tensor.to(device))
     return model.eval()
 
 

@@ -1,4 +1,4 @@
-"""The benchmarks' own code: each runs with tiny shapes on the CPU and refuses wrong results; the summary counts right."""
+"""The benchmarks: each runs with tiny shapes on the CPU, wrong results are refused, the summary counts right."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_kernels_with_tiny_shapes(tmp_path: Path) -> None:
 def test_end_to_end_with_a_tiny_shape_and_the_packages_own_sample(tmp_path: Path) -> None:
     options = ["--shape", "Qwen3-0.6B", "--data", str(tmp_path), "--folder", str(tmp_path), "--name", "s"]
     names = ["study", "careful", "psykern:streamed", "psykern"]
-    bench_score.main([*QUICK, *options, "--providers", *names])
+    bench_score.main([*QUICK, *options, "--studies", "guenther2024substitutions", "--providers", *names])
     assert providers(tmp_path, "s") == set(names)
 
 
