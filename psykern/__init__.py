@@ -10,6 +10,7 @@ from psykern.core import (
     CheckpointError,
     ComparisonError,
     DataError,
+    InterruptedRun,
     NonFiniteError,
     OutOfMemoryError,
     PsykernError,
@@ -21,7 +22,7 @@ from psykern.kernels import BackendError
 from psykern.metrics import StudySummary, Summary, format_summary
 from psykern.records import Manifest, read_run
 from psykern.report import compare_runs, format_comparison
-from psykern.score import Estimate, Run, Settings, StudyPlan, estimate, score
+from psykern.score import Estimate, Run, Settings, Shard, StudyPlan, estimate, score
 from psykern.version import __version__
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "ComparisonError",
     "DataError",
     "Estimate",
+    "InterruptedRun",
     "Manifest",
     "NonFiniteError",
     "OutOfMemoryError",
@@ -39,6 +41,7 @@ __all__ = [
     "Run",
     "RunFolderError",
     "Settings",
+    "Shard",
     "Source",
     "StudyPlan",
     "StudySummary",

@@ -1,21 +1,28 @@
 """The commands: ``psykern score``, ``psykern plan``, ``psykern compare`` and ``psykern demo``.
 
-Exit status: 0 done; 1 an error stopped it; 2 wrong usage; 3 done, but some rows were rejected; 130 interrupted.
+Exit status: 0 done; 1 an error stopped it; 2 wrong usage; 3 done, but some rows were rejected; 130 and 143 stopped by
+SIGINT (Ctrl-C) and SIGTERM. The first such signal lets ``psykern score`` finish the unit in hand, a second stops it at
+once; either way the same command goes on with the run.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, get_args, get_type_hints
 
 import psykern
-from psykern import Estimate, Run, Settings, StudyPlan, demo
+from psykern import Estimate, Run, Settings, Shard, StudyPlan, demo
 
-EXIT_ERROR, EXIT_REJECTS, EXIT_INTERRUPTED = 1, 3, 130
+EXIT_ERROR, EXIT_REJECTS, EXIT_SIGNAL = 1, 3, 128  # a signal's number is added
 
 _HELP = {
     "protocol": "exact: responses by character offsets; study: the published study's own rules",
@@ -30,9 +37,10 @@ _HELP = {
     "wave_tokens": "tokens computed together, layer by layer: more need more memory; not given: as suits the device",
     "batch_tokens": "tokens in one matrix product; likewise",
     "min_share": "tokens from which on a common prefix of transcripts is computed once",
+    "unit_tokens": "about so many tokens are planned together and written as one part; likewise",
     "limit": "take only the first N transcripts of each study",
 }
-_NUMBERS = ("max_options", "wave_tokens", "batch_tokens", "min_share", "limit")
+_NUMBERS = ("max_options", "wave_tokens", "batch_tokens", "min_share", "unit_tokens", "limit")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,13 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         settings = _settings(options)
+        _shard(getattr(options, "shard", None))
     except ValueError as error:
         parser.error(str(error))
     try:
         status: int = options.command(options, settings)
     except KeyboardInterrupt:
         print("psykern: interrupted; records written so far are kept", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return EXIT_SIGNAL + signal.SIGINT
     except (psykern.PsykernError, psykern.BackendError) as error:
         print(f"psykern: error: {error}", file=sys.stderr)
         return EXIT_ERROR
@@ -68,7 +77,22 @@ def _parser() -> argparse.ArgumentParser:
 
     score = commands.add_parser("score", help="score transcripts: one record per response")
     _add_input(score)
-    score.add_argument("--out", required=True, metavar="RUN", help="new folder for the records")
+    score.add_argument("--out", required=True, metavar="RUN", help="folder or fsspec URL for the records")
+    score.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="go on with the same run where RUN holds one; --no-resume: RUN must be new or empty",
+    )
+    score.add_argument(
+        "--shard", metavar="I/N", help="score only every N-th unit from I (0 to N-1) on; the last process finishes RUN"
+    )
+    score.add_argument(
+        "--cache",
+        metavar="FOLDER",
+        default=os.environ.get("PSYKERN_CACHE"),
+        help="keep tokens there for the next run on the same data; default: $PSYKERN_CACHE, else nowhere",
+    )
     score.set_defaults(command=_score)
 
     plan = commands.add_parser("plan", help="what scoring would cost; needs no weights")
@@ -117,7 +141,57 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 
 def _score(options: argparse.Namespace, settings: Settings) -> int:
-    return _report(psykern.score(options.model, options.data, options.out, settings, quiet=options.quiet))
+    with _stop_signals() as received:
+        try:
+            run = psykern.score(
+                options.model,
+                options.data,
+                options.out,
+                settings,
+                shard=_shard(options.shard),
+                resume=options.resume,
+                cache=options.cache,
+                stop=lambda: bool(received),
+                quiet=options.quiet,
+            )
+        except psykern.InterruptedRun as error:
+            print(f"psykern: {error}", file=sys.stderr)
+            return EXIT_SIGNAL + received[0]
+    return _report(run)
+
+
+def _shard(text: str | None) -> Shard:
+    """Raises ValueError."""
+    index, slash, count = (text or "0/1").partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal()):
+        raise ValueError(f"shard: expected I/N, two numbers, got {text!r}")
+    return Shard(int(index), int(count))
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Gives the list of the signals to stop that have come; a second one ends the process. What is on disk is whole at
+    any moment."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # only that may handle signals
+        yield received
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        del frame
+        name = signal.Signals(number).name
+        if received:
+            os.write(2, f"\npsykern: {name} again: stopped; records written so far are kept\n".encode())
+            os._exit(EXIT_SIGNAL + number)
+        received.append(number)
+        os.write(2, f"\npsykern: {name}: finishing the unit in hand; once more stops at once\n".encode())
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _compare(options: argparse.Namespace, settings: Settings) -> int:
@@ -183,8 +257,11 @@ def _report(run: Run) -> int:
             f"{counts.dropped_responses:,} responses dropped"
         )
     print(f"records: {run.folder}")
+    if run.manifest.finished is None:
+        print(f"{run.units_done:,} of {run.units_total:,} units are done; the others are for other shards")
+        return 0
     if counts.rejects:
-        print(f"psykern: {counts.rejects:,} rows were rejected: {run.folder / 'rejects.jsonl'}", file=sys.stderr)
+        print(f"psykern: {counts.rejects:,} rows were rejected: {run.folder}/rejects.jsonl", file=sys.stderr)
         return EXIT_REJECTS
     return 0
 

@@ -47,6 +47,10 @@ class OutOfMemoryError(PsykernError):
     """The machine or device ran out of memory; the message says which budget to lower."""
 
 
+class InterruptedRun(PsykernError):
+    """A run was asked to stop and did so; what is finished stays, and the same command goes on from there."""
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """Where a row came from."""
@@ -80,6 +84,16 @@ class Transcript:
     source: Source
 
 
+@dataclass(frozen=True, slots=True)
+class UnitInfo:
+    """What is known of a unit of work before its rows are read again. Filled by ``units.units``."""
+
+    index: int  # from 0, in order of the data
+    study: str  # of its transcripts; empty: it has none
+    key: str  # hexadecimal hash of its rows
+    characters: int  # of its texts
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class EncodedTranscript:
     """One transcript as tokens, with the tokens to score. Filled by ``encode.Encoder.encode``.
@@ -106,6 +120,15 @@ class EncodedTranscript:
     branch_offsets: np.ndarray  # [B+1] int64, into branch_token_ids
     branch_token_ids: np.ndarray  # [branch_offsets[-1]] int32
     num_dropped: int  # responses that the over-length policy "truncate" left out
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodedUnit:
+    """A unit of work as tokens. Filled by ``feed.Feed``, from rows or from the token cache."""
+
+    info: UnitInfo
+    transcripts: tuple[EncodedTranscript, ...]  # whole, whatever the model's context; without those that were refused
+    rejects: tuple[RowError, ...]  # rows refused when they were read or encoded
 
 
 @dataclass(frozen=True, slots=True, eq=False)

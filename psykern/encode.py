@@ -300,8 +300,13 @@ class Encoder:
             if error is not None:
                 reject(error)
                 continue
-            fitting = self._fit(_assembled(draft, placed))
-            if fitting is not None:
+            assembled = _assembled(draft, placed)
+            whole = _cut(assembled, len(assembled.responses))
+            fitting = fit(whole, self.over_length, self.max_positions)
+            if fitting is None:
+                self.num_skipped += 1
+            else:
+                self.num_dropped += fitting.num_dropped
                 encoded.append(fitting)
         return encoded
 
@@ -328,25 +333,23 @@ class Encoder:
             else:
                 yield _exact(transcript, tokens, given)
 
-    def _fit(self, encoded: EncodedTranscript) -> EncodedTranscript | None:
-        """The transcript with the tokens it needs, under the over-length policy. None: skipped."""
-        needed = _positions_needed(encoded)
-        count = len(needed)
-        if self.max_positions is None or count == 0 or needed.max() <= self.max_positions:
-            return _cut(encoded, count)
-        if self.over_length == "error":
-            raise PsykernError(
-                f"{encoded.source.file}:{encoded.source.line}: {encoded.study}, participant {encoded.participant}: "
-                f"needs {needed.max()} tokens of context, the model has {self.max_positions}; "
-                'over-length policies: "error" stops, "skip" leaves such transcripts out, '
-                '"truncate" keeps the responses that fit'
-            )
-        if self.over_length == "skip":
-            self.num_skipped += 1
-            return None
-        kept = _cut(encoded, int(np.argmax(needed > self.max_positions)))
-        self.num_dropped += kept.num_dropped
-        return kept
+
+def fit(encoded: EncodedTranscript, over_length: OverLength, max_positions: int | None) -> EncodedTranscript | None:
+    """The transcript under the over-length policy, for a context of ``max_positions`` tokens. None: skipped.
+
+    Raises PsykernError where it is too long and the policy is "error".
+    """
+    needed = _positions_needed(encoded)
+    if max_positions is None or needed.max(initial=0) <= max_positions:
+        return encoded
+    if over_length == "error":
+        raise PsykernError(
+            f"{encoded.source.file}:{encoded.source.line}: {encoded.study}, participant {encoded.participant}: "
+            f"needs {needed.max()} tokens of context, the model has {max_positions}; "
+            'over-length policies: "error" stops, "skip" leaves such transcripts out, '
+            '"truncate" keeps the responses that fit'
+        )
+    return None if over_length == "skip" else _cut(encoded, int(np.argmax(needed > max_positions)))
 
 
 def _batches(texts: Sequence[str]) -> Iterator[list[str]]:

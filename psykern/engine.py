@@ -128,11 +128,13 @@ def stream(
     *,
     backend: kernels.Backend = "auto",
     clock: DeviceClock | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Generator[TargetScores, None, None]:
     """The scores of one plan after the other, as :func:`run` gives them; each plan comes with its ``progress``.
 
     While a device computes one wave, a thread lays out the next, the host launches it, and the scores of the last go
-    where they belong: also from one plan to the next. ``plans`` is read in that thread, ahead of the scores.
+    where they belong: also from one plan to the next. ``plans`` is read in that thread, ahead of the scores. ``stop``
+    is asked before a plan is begun; once it holds no other is, and what was begun is finished.
     """
     backend = kernels.resolve(backend, model.device)  # type: ignore[assignment]
     clock = clock or DeviceClock()
@@ -141,6 +143,9 @@ def stream(
     carried, work = torch.empty(0), None
     with ahead(_waves(plans)) as waves:
         for job, wave in waves:
+            if not job.began and stop():
+                break
+            job.began = True
             computed = None
             if wave is not None:
                 with _memory_errors(job.plan), torch.inference_mode():
@@ -189,6 +194,7 @@ class _Job:
     progress: Callable[[float], None]
     scores: TargetScores
     waves_left: int
+    began: bool = False
     rows_done: int = 0
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -367,9 +367,23 @@ class SummaryAccumulator:
         for batch in table.to_batches():
             studies = batch.column("study").dictionary_encode()
             sums = _batch_sums(batch, studies.indices.to_numpy(), len(studies.dictionary))
-            for place, study in enumerate(studies.dictionary.to_pylist()):
-                before = self._sums.get(study, (0.0,) * len(_Sums._fields))
-                self._sums[study] = _Sums(*(old + float(new[place]) for old, new in zip(before, sums, strict=True)))
+            self.add_sums(
+                {
+                    study: [float(column[place]) for column in sums]
+                    for place, study in enumerate(studies.dictionary.to_pylist())
+                }
+            )
+
+    @property
+    def sums(self) -> dict[str, tuple[float, ...]]:
+        """By study, for :meth:`add_sums` of another accumulator."""
+        return {study: tuple(sums) for study, sums in self._sums.items()}
+
+    def add_sums(self, sums: Mapping[str, Sequence[float]]) -> None:
+        """Count in what another accumulator's ``sums`` hold."""
+        for study, new in sums.items():
+            before = self._sums.get(study, (0.0,) * len(_Sums._fields))
+            self._sums[study] = _Sums(*(one + two for one, two in zip(before, new, strict=True)))
 
     def summary(self) -> Summary:
         """What was added so far."""

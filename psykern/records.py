@@ -1,27 +1,28 @@
 """A run's folder: one record per response, what was rejected, and how the run was made.
 
-    RUN/responses/part-00000.parquet …   one row per response, columns as in SCHEMA
+    RUN/manifest.json                    model, data, settings, versions, counts, times; "finished" is null until then
+    RUN/responses/part-000000-….parquet  a unit's responses, one a row, columns as in SCHEMA
     RUN/rejects.jsonl                    one line per refused row: file, line, reason; absent when none was
-    RUN/manifest.json                    model, data, settings, versions, counts, times
     RUN/summary.json                     means per study and over studies
 
-The rule: a file is there whole or not at all. It is written under a temporary name in its own folder, flushed
-to the disk and renamed; only rejects.jsonl grows line by line. Equal tables give equal bytes.
+The rule: a file is there whole or not at all, and what a part holds follows from its name: the number of its unit, and
+a hash of the unit's rows, the model and the settings. So the parts that are there are all that a run has to remember:
+it can be stopped at any moment and go on, and several processes can write parts of one run. A part also holds, in its
+schema's metadata, what its unit adds to counts, rejects and summary. Equal tables give equal bytes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import resource
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
@@ -38,8 +39,11 @@ from psykern.core import (
     Protocol,
     RowError,
     RunFolderError,
+    Source,
     TargetScores,
+    UnitInfo,
 )
+from psykern.storage import Folder
 
 SCHEMA = pa.schema(
     [
@@ -186,21 +190,26 @@ class DataFile:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What went through a run."""
+    """What went through a run, or one unit of it."""
 
-    transcripts: int
-    responses: int
-    scored_responses: int
-    tokens: int  # of all scored transcripts, as if each were computed alone
-    computed_tokens: int  # rows that went through the model
-    rejects: int  # rows of the data that were refused
-    over_length_transcripts: int  # skipped by the over-length policy
-    dropped_responses: int  # left out by the over-length policy "truncate"
+    transcripts: int = 0
+    responses: int = 0
+    scored_responses: int = 0
+    tokens: int = 0  # of all scored transcripts, as if each were computed alone
+    computed_tokens: int = 0  # rows that went through the model
+    rejects: int = 0  # rows of the data that were refused
+    over_length_transcripts: int = 0  # skipped by the over-length policy
+    dropped_responses: int = 0  # left out by the over-length policy "truncate"
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(
+            *(one + two for one, two in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True))
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """How a run was made, and what it took."""
+    """How a run was made, and what it took. Times, rates and peaks are those of the process that finished it."""
 
     model_id: str
     model_hash: str
@@ -220,15 +229,43 @@ class Manifest:
     wave_tokens: int
     batch_tokens: int
     min_share: int
-    counts: Counts
-    seconds: Mapping[str, float]  # by phase; reading, encoding, planning and writing go on beside "run"
-    tokens_per_second: float
-    responses_per_second: float
-    peak_memory_bytes: int
-    peak_device_bytes: int | None  # of a device with memory of its own; None: there was none
-    gpu_idle_share: float | None  # of the time between its first and last wave; see engine.DeviceClock
+    unit_tokens: int  # about so many make a unit, and a part
     started: str  # ISO 8601, UTC
-    finished: str
+    counts: Counts = Counts()
+    seconds: Mapping[str, float] = field(default_factory=dict)  # by phase; most go on beside "run"
+    tokens_per_second: float = 0.0
+    responses_per_second: float = 0.0
+    peak_memory_bytes: int = 0
+    peak_device_bytes: int | None = None  # of a device with memory of its own; None: there was none
+    gpu_idle_share: float | None = None  # of the time between its first and last wave; see engine.DeviceClock
+    finished: str | None = None  # None: not yet
+
+
+# What two processes must agree in to write parts of one run. Budgets and machines may differ: they change scores by
+# no more than rounding, and a run that goes on takes the budgets that it began with.
+IDENTITY = (
+    "model_hash",
+    "tokenizer_hash",
+    "data",
+    "protocol",
+    "boundary",
+    "options",
+    "max_options",
+    "over_length",
+    "limit",
+    "studies",
+    "dtype",
+    "backend",
+    "min_share",
+    "unit_tokens",
+)
+
+
+def _identity(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a manifest as JSON; files of data count by their content."""
+    values = {name: manifest.get(name) for name in IDENTITY}
+    values["data"] = sorted(file["hash"] for file in manifest["data"])
+    return values
 
 
 def library_versions(psykern: str) -> dict[str, str]:
@@ -248,85 +285,144 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB, macOS bytes
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
+class UnitReport:
+    """What one unit adds to a run beside its records."""
+
+    counts: Counts
+    rejects: tuple[RowError, ...]
+    sums: Mapping[str, Sequence[float]]  # metrics.SummaryAccumulator.sums
+
+
+_METADATA = b"psykern"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class RunFolder:
     """A run's folder while the run writes it. Every method raises RunFolderError, naming the path, when it cannot."""
 
-    path: Path
-    num_parts: int = 0
-    num_rejects: int = 0
+    folder: Folder
+    manifest: dict[str, Any]  # as JSON, as the run began
+    _identity: str
+    _parts: dict[str, UnitReport | None]  # by name, those that are known to be there; None: not read yet
 
     @classmethod
-    def create(cls, path: Path) -> RunFolder:
-        """Make the folder; it may exist if it is empty."""
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            found = min((entry.name for entry in path.iterdir()), default=None)
-            with tempfile.TemporaryFile(dir=path):  # fails now, not after an hour, if the folder is not writable
-                pass
-        except OSError as error:
-            if path.exists() and not path.is_dir():
-                raise RunFolderError(f"{path}: expected a folder to write the run to, got a file") from error
-            raise _cannot_write(path, error) from error
-        if found is not None:
-            raise RunFolderError(f"{path}: expected a new or empty folder to write the run to, it holds {found}")
-        return cls(path)
+    def open(cls, path: str | Path, manifest: Manifest, *, resume: bool = True) -> RunFolder:
+        """Begin the run in a new or empty folder, or go on with the same run.
 
-    def write_part(self, table: pa.Table) -> Path:
-        """Write ``table``, of :data:`SCHEMA`, as the next part."""
+        With ``resume=False`` only a new or empty folder will do. Raises RunFolderError where something else stands in
+        the folder, and where the run there is another; the message says in what the two differ.
+        """
+        folder = Folder.at(path)
+        folder.create()
+        found = folder.files()
+        if found and not (resume and "manifest.json" in found):
+            hint = "" if resume else " (or --resume, to go on with the run there)"
+            raise RunFolderError(
+                f"{path}: expected a new or empty folder to write the run to{hint}, it holds {found[0]}"
+            )
+        began = _plain(dataclasses.asdict(manifest))
+        if not folder.write_new("manifest.json", _json_writer(began)):
+            began = _check_same(folder, began)
+        parts: dict[str, UnitReport | None] = dict.fromkeys(folder.files("responses"))
+        return cls(folder, began, json.dumps(_identity(began), sort_keys=True), parts)
+
+    def part_name(self, unit: UnitInfo) -> str:
+        digest = hashlib.sha256(f"{self._identity}{unit.key}".encode()).hexdigest()
+        return f"part-{unit.index:06d}-{digest[:16]}.parquet"
+
+    def has(self, unit: UnitInfo) -> bool:
+        """Whether the unit's part is there, as far as this process knows; one that cannot be read is not."""
+        name = self.part_name(unit)
+        if name in self._parts and self._parts[name] is None:
+            try:
+                self._parts[name] = _read_report(self.folder, f"responses/{name}")
+            except RunFolderError:
+                del self._parts[name]
+        return name in self._parts
+
+    def look_again(self) -> None:
+        """Sees what other processes have written since."""
+        for name in self.folder.files("responses"):
+            self._parts.setdefault(name, None)
+
+    def write_part(self, unit: UnitInfo, table: pa.Table, report: UnitReport) -> str:
+        """Write the unit's records ``table``, of :data:`SCHEMA`; gives the part's name."""
         if table.schema != SCHEMA:
             raise ValueError(f"part: expected the columns of records.SCHEMA, got {table.schema}")
-        part = self.path / "responses" / f"part-{self.num_parts:05d}.parquet"
-        _write_whole(part, lambda file: pq.write_table(table, file, compression="zstd"))
-        self.num_parts += 1
-        return part
+        name = self.part_name(unit)
+        table = table.replace_schema_metadata({_METADATA: json.dumps(_report_json(report))})
+        self.folder.write(f"responses/{name}", lambda file: pq.write_table(table, file, compression="zstd"))
+        self._parts[name] = report
+        return name
 
-    def reject(self, error: RowError) -> None:
-        """Append a refused row to rejects.jsonl."""
-        row = {"file": error.source.file, "line": error.source.line, "reason": error.reason}
-        path = self.path / "rejects.jsonl"
-        try:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-        except OSError as os_error:
-            raise _cannot_write(path, os_error) from os_error
-        self.num_rejects += 1
+    def reports(self, units: Iterable[UnitInfo]) -> Iterator[UnitReport]:
+        """Of those units whose parts are there, in order."""
+        for unit in units:
+            if self.has(unit):
+                report = self._parts[self.part_name(unit)]
+                assert report is not None  # `has` reads it
+                yield report
 
-    def write_manifest(self, manifest: Manifest) -> None:
-        """Write manifest.json; a run without any part gets an empty one first, so that readers find the columns."""
-        if self.num_parts == 0:
-            self.write_part(SCHEMA.empty_table())
-        self._write_json("manifest.json", dataclasses.asdict(manifest))
-
-    def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write summary.json from ``metrics.Summary.to_json()``."""
-        self._write_json("summary.json", summary)
-
-    def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        text = json.dumps(_plain(value), indent=2, allow_nan=False) + "\n"
-        _write_whole(self.path / name, lambda file: file.write(text.encode()))
+    def finish(self, manifest: Manifest, summary: Mapping[str, Any], rejects: Iterable[RowError]) -> None:
+        """All parts are there: write the rest, the manifest last; ``summary`` is ``metrics.Summary.to_json()``."""
+        if not self._parts:  # readers find the columns
+            self.write_part(UnitInfo(0, "", "", 0), SCHEMA.empty_table(), UnitReport(Counts(), (), {}))
+        lines = [json.dumps(_reject_json(error)) + "\n" for error in rejects]
+        if lines:
+            self.folder.write("rejects.jsonl", lambda file: file.write("".join(lines).encode()))
+        self.folder.write("summary.json", _json_writer(summary))
+        self.folder.write("manifest.json", _json_writer(dataclasses.asdict(manifest)))
+        self.folder.remove_unfinished("responses")
 
 
-def _write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Put what ``write`` writes at ``path``: all of it or, whatever happens, nothing."""
-    temporary = path.with_name(f".{path.name}.tmp")
+def _check_same(folder: Folder, mine: dict[str, Any]) -> dict[str, Any]:
+    """The manifest that is there. Raises RunFolderError where it is of another run."""
+    path = folder.name("manifest.json")
     try:
-        path.parent.mkdir(exist_ok=True)
-        try:
-            with temporary.open("wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise _cannot_write(path, error) from error
+        there = json.loads(folder.read("manifest.json"))
+        one, two = _identity(there), _identity(mine)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunFolderError(f"{path}: cannot be read as a run's manifest: {type(error).__name__}: {error}") from error
+    differences = [
+        f"{name}: {_short(one[name])} there, {_short(two[name])} here" for name in one if one[name] != two[name]
+    ]
+    if differences:
+        raise RunFolderError(f"{folder.path}: holds another run, which differs in {'; '.join(differences)}")
+    return dict(there)
 
 
-def _cannot_write(path: Path, error: OSError) -> RunFolderError:
-    return RunFolderError(f"{path}: cannot be written: {error.strerror or error}")
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def _json_writer(value: Mapping[str, Any]) -> Callable[[IO[bytes]], object]:
+    text = json.dumps(_plain(value), indent=2, allow_nan=False) + "\n"
+    return lambda file: file.write(text.encode())
+
+
+def _reject_json(error: RowError) -> dict[str, Any]:
+    return {"file": error.source.file, "line": error.source.line, "reason": error.reason}
+
+
+def _report_json(report: UnitReport) -> dict[str, Any]:
+    return {
+        "counts": dataclasses.asdict(report.counts),
+        "rejects": [_reject_json(error) for error in report.rejects],
+        "sums": report.sums,
+    }
+
+
+def _read_report(folder: Folder, name: str) -> UnitReport:
+    try:
+        with folder.open(name) as file:
+            metadata = pq.read_schema(file).metadata or {}
+        report = json.loads(metadata[_METADATA])
+        rejects = tuple(RowError(Source(r["file"], r["line"]), r["reason"]) for r in report["rejects"])
+        return UnitReport(Counts(**report["counts"]), rejects, report["sums"])
+    except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
+        raise RunFolderError(f"{folder.name(name)}: cannot be read: {error}") from error
 
 
 def _plain(value: Any) -> Any:
@@ -342,24 +438,29 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def read_run(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+def read_run(path: str | Path, columns: Sequence[str] | None = None) -> pa.Table:
     """All responses of the run at ``path``, or ``columns`` of them. Raises RunFolderError when there are none."""
     names = SCHEMA.names if columns is None else columns
     schema = pa.schema([SCHEMA.field(name) for name in names])
     return pa.Table.from_batches(iter_run(path, columns), schema=schema)
 
 
-def iter_run(path: Path, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+def iter_run(path: str | Path, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
     """The run's responses batch by batch, parts in order, so that memory does not grow with the run."""
-    parts = sorted((path / "responses").glob("part-*.parquet"))
+    folder = Folder.at(path)
+    parts = [name for name in folder.files("responses") if name.startswith("part-") and name.endswith(".parquet")]
     if not parts:
         raise RunFolderError(f"{path}: expected a run's folder with responses/part-*.parquet, found no part")
+    names = SCHEMA.names if columns is None else list(columns)
+    schema = pa.schema([SCHEMA.field(name) for name in names])
     for part in parts:
         try:
-            with pq.ParquetFile(part) as file:
+            with folder.open(f"responses/{part}") as stream, pq.ParquetFile(stream) as file:
                 if file.schema_arrow != SCHEMA:
-                    raise RunFolderError(f"{part}: expected the columns of a run, got {file.schema_arrow.names}")
-                for batch in file.iter_batches(columns=columns):
-                    yield batch.select(SCHEMA.names if columns is None else columns)
+                    raise RunFolderError(
+                        f"{folder.name(part)}: expected the columns of a run, got {file.schema_arrow.names}"
+                    )
+                for batch in file.iter_batches(columns=names):
+                    yield batch.select(names).replace_schema_metadata(schema.metadata)
         except (OSError, pa.ArrowException) as error:
-            raise RunFolderError(f"{part}: cannot be read: {error}") from error
+            raise RunFolderError(f"{folder.name(part)}: cannot be read: {error}") from error

@@ -63,6 +63,8 @@ def _open(path: Path) -> FinishedRun:
     file = path / "manifest.json"
     try:
         manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if manifest["finished"] is None:
+            raise RunFolderError(f"{path}: the run is not finished; the command that began it goes on with it")
         return FinishedRun(
             path=path,
             model_id=manifest["model_id"],

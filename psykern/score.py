@@ -2,18 +2,19 @@
 
     rows ─ read ─► Transcript ─ encode ─► EncodedTranscript ─ plan ─► Wave… ─ run ─► TargetScores ─ write ─► parquet
 
-Transcripts go through in groups: those of one study among neighbours up to a number of tokens, planned together so that
-they share prefixes, and written as one part. The next group is read, encoded and planned, and the last one written,
-while one is computed; memory is bounded by the group, not by the data.
+Transcripts go through in units: neighbours of one study, planned together so that they share prefixes, and written as
+one part. Reading, tokenizing and planning of the next units, and the writing of the last, go on in threads beside the
+computing of one; memory is bounded by the unit, not by the data. A part that is there is never computed again, so a run
+that was stopped goes on, and several processes can share one.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Literal, TypeVar, get_args
@@ -25,27 +26,31 @@ from psykern.checkpoint import hash_model, resolve_model
 from psykern.core import (
     Boundary,
     CheckpointError,
-    DataError,
     EncodedTranscript,
+    EncodedUnit,
+    InterruptedRun,
     OptionSource,
     OverLength,
     Protocol,
     RowError,
     TargetScores,
-    Transcript,
+    UnitInfo,
 )
-from psykern.encode import Encoder, Tokenizer
+from psykern.encode import Encoder, Tokenizer, fit
+from psykern.feed import Feed
 from psykern.metrics import Summary, SummaryAccumulator
 from psykern.model import Model, ModelConfig
 from psykern.pipeline import ahead, behind
 from psykern.plan import MIN_SHARE, Plan, plan
 from psykern.progress import Progress
-from psykern.records import Counts, Manifest, RunFolder
-from psykern.transcripts import DataFile, find_data, hash_file, read
+from psykern.records import Counts, Manifest, RunFolder, UnitReport
+from psykern.storage import Folder
+from psykern.token_cache import TokenCache
+from psykern.transcripts import DataFile, find_data, hash_file
 from psykern.version import __version__
 
-GROUP_TOKENS = 2**21  # planned and written together
-_READ_CHARS = 2**21  # tokenized together: enough to keep all cores busy
+# Tokens of a unit. What a stop loses and a machine takes at a time is one unit; what shares prefixes is of one unit.
+_UNIT_TOKENS = {"cpu": 2**17, "cuda": 2**21}
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -71,6 +76,9 @@ class Settings:
     wave_tokens: int | None = None  # rows of a wave; None: as suits the device
     batch_tokens: int | None = None  # rows of a batch; likewise
     min_share: int = MIN_SHARE  # tokens from which on a common prefix is shared
+    unit_tokens: int | None = (
+        None  # about so many are planned together and written as one part; None: as suits the device
+    )
     strict: bool = False  # the first row that cannot be used stops the run
 
     def __post_init__(self) -> None:
@@ -86,7 +94,7 @@ class Settings:
         for name, kind in choices.items():
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name}: expected one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
-        for name in ("max_options", "limit", "wave_tokens", "batch_tokens", "min_share"):
+        for name in ("max_options", "limit", "wave_tokens", "batch_tokens", "min_share", "unit_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
@@ -98,11 +106,38 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What :func:`score` leaves: the folder of records, and what they come to."""
+    """What :func:`score` leaves: the folder of records, and what those that are there come to."""
 
-    folder: Path
-    manifest: Manifest
+    folder: Path | str  # a string where it is a URL
+    manifest: Manifest  # not finished while units are missing, which other shards are to score
     summary: Summary
+    units_done: int
+    units_total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """The units that one of several processes takes: number ``index``, counted from 0, of ``count``."""
+
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count:
+            raise ValueError(f"shard: expected i/n with 0 <= i < n, got {self.index}/{self.count}")
+
+    def takes(self, unit: UnitInfo) -> bool:
+        return unit.index % self.count == self.index
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """A model with its tokenizer, ready to score."""
+
+    name: str
+    hash: str
+    decoder: Model
+    tokenizer: Tokenizer
 
 
 def score(
@@ -111,73 +146,165 @@ def score(
     out: str | Path,
     settings: Settings | None = None,
     *,
+    shard: Shard | None = None,
+    resume: bool = True,
+    cache: str | Path | None = None,
+    stop: Callable[[], bool] = lambda: False,
     quiet: bool = True,
 ) -> Run:
-    """Score every response of ``data`` under ``model`` and write the records to the new folder ``out``.
+    """Score every response of ``data`` under ``model`` and write the records to the folder ``out``.
 
-    model: a folder or a hub id. data: files, folders or hub dataset ids. Rows that cannot be used go to
-    ``out/rejects.jsonl`` and are counted in the manifest. Raises ``PsykernError`` for whatever stops the run, and
-    ``kernels.BackendError`` for a backend that is not there; parts that were written stay valid.
+    model: a folder or a hub id. data: files, folders or hub dataset ids. out: a folder or an fsspec URL, new or empty,
+    or one where this run was begun: then what is missing is scored (``resume``). ``shard`` takes a part of the units,
+    for several processes that share ``out``; the last one to end finishes the run. ``cache``: a folder where tokens
+    are kept. ``stop`` is asked between units.
+
+    Rows that cannot be used are listed in ``out/rejects.jsonl`` and counted in the manifest. Raises ``InterruptedRun``
+    when ``stop`` held, ``PsykernError`` for whatever stops the run, and ``kernels.BackendError`` for a backend that is
+    not there; parts that were written stay valid.
     """
     settings = settings or Settings()
     device, dtype = _device_and_dtype(settings)
-    backend = kernels.resolve(settings.backend, device)
+    kernels.resolve(settings.backend, device)
     clock = _Clock()
-    run = RunFolder.create(Path(out))
+    Folder.at(out).create()
+    loaded = _load(model, device, dtype, clock)
+    with clock("hash"):
+        files = find_data([data] if isinstance(data, (str, Path)) else data)
+        manifest = _manifest(loaded, files, settings, clock)
+    kept = None if cache is None else _token_cache(cache, files, manifest)
+    feed = _feed(files, loaded.tokenizer, settings, manifest.unit_tokens, clock, kept)
+    with clock("scan"):
+        units = feed.units()
+    run = RunFolder.open(out, manifest, resume=resume)
+    manifest = _going_on(manifest, run, settings)
+    wanted = [unit for unit in units if (shard or Shard()).takes(unit) and not run.has(unit)]
+    device_clock = engine.DeviceClock()
+    with Progress(sum(unit.characters for unit in wanted), quiet=quiet) as progress:
+        done = _run(loaded, feed, wanted, run, manifest, settings, progress, stop, clock, device_clock)
+    if stop() and not all(run.has(unit) for unit in wanted):
+        count = sum(run.has(unit) for unit in units)
+        raise InterruptedRun(
+            f"{out}: stopped as asked; {count:,} of {len(units):,} units are done, and the same command goes on"
+        )
+    return _finish(run, units, manifest, done, clock, device_clock)
+
+
+def _load(model: str | Path, device: torch.device, dtype: torch.dtype, clock: _Clock) -> _Loaded:
     with clock("load"):
         folder = resolve_model(model)
         decoder = Model(folder, device=device, dtype=dtype)
         tokenizer = _load_tokenizer(folder, decoder.config)
-
-    def reject(error: RowError) -> None:
-        run.reject(error)
-        if settings.strict:
-            raise error
-
-    with clock("scan"):
-        files = find_data([data] if isinstance(data, (str, Path)) else data)
-        totals = _scan(files, settings, reject)
-    encoder = _encoder(tokenizer, decoder.config, settings)
-    budgets = _budgets(settings, decoder.config, device, dtype)
-    summary = SummaryAccumulator()
-    counts: Counter[str] = Counter()
-    device_clock = engine.DeviceClock()
-    underway: deque[tuple[_Group, Plan]] = deque()
-
-    def planned_groups() -> Iterator[tuple[_Group, Plan]]:
-        for group in _groups(files, encoder, totals, settings, reject, clock, counts):
-            with clock("plan"):
-                planned = _plan(group.transcripts, settings, budgets)
-            yield group, planned
-
-    def write(scored: tuple[_Group, TargetScores]) -> None:
-        group, scores = scored
-        with clock("write"):
-            table = records.to_table(group.transcripts, scores)
-            run.write_part(table)
-            summary.add(table)
-        counts["scored_responses"] += len(table) - table.column("logprob").null_count
-
-    with Progress(totals.characters, quiet=quiet) as progress, ahead(planned_groups()) as groups, behind(write) as put:
-
-        def plans() -> Iterator[tuple[Plan, Callable[[float], None]]]:
-            for group, planned in groups:
-                underway.append((group, planned))
-                yield planned, progress.start(group.characters, planned.num_responses, planned.num_tokens)
-
-        with closing(engine.stream(plans(), decoder, backend=settings.backend, clock=device_clock)) as stream:
-            for scores in _timed(stream, clock, "run"):
-                group, planned = underway.popleft()
-                put((group, scores))
-                _count(counts, planned)
     with clock("hash"):
-        hashes = hash_model(folder), tuple(_data_record(file) for file in files)
-    manifest = _manifest(
-        str(model), hashes, tokenizer, settings, budgets, device_clock, device, dtype, backend, clock, counts, run
+        return _Loaded(str(model), hash_model(folder), decoder, tokenizer)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Job:
+    """A unit that is planned."""
+
+    unit: EncodedUnit
+    transcripts: list[EncodedTranscript]  # those of the unit that fit the model's context, cut to it
+    plan: Plan
+
+
+def _jobs(
+    units: Iterator[EncodedUnit], settings: Settings, config: ModelConfig, budgets: engine.Budgets, clock: _Clock
+) -> Iterator[_Job]:
+    for unit in units:
+        with clock("plan"):
+            fitting = (fit(t, settings.over_length, config.max_positions) for t in unit.transcripts)
+            transcripts = [transcript for transcript in fitting if transcript is not None]
+            planned = plan(
+                transcripts,
+                wave_tokens=budgets.wave_tokens,
+                batch_tokens=budgets.batch_tokens,
+                min_share=settings.min_share,
+            )
+        yield _Job(unit, transcripts, planned)
+
+
+def _run(
+    loaded: _Loaded,
+    feed: Feed,
+    wanted: Sequence[UnitInfo],
+    run: RunFolder,
+    manifest: Manifest,
+    settings: Settings,
+    progress: Progress,
+    stop: Callable[[], bool],
+    clock: _Clock,
+    device_clock: engine.DeviceClock,
+) -> Counts:
+    """Scores the units ``wanted`` and writes their parts; gives what went through."""
+    done = Counts()
+    underway: deque[_Job] = deque()
+    budgets = engine.Budgets(manifest.wave_tokens, manifest.batch_tokens)
+
+    def write(scored: tuple[_Job, TargetScores]) -> None:
+        nonlocal done
+        job, scores = scored
+        with clock("write"):
+            table = records.to_table(job.transcripts, scores)
+            summary = SummaryAccumulator()
+            summary.add(table)
+            counts = _counts(job, table.num_rows - table.column("logprob").null_count)
+            run.write_part(job.unit.info, table, UnitReport(counts, job.unit.rejects, summary.sums))
+        done += counts
+
+    with ahead(feed.encoded(wanted)) as encoded:
+        jobs = _jobs(encoded, settings, loaded.decoder.config, budgets, clock)
+        with ahead(jobs) as planned, behind(write) as put:
+
+            def plans() -> Iterator[tuple[Plan, Callable[[float], None]]]:
+                for job in planned:
+                    underway.append(job)
+                    started = progress.start(job.unit.info.characters, job.plan.num_responses, job.plan.num_tokens)
+                    yield job.plan, started
+
+            stream = engine.stream(plans(), loaded.decoder, backend=settings.backend, clock=device_clock, stop=stop)
+            with closing(stream):
+                for scores in _timed(stream, clock, "run"):
+                    put((underway.popleft(), scores))
+    return done
+
+
+def _counts(job: _Job, scored_responses: int) -> Counts:
+    return Counts(
+        transcripts=job.plan.num_transcripts,
+        responses=job.plan.num_responses,
+        scored_responses=scored_responses,
+        tokens=job.plan.num_tokens,
+        computed_tokens=job.plan.num_computed,
+        rejects=len(job.unit.rejects),
+        over_length_transcripts=len(job.unit.transcripts) - len(job.transcripts),
+        dropped_responses=sum(transcript.num_dropped for transcript in job.transcripts),
     )
-    run.write_summary(summary.summary().to_json())
-    run.write_manifest(manifest)
-    return Run(run.path, manifest, summary.summary())
+
+
+def _finish(
+    run: RunFolder,
+    units: Sequence[UnitInfo],
+    manifest: Manifest,
+    done: Counts,
+    clock: _Clock,
+    device_clock: engine.DeviceClock,
+) -> Run:
+    """Adds up what is there, and finishes the run where nothing is missing."""
+    run.look_again()
+    reports = list(run.reports(units))
+    accumulator = SummaryAccumulator()
+    counts = Counts()
+    for report in reports:
+        accumulator.add_sums(report.sums)
+        counts += report.counts
+    summary = accumulator.summary()
+    manifest = _completed(manifest, counts, done, clock, device_clock)
+    if len(reports) == len(units):
+        manifest = replace(manifest, finished=datetime.now(timezone.utc).isoformat(timespec="seconds"))
+        run.finish(manifest, summary.to_json(), (error for report in reports for error in report.rejects))
+    folder = run.folder.local
+    return Run(run.folder.path if folder is None else folder, manifest, summary, len(reports), len(units))
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,24 +340,20 @@ def estimate(
     device, dtype = _device_and_dtype(settings)
     folder = resolve_model(model, weights=False)
     config = ModelConfig.read(folder)
-    encoder = _encoder(_load_tokenizer(folder, config), config, settings)
+    tokenizer = _load_tokenizer(folder, config)
     budgets = _budgets(settings, config, device, dtype)
     rejects: list[RowError] = []
-
-    def reject(error: RowError) -> None:
-        rejects.append(error)
-        if settings.strict:
-            raise error
-
     files = find_data([data] if isinstance(data, (str, Path)) else data)
-    totals = _scan(files, settings, reject)
+    feed = _feed(files, tokenizer, settings, _unit_tokens(settings, device), _Clock())
+    units = feed.units()
     plans: dict[str, StudyPlan] = {}
-    with Progress(totals.characters, quiet=quiet) as progress:
-        for group in _groups(files, encoder, totals, settings, reject, _Clock(), Counter()):
-            planned = _plan(group.transcripts, settings, budgets)
-            study = group.transcripts[0].study
-            plans[study] = _add(plans.get(study), _study_plan(study, planned, config, dtype))
-            progress.start(group.characters, planned.num_responses, planned.num_tokens)(1.0)
+    with Progress(sum(unit.characters for unit in units), quiet=quiet) as progress:
+        for job in _jobs(feed.encoded(units), settings, config, budgets, _Clock()):
+            rejects.extend(job.unit.rejects)
+            if job.transcripts:
+                study = job.unit.info.study
+                plans[study] = _add(plans.get(study), _study_plan(study, job.plan, config, dtype))
+            progress.start(job.unit.info.characters, job.plan.num_responses, job.plan.num_tokens)(1.0)
     return Estimate(tuple(plans[study] for study in sorted(plans)), tuple(rejects))
 
 
@@ -259,121 +382,42 @@ def _add(one: StudyPlan | None, two: StudyPlan) -> StudyPlan:
     return StudyPlan(study=two.study, **values | {"wave_bytes": max(one.wave_bytes, two.wave_bytes)})
 
 
-@dataclass(slots=True)
-class _Totals:
-    """What a first pass over the data counts, so that progress and time left are known, and collects."""
-
-    characters: int = 0
-    studies: set[str] = field(default_factory=set)
-    observed: dict[tuple[str, str], dict[str, None]] = field(default_factory=lambda: defaultdict(dict))
-
-    def options(self, settings: Settings) -> Mapping[tuple[str, str], tuple[str, ...]]:
-        """The distinct responses of each experiment, where they are few enough to be its options."""
-        return {key: tuple(seen) for key, seen in self.observed.items() if len(seen) <= settings.max_options}
-
-
-def _scan(files: Sequence[DataFile], settings: Settings, reject: Callable[[RowError], None]) -> _Totals:
-    """Counts what is there. Raises ``DataError`` where a study that was asked for has no transcript."""
-    broken: list[RowError] = []  # they are rejected when their turn comes, unless the first is to stop the run
-    totals = _Totals()
-    rows = read(
-        files,
-        studies=settings.studies,
-        limit=settings.limit,
-        reject=reject if settings.strict else broken.append,
-    )
-    for transcript in rows:
-        totals.characters += len(transcript.text)
-        totals.studies.add(transcript.study)
-        if settings.options == "observed-experiment":
-            seen = totals.observed[transcript.study, transcript.experiment]
-            for start, end in transcript.responses_char.tolist():
-                response = transcript.text[start:end]
-                if response.strip() and len(seen) <= settings.max_options:
-                    seen.setdefault(response)
-    absent = sorted(set(settings.studies or ()) - totals.studies)
-    if absent:
-        also = f"; {len(broken):,} rows cannot be used, the first: {broken[0]}" if broken else ""
-        raise DataError(f"studies: no transcript of {', '.join(absent)} in the data{also}")
-    return totals
-
-
-@dataclass(slots=True)
-class _Group:
-    """Transcripts of one study."""
-
-    transcripts: list[EncodedTranscript] = field(default_factory=list)
-    characters: int = 0  # of the texts they come from, those that were left out included
-
-
-def _groups(
+def _feed(
     files: Sequence[DataFile],
-    encoder: Encoder,
-    totals: _Totals,
+    tokenizer: Tokenizer,
     settings: Settings,
-    reject: Callable[[RowError], None],
+    unit_tokens: int,
     clock: _Clock,
-    counts: Counter[str],
-) -> Iterator[_Group]:
-    """Encoded transcripts by study, whenever about ``GROUP_TOKENS`` have come together; no group is empty."""
-    observed = totals.options(settings)
-    rows = read(files, studies=settings.studies, limit=settings.limit, reject=reject)
-    groups: dict[str, _Group] = defaultdict(_Group)
-    num_tokens = 0
-    for texts in _timed(_chunks(rows), clock, "read"):
-        with clock("encode"):
-            encoded = encoder.encode(texts, reject, observed)
-        counts["over_length_transcripts"] += encoder.num_skipped
-        counts["dropped_responses"] += encoder.num_dropped
-        for text in texts:
-            groups[text.study].characters += len(text.text)
-        for transcript in encoded:
-            groups[transcript.study].transcripts.append(transcript)
-            num_tokens += len(transcript.token_ids)
-        if num_tokens >= GROUP_TOKENS:
-            yield from (group for group in groups.values() if group.transcripts)
-            groups, num_tokens = defaultdict(_Group), 0
-    yield from (group for group in groups.values() if group.transcripts)
+    cache: TokenCache | None = None,
+) -> Feed:
+    encoder = Encoder(
+        tokenizer,
+        protocol=settings.protocol,
+        boundary=settings.boundary,
+        options=settings.options,
+        max_options=settings.max_options,
+    )
+    return Feed(files, encoder, clock, unit_tokens, settings.studies, settings.limit, settings.strict, cache)
 
 
-def _chunks(rows: Iterator[Transcript]) -> Iterator[list[Transcript]]:
-    chunk: list[Transcript] = []
-    characters = 0
-    for transcript in rows:
-        chunk.append(transcript)
-        characters += len(transcript.text)
-        if characters >= _READ_CHARS:
-            yield chunk
-            chunk, characters = [], 0
-    if chunk:
-        yield chunk
+def _token_cache(folder: str | Path, files: Sequence[DataFile], manifest: Manifest) -> TokenCache:
+    """Keyed by what the tokens depend on; how much of a transcript fits a model's context is seen to later."""
+    names = ("tokenizer_hash", "protocol", "boundary", "options", "max_options", "limit", "studies", "unit_tokens")
+    depends_on = {name: getattr(manifest, name) for name in names}
+    content = [(file.study, record.hash) for file, record in zip(files, manifest.data, strict=True)]
+    return TokenCache.open(
+        folder, [str(file.path) for file in files], {"psykern": __version__, "data": content, **depends_on}
+    )
+
+
+def _unit_tokens(settings: Settings, device: torch.device) -> int:
+    return settings.unit_tokens or _UNIT_TOKENS[device.type]
 
 
 def _budgets(settings: Settings, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> engine.Budgets:
     """What the settings say, and what suits the device where they say nothing."""
     default = engine.budgets(config, device, dtype)
     return engine.Budgets(settings.wave_tokens or default.wave_tokens, settings.batch_tokens or default.batch_tokens)
-
-
-def _plan(transcripts: Sequence[EncodedTranscript], settings: Settings, budgets: engine.Budgets) -> Plan:
-    return plan(
-        transcripts,
-        wave_tokens=budgets.wave_tokens,
-        batch_tokens=budgets.batch_tokens,
-        min_share=settings.min_share,
-    )
-
-
-def _encoder(tokenizer: Tokenizer, config: ModelConfig, settings: Settings) -> Encoder:
-    return Encoder(
-        tokenizer,
-        protocol=settings.protocol,
-        boundary=settings.boundary,
-        options=settings.options,
-        max_options=settings.max_options,
-        over_length=settings.over_length,
-        max_positions=config.max_positions,
-    )
 
 
 def _load_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
@@ -393,13 +437,6 @@ def _device_and_dtype(settings: Settings) -> tuple[torch.device, torch.dtype]:
     device = torch.device("cuda" if settings.device == "cuda" or (settings.device == "auto" and has_gpu) else "cpu")
     default = "bfloat16" if device.type == "cuda" else "float32"
     return device, _DTYPES[default if settings.dtype == "auto" else settings.dtype]
-
-
-def _count(counts: Counter[str], planned: Plan) -> None:
-    counts["transcripts"] += planned.num_transcripts
-    counts["responses"] += planned.num_responses
-    counts["tokens"] += planned.num_tokens
-    counts["computed_tokens"] += planned.num_computed
 
 
 class _Clock:
@@ -437,27 +474,16 @@ def _data_record(file: DataFile) -> records.DataFile:
     return records.DataFile(str(file.path), hash_file(file.path), file.path.stat().st_size)
 
 
-def _manifest(
-    model_id: str,
-    hashes: tuple[str, tuple[records.DataFile, ...]],
-    tokenizer: Tokenizer,
-    settings: Settings,
-    budgets: engine.Budgets,
-    device_clock: engine.DeviceClock,
-    device: torch.device,
-    dtype: torch.dtype,
-    backend: str,
-    clock: _Clock,
-    counts: Counter[str],
-    run: RunFolder,
-) -> Manifest:
-    names = [f.name for f in fields(Counts)]
-    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+def _manifest(loaded: _Loaded, files: Sequence[DataFile], settings: Settings, clock: _Clock) -> Manifest:
+    """As the run begins."""
+    decoder = loaded.decoder
+    device = decoder.device
+    budgets = _budgets(settings, decoder.config, device, decoder.dtype)
     return Manifest(
-        model_id=model_id,
-        model_hash=hashes[0],
-        tokenizer_hash=tokenizer.hash,
-        data=hashes[1],
+        model_id=loaded.name,
+        model_hash=loaded.hash,
+        tokenizer_hash=loaded.tokenizer.hash,
+        data=tuple(_data_record(file) for file in files),
         protocol=settings.protocol,
         boundary=settings.boundary,
         options=settings.options,
@@ -466,19 +492,38 @@ def _manifest(
         limit=settings.limit,
         studies=settings.studies,
         versions=records.library_versions(__version__),
-        device=device_name,
-        dtype=str(dtype).removeprefix("torch."),
-        backend=backend,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        dtype=str(decoder.dtype).removeprefix("torch."),
+        backend=kernels.resolve(settings.backend, device),
         wave_tokens=budgets.wave_tokens,
         batch_tokens=budgets.batch_tokens,
         min_share=settings.min_share,
-        counts=Counts(**{name: counts[name] for name in names} | {"rejects": run.num_rejects}),
-        seconds=clock.seconds | {"total": clock.total},
-        tokens_per_second=counts["tokens"] / clock.total,
-        responses_per_second=counts["responses"] / clock.total,
-        peak_memory_bytes=records.peak_memory_bytes(),
-        peak_device_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-        gpu_idle_share=device_clock.idle_share,
+        unit_tokens=_unit_tokens(settings, device),
         started=clock.started.isoformat(timespec="seconds"),
-        finished=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
+
+
+def _going_on(manifest: Manifest, run: RunFolder, settings: Settings) -> Manifest:
+    """With the beginning and the budgets of the run as it began, unless the settings say others."""
+    return replace(
+        manifest,
+        started=run.manifest["started"],
+        wave_tokens=settings.wave_tokens or run.manifest["wave_tokens"],
+        batch_tokens=settings.batch_tokens or run.manifest["batch_tokens"],
+    )
+
+
+def _completed(
+    manifest: Manifest, counts: Counts, done: Counts, clock: _Clock, device_clock: engine.DeviceClock
+) -> Manifest:
+    """With what the run came to; ``done`` is what this process did of it."""
+    return replace(
+        manifest,
+        counts=counts,
+        seconds=clock.seconds | {"total": clock.total},
+        tokens_per_second=done.tokens / clock.total,
+        responses_per_second=done.responses / clock.total,
+        peak_memory_bytes=records.peak_memory_bytes(),
+        peak_device_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else None,
+        gpu_idle_share=device_clock.idle_share,
     )

@@ -205,6 +205,17 @@ def read(
     leave out are not checked. `reject` gets each bad row (and each damaged file, once, at the line reached); if it
     returns, reading goes on. Raises DataError for a file that cannot be opened or an archive with no rows to find.
     """
+    for row in read_rows(files, studies=studies, limit=limit):
+        if isinstance(row, RowError):
+            reject(row)
+        else:
+            yield row
+
+
+def read_rows(
+    files: Sequence[DataFile], *, studies: Collection[str] | None = None, limit: int | None = None
+) -> Iterator[Transcript | RowError]:
+    """The same, with the error of each bad row in its place."""
     taken: Counter[str] = Counter()
 
     def wanted(study: str) -> bool:
@@ -223,7 +234,7 @@ def read(
                     continue
                 transcript = _transcript(fields, study, row.source)
             except ValueError as error:
-                reject(RowError(row.source, str(error)))
+                yield RowError(row.source, str(error))
                 continue
             taken[study] += 1
             yield transcript

@@ -116,13 +116,11 @@ def test_score_prints_a_line_per_study_and_their_mean(
     assert lines[6:] == [f"records: {tmp_path / 'run'}"]
 
 
-@pytest.mark.parametrize("group_tokens", [1, 2**21], ids=["many-groups", "one-group"])
+@pytest.mark.parametrize("unit_tokens", [1, 2**21], ids=["many-units", "few-units"])
 def test_the_progress_bar_counts_responses_and_tokens(
-    group_tokens: int, toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    unit_tokens: int, toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(pipeline, "GROUP_TOKENS", group_tokens)
-    monkeypatch.setattr(pipeline, "_READ_CHARS", group_tokens)
-    assert score(toy.model, toy.data, tmp_path / "run") == 0
+    assert score(toy.model, toy.data, tmp_path / "run", "--unit-tokens", unit_tokens) == 0
     counts = manifest(tmp_path / "run")["counts"]
     last = capsys.readouterr().err.replace("\r", "\n").splitlines()[-1]
     assert f"{counts['responses']:,} responses, {counts['tokens']:,} tokens" in last
@@ -590,9 +588,13 @@ def test_a_run_is_never_overwritten(toy: Toy, tmp_path: Path, capsys: pytest.Cap
     assert score(toy.model, toy.data, run, "--limit", 1) == 0
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     capsys.readouterr()
-    assert_error(
-        capsys, score(toy.model, toy.data, run), run, "expected a new or empty folder", "it holds manifest.json"
-    )
+    assert_error(capsys, score(toy.model, toy.data, run), run, "holds another run", "limit: 1 there, null here")
+    refused = score(toy.model, toy.data, run, "--limit", 1, "--no-resume")
+    assert_error(capsys, refused, run, "expected a new or empty folder", "it holds manifest.json")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    refused = score(toy.model, toy.data, tmp_path / "mine")
+    assert_error(capsys, refused, tmp_path / "mine", "expected a new or empty folder", "it holds notes.txt")
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
@@ -697,9 +699,10 @@ STOPS = {
 def test_what_was_written_before_a_stop_is_kept(
     name: str, toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The third of the groups is stopped: two parts stay, whole, and no manifest says that the run is complete."""
+    """The third of the units is stopped: two parts stay, whole, and no manifest says that the run is complete."""
     error, expected, message = STOPS[name]
-    assert score(toy.model, toy.data, tmp_path / "whole") == 0
+    arguments = ("--unit-tokens", 1, "--quiet")
+    assert score(toy.model, toy.data, tmp_path / "whole", *arguments) == 0
 
     def stream(*arguments: Any, **named: Any) -> Iterator[Any]:
         for done, scores in enumerate(original(*arguments, **named)):
@@ -708,16 +711,16 @@ def test_what_was_written_before_a_stop_is_kept(
             yield scores
 
     original = engine.stream
-    monkeypatch.setattr(engine, "stream", stream)
-    monkeypatch.setattr(pipeline, "GROUP_TOKENS", 1)
-    monkeypatch.setattr(pipeline, "_READ_CHARS", 1)
-    capsys.readouterr()
-    assert score(toy.model, toy.data, tmp_path / "run", "--quiet") == expected
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "stream", stream)
+        capsys.readouterr()
+        assert score(toy.model, toy.data, tmp_path / "run", *arguments) == expected
     assert message in capsys.readouterr().err
-    parts = sorted(path.name for path in (tmp_path / "run" / "responses").iterdir())
-    assert parts == ["part-00000.parquet", "part-00001.parquet"]
-    assert not (tmp_path / "run" / "manifest.json").exists()
-    kept, whole = psykern.read_run(tmp_path / "run"), psykern.read_run(tmp_path / "whole")
-    assert kept.select(["participant", "response"]).equals(
-        whole.slice(0, len(kept)).select(["participant", "response"])
-    )
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole" / "responses").iterdir()}
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "run" / "responses").iterdir()}
+    assert kept == {name: whole[name] for name in sorted(whole)[:2]}
+    assert manifest(tmp_path / "run")["finished"] is None
+
+    assert score(toy.model, toy.data, tmp_path / "run", *arguments) == 0  # goes on
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run" / "responses").iterdir()} == whole
+    assert manifest(tmp_path / "run")["counts"] == manifest(tmp_path / "whole")["counts"]

@@ -21,7 +21,7 @@ from psykern.metrics import (
     nll,
     option_hits,
 )
-from psykern.records import SCHEMA, RunFolder
+from psykern.records import SCHEMA
 
 
 def record(study: str = "study", response_index: int = 0, **columns: object) -> dict[str, object]:
@@ -169,10 +169,20 @@ def test_summary_of_nothing(tables: int) -> None:
     assert format_summary(summary).splitlines()[-1].split() == ["mean", "over", "studies", "0", "0", *"––––"]
 
 
-def test_summary_json_round_trip(tmp_path: Path) -> None:
+def test_sums_of_tables_add_up_to_those_of_all(tmp_path: Path) -> None:
+    """Through JSON, as parts hold them."""
+    records = [record("a", logprob=-1.0, is_argmax=True, entropy=0.25), record("b"), record("a", logprob=-0.1)]
+    whole = SummaryAccumulator()
+    for one in records:
+        part = SummaryAccumulator()
+        part.add(pa.Table.from_pylist([one], schema=SCHEMA))
+        whole.add_sums(json.loads(json.dumps(part.sums)))
+    assert whole.summary() == summarize(records)
+
+
+def test_summary_json_round_trip() -> None:
     summary = summarize([record("a", logprob=-1.0, is_argmax=True, entropy=0.25), record("b")])
-    RunFolder.create(tmp_path).write_summary(summary.to_json())
-    written = json.loads((tmp_path / "summary.json").read_text())
+    written = json.loads(json.dumps(summary.to_json()))
     assert [study["study"] for study in written["studies"]] == ["a", "b"]
     assert [study["mean_nll"] for study in written["studies"]] == [1.0, None]
     assert (written["mean_nll"], written["response_weighted_nll"]) == (1.0, 1.0)

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import gzip
 import json
-import os
 import re
 import resource
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,13 +15,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from psykern.core import EncodedTranscript, RowError, RunFolderError, Source, TargetScores
+from psykern.core import EncodedTranscript, RowError, RunFolderError, Source, TargetScores, UnitInfo
 from psykern.records import (
     SCHEMA,
     Counts,
     DataFile,
     Manifest,
     RunFolder,
+    UnitReport,
     iter_run,
     library_versions,
     peak_memory_bytes,
@@ -165,6 +162,7 @@ def manifest(**changes: object) -> Manifest:
         wave_tokens=4096,
         batch_tokens=256,
         min_share=32,
+        unit_tokens=1000,
         counts=Counts(1, 2, 2, 30, 20, 0, 0, 0),
         seconds={"read": 0.5, "run": 2.0},
         tokens_per_second=15.0,
@@ -287,50 +285,140 @@ def test_branches_that_do_not_fit_are_refused(changes: dict[str, np.ndarray], me
         to_table([transcript], target_scores([-1.0] * targets))
 
 
+def unit(index: int = 0, key: str = "k", study: str = "study") -> UnitInfo:
+    return UnitInfo(index, study, key, 100)
+
+
+def begin(path: Path, resume: bool = True, **changes: object) -> RunFolder:
+    return RunFolder.open(path, manifest(finished=None, **changes), resume=resume)
+
+
+def report(*rejects: RowError, tokens: int = 0) -> UnitReport:
+    return UnitReport(Counts(tokens=tokens, rejects=len(rejects)), rejects, {"study": [1.0, 0.1, 1 / 3]})
+
+
 def test_parts_are_numbered_and_read_back_in_order(tmp_path: Path) -> None:
-    run = RunFolder.create(tmp_path / "run")
+    run = begin(tmp_path / "run")
     tables = [to_table(*random_transcripts(np.random.default_rng(seed), 20)) for seed in range(3)]
-    paths = [run.write_part(table) for table in tables]
-    assert [p.name for p in paths] == ["part-00000.parquet", "part-00001.parquet", "part-00002.parquet"]
-    assert read_run(run.path).equals(pa.concat_tables(tables))
-    assert sum(batch.num_rows for batch in iter_run(run.path)) == sum(table.num_rows for table in tables)
-    some = read_run(run.path, ["options", "study"])
+    names = [run.write_part(unit(i), table, report()) for i, table in reversed(list(enumerate(tables)))]
+    assert [name[:12] for name in names] == ["part-000002-", "part-000001-", "part-000000-"]
+    assert read_run(tmp_path / "run").equals(pa.concat_tables(tables))
+    assert sum(batch.num_rows for batch in iter_run(tmp_path / "run")) == sum(table.num_rows for table in tables)
+    some = read_run(tmp_path / "run", ["options", "study"])
     assert some.column_names == ["options", "study"]
     assert some["options"].to_pylist() == pa.concat_tables(tables)["options"].to_pylist()
-    assert pq.ParquetFile(paths[0]).metadata.row_group(0).column(0).compression == "ZSTD"
+    metadata = pq.ParquetFile(tmp_path / "run" / "responses" / names[0]).metadata
+    assert metadata.row_group(0).column(0).compression == "ZSTD"
 
 
 def test_equal_tables_give_equal_bytes(tmp_path: Path) -> None:
     parts = []
     for name in ("one", "two"):
         table = to_table(*random_transcripts(np.random.default_rng(0), 50))
-        parts.append(RunFolder.create(tmp_path / name).write_part(table).read_bytes())
+        part = begin(tmp_path / name).write_part(unit(), table, report(tokens=3))
+        parts.append((part, (tmp_path / name / "responses" / part).read_bytes()))
     assert parts[0] == parts[1]
+
+
+def test_a_parts_name_follows_from_unit_model_and_settings(tmp_path: Path) -> None:
+    one = begin(tmp_path / "one")
+    names = {
+        one.part_name(unit()),
+        one.part_name(unit(index=1)),
+        one.part_name(unit(key="other")),
+        begin(tmp_path / "model", model_hash="a2").part_name(unit()),
+        begin(tmp_path / "protocol", protocol="study").part_name(unit()),
+        begin(tmp_path / "data", data=(DataFile("data.jsonl", "c4", 10),)).part_name(unit()),
+    }
+    assert len(names) == 6
+    moved = begin(tmp_path / "moved", data=(DataFile("elsewhere.jsonl", "c3", 10),), model_id="copy", wave_tokens=9)
+    assert moved.part_name(unit()) == one.part_name(unit())
 
 
 def test_part_with_other_columns_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="SCHEMA"):
-        RunFolder.create(tmp_path / "run").write_part(SCHEMA.empty_table().drop(["flag"]))
+        begin(tmp_path / "run").write_part(unit(), SCHEMA.empty_table().drop(["flag"]), report())
+
+
+def test_a_run_that_goes_on_knows_its_parts(tmp_path: Path) -> None:
+    run = begin(tmp_path)
+    bad = RowError(Source("a.jsonl", 3), 'marks are nested: "<<a<<"\nat 7')
+    run.write_part(unit(0), SCHEMA.empty_table(), report(bad, tokens=3))
+    run.write_part(unit(2), SCHEMA.empty_table(), report(tokens=4))
+    again = begin(tmp_path, started="2027-01-01T00:00:00+00:00")
+    assert again.manifest["started"] == "2026-01-01T00:00:00+00:00"
+    units = [unit(i) for i in range(3)]
+    assert [again.has(u) for u in units] == [True, False, True]
+    first, second = again.reports(units)
+    assert (first.counts, second.counts) == (Counts(tokens=3, rejects=1), Counts(tokens=4))
+    assert first.sums == {"study": [1.0, 0.1, 1 / 3]}  # to the last bit
+    assert [(e.source, e.reason) for e in first.rejects] == [(bad.source, bad.reason)]
+    assert not again.has(unit(0, key="other rows"))
+
+
+def test_a_damaged_part_counts_as_absent(tmp_path: Path) -> None:
+    run = begin(tmp_path)
+    part = tmp_path / "responses" / run.write_part(unit(), SCHEMA.empty_table(), report())
+    whole = part.read_bytes()
+    part.write_bytes(whole[:-9])
+    again = begin(tmp_path)
+    assert not again.has(unit())
+    again.write_part(unit(), SCHEMA.empty_table(), report())
+    assert part.read_bytes() == whole
+
+
+def test_what_another_process_wrote_is_seen(tmp_path: Path) -> None:
+    one, two = begin(tmp_path), begin(tmp_path)
+    two.write_part(unit(), SCHEMA.empty_table(), report())
+    assert not one.has(unit())
+    one.look_again()
+    assert one.has(unit())
 
 
 def test_run_without_responses_can_be_read(tmp_path: Path) -> None:
-    run = RunFolder.create(tmp_path)
-    run.write_manifest(manifest())
+    begin(tmp_path).finish(manifest(), {}, [])
     table = read_run(tmp_path)
     assert (table.schema, table.num_rows) == (SCHEMA, 0)
 
 
 def test_folder_may_exist_if_it_is_empty(tmp_path: Path) -> None:
-    assert RunFolder.create(tmp_path).path == tmp_path
-    assert RunFolder.create(tmp_path / "a" / "b").path.is_dir()
-    assert list((tmp_path / "a" / "b").iterdir()) == []  # a run that fails early can be started again
+    begin(tmp_path)
+    begin(tmp_path / "a" / "b")
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["manifest.json"]
 
 
 def test_non_empty_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text("{}")
-    with pytest.raises(RunFolderError, match=r"expected a new or empty folder.*manifest\.json"):
-        RunFolder.create(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["manifest.json"]
+    (tmp_path / "notes.txt").write_text("mine")
+    for resume in (True, False):
+        with pytest.raises(RunFolderError, match=r"expected a new or empty folder.*holds notes\.txt"):
+            begin(tmp_path, resume)
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_another_run_is_refused_with_what_differs(tmp_path: Path) -> None:
+    begin(tmp_path)
+    before = (tmp_path / "manifest.json").read_bytes()
+    other = {"protocol": "study", "limit": 5, "data": (DataFile("data.jsonl", "c4", 10),)}
+    with pytest.raises(RunFolderError) as raised:
+        begin(tmp_path, **other)
+    for part in (
+        'protocol: "exact" there, "study" here',
+        "limit: null there, 5 here",
+        'data: ["c3"] there, ["c4"] here',
+    ):
+        assert part in str(raised.value)
+    assert "model_hash" not in str(raised.value)
+    with pytest.raises(RunFolderError, match=r"new or empty folder.*--resume.*manifest\.json"):
+        begin(tmp_path, resume=False)
+    assert (tmp_path / "manifest.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"data": 3}', '{"data": [3]}'])
+def test_a_manifest_that_is_none_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(RunFolderError, match=r"manifest\.json: cannot be read as a run's manifest"):
+        begin(tmp_path)
+    assert (tmp_path / "manifest.json").read_text() == content
 
 
 @pytest.mark.parametrize(
@@ -341,82 +429,61 @@ def test_non_empty_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
 def test_place_that_cannot_be_a_folder_is_refused(tmp_path: Path, below: str, message: str) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFolderError, match=message) as raised:
-        RunFolder.create(tmp_path / below)
+        begin(tmp_path / below)
     assert str(tmp_path / below) in str(raised.value)
 
 
-def test_unwritable_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(dir: Path) -> None:  # permissions do not bind root, so the refusal is played
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(dir))
-
-    monkeypatch.setattr("psykern.records.tempfile.TemporaryFile", refuse)
-    with pytest.raises(RunFolderError, match="cannot be written: Permission denied"):
-        RunFolder.create(tmp_path)
-
-
 def test_full_disk_leaves_no_part(tmp_path: Path) -> None:
-    run = RunFolder.create(tmp_path)
+    run = begin(tmp_path)
     table = to_table(*random_transcripts(np.random.default_rng(0), 200))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # a write beyond 1,000 bytes fails as on a full disk
     try:
-        with pytest.raises(RunFolderError, match=r"part-00000\.parquet: cannot be written"):
-            run.write_part(table)
+        with pytest.raises(RunFolderError, match=r"part-000000-\w+\.parquet: cannot be written"):
+            run.write_part(unit(), table, report())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list((tmp_path / "responses").iterdir()) == []
-    assert run.write_part(table).name == "part-00000.parquet"
+    assert not run.has(unit())
+    run.write_part(unit(), table, report())
+    assert read_run(tmp_path).num_rows == table.num_rows
 
 
 def test_interrupted_write_leaves_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(descriptor: int) -> None:
         raise KeyboardInterrupt
 
-    run = RunFolder.create(tmp_path)
-    monkeypatch.setattr("psykern.records.os.fsync", interrupt)
+    run = begin(tmp_path)
+    monkeypatch.setattr("psykern.storage.os.fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        run.write_part(SCHEMA.empty_table())
+        run.write_part(unit(), SCHEMA.empty_table(), report())
     assert list((tmp_path / "responses").iterdir()) == []
 
 
-def test_killed_write_is_not_read(tmp_path: Path) -> None:
-    script = (
-        "import os, signal, sys, pathlib, psykern.records as r\n"
-        "run = r.RunFolder.create(pathlib.Path(sys.argv[1]))\n"
-        "run.write_part(r.SCHEMA.empty_table())\n"
-        "r.os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "run.write_part(r.SCHEMA.empty_table())\n"
-    )
-    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT)
-    assert killed.returncode == -signal.SIGKILL
-    left = sorted(path.name for path in (tmp_path / "responses").iterdir())
-    assert left == [".part-00001.parquet.tmp", "part-00000.parquet"]
-    assert read_run(tmp_path).num_rows == 0
-
-
 def test_rejects_are_lines_of_json(tmp_path: Path) -> None:
-    run = RunFolder.create(tmp_path)
-    assert not (tmp_path / "rejects.jsonl").exists()
-    run.reject(RowError(Source("a.jsonl", 3), 'marks are nested: "<<a<<"\nat 7'))
-    run.reject(RowError(Source("b.zip!prompts\udcff.jsonl", 4), "no text"))  # a file name that is not UTF-8
+    run = begin(tmp_path)
+    rejects = [
+        RowError(Source("a.jsonl", 3), 'marks are nested: "<<a<<"\nat 7'),
+        RowError(Source("b.zip!prompts\udcff.jsonl", 4), "no text"),  # a file name that is not UTF-8
+    ]
+    run.finish(manifest(), {}, rejects)
     lines = (tmp_path / "rejects.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [
         {"file": "a.jsonl", "line": 3, "reason": 'marks are nested: "<<a<<"\nat 7'},
         {"file": "b.zip!prompts\udcff.jsonl", "line": 4, "reason": "no text"},
     ]
-    assert run.num_rejects == 2
 
 
-def test_reject_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
-    run = RunFolder.create(tmp_path)
+def test_what_cannot_be_written_at_the_end_is_an_error(tmp_path: Path) -> None:
+    run = begin(tmp_path)
     (tmp_path / "rejects.jsonl").mkdir()
     with pytest.raises(RunFolderError, match=r"rejects\.jsonl: cannot be written: Is a directory"):
-        run.reject(RowError(Source("a.jsonl", 3), "no text"))
-    assert run.num_rejects == 0
+        run.finish(manifest(), {}, [RowError(Source("a.jsonl", 3), "no text")])
+    assert json.loads((tmp_path / "manifest.json").read_text())["finished"] is None
 
 
 def test_manifest_holds_every_field(tmp_path: Path) -> None:
-    RunFolder.create(tmp_path).write_manifest(manifest())
+    begin(tmp_path).finish(manifest(), {}, [])
     written = json.loads((tmp_path / "manifest.json").read_text())
     assert list(written) == [field.name for field in dataclasses.fields(Manifest)]
     assert written["data"] == [{"path": "data.jsonl", "hash": "c3", "bytes": 10}]
@@ -424,12 +491,12 @@ def test_manifest_holds_every_field(tmp_path: Path) -> None:
     assert written["seconds"] == {"read": 0.5, "run": 2.0}
     assert written["versions"]["pyarrow"] == pa.__version__
     assert written["versions"]["psykern"] == "0.1.0"
+    assert not (tmp_path / "rejects.jsonl").exists()
 
 
 def test_json_has_no_nan(tmp_path: Path) -> None:
-    run = RunFolder.create(tmp_path)
-    run.write_manifest(manifest(tokens_per_second=float("inf"), seconds={"run": np.float32("nan")}))
-    run.write_summary({"mean_nll": float("nan"), "studies": ({"scored": np.int64(3), "nll": [float("-inf"), 0.5]},)})
+    summary = {"mean_nll": float("nan"), "studies": ({"scored": np.int64(3), "nll": [float("-inf"), 0.5]},)}
+    begin(tmp_path).finish(manifest(tokens_per_second=float("inf"), seconds={"run": np.float32("nan")}), summary, [])
 
     def fail(constant: str) -> None:
         raise AssertionError(constant)
@@ -463,9 +530,10 @@ def test_folder_without_parts_is_an_error(tmp_path: Path, make: str | None) -> N
 
 
 def test_damaged_part_is_named(tmp_path: Path) -> None:
-    part = RunFolder.create(tmp_path).write_part(to_table(*random_transcripts(np.random.default_rng(0), 20)))
+    table = to_table(*random_transcripts(np.random.default_rng(0), 20))
+    part = tmp_path / "responses" / begin(tmp_path).write_part(unit(), table, report())
     part.write_bytes(part.read_bytes()[:-20])
-    with pytest.raises(RunFolderError, match=r"part-00000\.parquet: cannot be read"):
+    with pytest.raises(RunFolderError, match=r"part-000000-\w+\.parquet: cannot be read"):
         read_run(tmp_path)
 
 

@@ -462,10 +462,8 @@ def test_company_does_not_change_scores(toy: Toy, toy_run: Run, tmp_path: Path) 
     assert_same_scores(pa.concat_tables(alone), psykern.read_run(toy_run.folder))
 
 
-def test_groups_do_not_change_scores(toy: Toy, toy_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "GROUP_TOKENS", 300)
-    monkeypatch.setattr(pipeline, "_READ_CHARS", 1)
-    run = score(toy.model, toy.data, tmp_path)
+def test_units_do_not_change_scores(toy: Toy, toy_run: Run, tmp_path: Path) -> None:
+    run = score(toy.model, toy.data, tmp_path, unit_tokens=300)
     assert len(list((run.folder / "responses").iterdir())) > 3
     assert_same_scores(psykern.read_run(run.folder), psykern.read_run(toy_run.folder))
     assert run.manifest.counts.tokens == toy_run.manifest.counts.tokens
@@ -603,13 +601,11 @@ def test_the_estimate_counts_what_studies_share(toy: Toy, tmp_path: Path) -> Non
     assert sum(study.computed_tokens for study in estimate.studies) == counts.computed_tokens
 
 
-def test_the_estimate_of_several_groups(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counts add up; memory is that of the largest group."""
+def test_the_estimate_of_several_units(toy: Toy, tmp_path: Path) -> None:
+    """Counts add up; memory is that of the largest unit."""
     settings = Settings(device="cpu", min_share=10**6)
     one = psykern.estimate(toy.model, toy.data, settings)
-    monkeypatch.setattr(pipeline, "GROUP_TOKENS", 1)
-    monkeypatch.setattr(pipeline, "_READ_CHARS", 1)
-    several = psykern.estimate(toy.model, toy.data, settings)
+    several = psykern.estimate(toy.model, toy.data, replace(settings, unit_tokens=1))
     largest: dict[str, int] = {}
     for row in toy.rows:
         (alone,) = psykern.estimate(toy.model, write_rows(tmp_path / "rows.jsonl", [row]), settings).studies
