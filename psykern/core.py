@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 
 Protocol = Literal["exact", "study"]
+Condition = Literal["plain", "chat", "persona"]
 Boundary = Literal["joint", "split"]
 OptionSource = Literal["none", "given", "observed", "observed-experiment"]
 OverLength = Literal["error", "skip", "truncate"]
@@ -78,6 +79,7 @@ class Transcript:
     responses_char: np.ndarray  # [R, 2] int64, first and one-past-last character between the marks
     options: tuple[tuple[str, ...], ...] | None  # [R] answer options of each response; None: the row gives none
     source: Source
+    metadata: tuple[tuple[str, str], ...] = ()  # what is known of the participant, see persona.py
 
 
 @dataclass(frozen=True, slots=True, eq=False)

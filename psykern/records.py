@@ -32,6 +32,7 @@ import pyarrow.parquet as pq
 
 from psykern.core import (
     Boundary,
+    Condition,
     EncodedTranscript,
     OptionSource,
     OverLength,
@@ -196,6 +197,7 @@ class Counts:
     rejects: int  # rows of the data that were refused
     over_length_transcripts: int  # skipped by the over-length policy
     dropped_responses: int  # left out by the over-length policy "truncate"
+    without_metadata_transcripts: int = 0  # left out by the condition persona
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +231,9 @@ class Manifest:
     gpu_idle_share: float | None  # of the time between its first and last wave; see engine.DeviceClock
     started: str  # ISO 8601, UTC
     finished: str
+    condition: Condition = "plain"
+    discrete: str | None = None  # only responses that match it were scored; None: all
+    chat_template_hash: str | None = None  # None: the condition is not chat
 
 
 def library_versions(psykern: str) -> dict[str, str]:
