@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 
 Protocol = Literal["exact", "study"]
+Condition = Literal["plain", "chat", "persona"]
 Boundary = Literal["joint", "split"]
 OptionSource = Literal["none", "given", "observed", "observed-experiment"]
 OverLength = Literal["error", "skip", "truncate"]
@@ -82,6 +83,7 @@ class Transcript:
     responses_char: np.ndarray  # [R, 2] int64, first and one-past-last character between the marks
     options: tuple[tuple[str, ...], ...] | None  # [R] answer options of each response; None: the row gives none
     source: Source
+    metadata: tuple[tuple[str, str], ...] = ()  # what is known of the participant, see persona.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +131,7 @@ class EncodedUnit:
     info: UnitInfo
     transcripts: tuple[EncodedTranscript, ...]  # whole, whatever the model's context; without those that were refused
     rejects: tuple[RowError, ...]  # rows refused when they were read or encoded
+    without_metadata: int  # transcripts that the condition persona left out
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,7 +9,7 @@ option can change tokens around it, so a window around the response is tokenized
 A window begins and ends at pre-tokens at least two away from the marks. It counts only if it reproduces the
 transcript's own tokens and if every option leaves its ends as they are; else the whole text is tokenized again.
 Where the tokens of an option are a proper prefix of another's, all options of that response also get the tokens of
-the closing mark: else P("1") would contain P("10").
+the closing mark: else P("1") would contain P("10"). In a chat that mark is what the template puts behind a response.
 
 Flags of a response: ``straddles``; ``empty`` (nothing between the marks); ``no_context`` (no token before the first
 scored one, so no probability); ``closing_mark`` (appended to its options); ``leaks`` (study: the scored run is more
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,9 +33,11 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 import tokenizers
 
+from psykern.chat import ChatTemplate, Rendered
 from psykern.core import (
     Boundary,
     CheckpointError,
+    Condition,
     EncodedTranscript,
     OptionSource,
     OverLength,
@@ -43,7 +46,8 @@ from psykern.core import (
     RowError,
     Transcript,
 )
-from psykern.protocol import CLOSE_MARK, OPEN_MARK, study_marks, study_response, study_spans, study_text
+from psykern.persona import interview
+from psykern.protocol import CLOSE_MARK, OPEN_MARK, keep_responses, study_marks, study_response, study_spans, study_text
 
 # Characters that are tokenized in one batch; the tokenizer's own records take about 100 bytes per token meanwhile.
 _BATCH_CHARS = 4_000_000
@@ -233,7 +237,7 @@ class Encoder:
     """Turns transcripts into tokens to score.
 
     ``num_skipped`` (transcripts) and ``num_dropped`` (responses) say what the over-length policy left out in the last
-    call of :meth:`encode`.
+    call of :meth:`encode`, ``num_without_metadata`` how many transcripts the condition *persona* did.
     """
 
     def __init__(
@@ -246,8 +250,12 @@ class Encoder:
         max_options: int = 26,
         over_length: OverLength = "error",
         max_positions: int | None = None,
+        condition: Condition = "plain",
+        chat: ChatTemplate | None = None,
+        discrete: str | None = None,
     ) -> None:
         """More than ``max_options`` observed options are none. ``max_positions`` is the model's context in tokens.
+        ``chat`` is needed for the condition of that name; ``discrete``: only responses that match it are scored.
 
         Raises ValueError for a value that is not one of its kind, and for ``protocol="study", boundary="split"``.
         """
@@ -256,13 +264,20 @@ class Encoder:
             ("boundary", boundary, Boundary),
             ("options", options, OptionSource),
             ("over_length", over_length, OverLength),
+            ("condition", condition, Condition),
         )
         for name, value, kind in choices:
             if value not in get_args(kind):
                 raise ValueError(f"{name}: expected one of {', '.join(get_args(kind))}, got {value!r}")
         if protocol == "study" and boundary != "joint":
             raise ValueError(f'boundary: protocol "study" tokenizes a text as one string ("joint"), got {boundary!r}')
-        self.tokenizer = tokenizer
+        if (condition == "chat") != (chat is not None):
+            raise ValueError(
+                f"chat: expected a template for the condition chat and no other, got condition {condition}"
+            )
+        # A template puts its own special tokens around a text; the study gets the tokenizer's as well.
+        self.tokenizer = replace(tokenizer, front=(), back=()) if chat and protocol == "exact" else tokenizer
+        self.condition = condition
         self.protocol = protocol
         self.boundary = boundary
         self.options = options
@@ -271,8 +286,14 @@ class Encoder:
         self.max_positions = max_positions
         self.num_skipped = 0
         self.num_dropped = 0
-        self._open_ids = tokenizer.backend.encode(OPEN_MARK, add_special_tokens=False).ids
-        self._close_ids = tokenizer.backend.encode(CLOSE_MARK, add_special_tokens=False).ids
+        self.num_without_metadata = 0
+        self._chat = chat
+        self._discrete = re.compile(discrete) if discrete is not None else None
+        if chat and protocol == "study":
+            self._open_ids, self._close_ids = chat.marks(tokenizer.backend)
+        else:
+            self._open_ids = tokenizer.backend.encode(OPEN_MARK, add_special_tokens=False).ids
+            self._close_ids = tokenizer.backend.encode(CLOSE_MARK, add_special_tokens=False).ids
 
     def encode(
         self,
@@ -288,12 +309,13 @@ class Encoder:
         """
         if self.options == "observed-experiment" and observed is None:
             raise ValueError('observed: options="observed-experiment" needs the options of each experiment, got None')
-        self.num_skipped = self.num_dropped = 0
+        self.num_skipped = self.num_dropped = self.num_without_metadata = 0
+        transcripts, rendered = self._conditioned(transcripts, reject)
         options = [self._options(transcript, observed or {}) for transcript in transcripts]
         if self.boundary == "split":
             drafted = _split(self.tokenizer, transcripts, options)
         else:
-            drafted = _with_branches(self.tokenizer, list(self._joint(transcripts, options)))
+            drafted = _with_branches(self.tokenizer, list(self._joint(transcripts, options, rendered)))
         encoded = []
         for draft, placed in drafted:
             error = _blank_option(draft, placed)
@@ -310,6 +332,37 @@ class Encoder:
                 encoded.append(fitting)
         return encoded
 
+    def scores(self, response: str) -> bool:
+        """Whether ``discrete`` lets a response be scored."""
+        return self._discrete is None or self._discrete.fullmatch(response) is not None
+
+    def _conditioned(
+        self, transcripts: Sequence[Transcript], reject: Callable[[RowError], None]
+    ) -> tuple[list[Transcript], list[Rendered]]:
+        """The transcripts under the condition, and how the study's chat renders them (else nothing)."""
+        kept: list[Transcript] = []
+        rendered: list[Rendered] = []
+        for transcript in transcripts:
+            if self._discrete is not None:
+                transcript = keep_responses(transcript, self._discrete)
+            if self.condition == "persona":
+                front = interview(transcript.metadata)
+                if not front:
+                    self.num_without_metadata += 1
+                    continue
+                moved = transcript.responses_char + len(front)
+                transcript = replace(transcript, text=front + transcript.text, responses_char=moved)
+            try:
+                if self._chat and self.protocol == "study":
+                    rendered.append(self._chat.render_study(transcript))
+                elif self._chat:
+                    transcript = self._chat.render(transcript)
+            except RowError as error:
+                reject(error)
+                continue
+            kept.append(transcript)
+        return kept, rendered
+
     def _options(self, transcript: Transcript, observed: Mapping[tuple[str, str], tuple[str, ...]]) -> list[_Options]:
         """The options of each response; None for a response that has none."""
         count = len(transcript.responses_char)
@@ -323,15 +376,21 @@ class Encoder:
             seen = ()
         return [seen if 2 <= len(seen) <= self.max_options else None] * count
 
-    def _joint(self, transcripts: Sequence[Transcript], options: Sequence[list[_Options]]) -> Iterator[_Joint]:
+    def _joint(
+        self, transcripts: Sequence[Transcript], options: Sequence[list[_Options]], rendered: Sequence[Rendered]
+    ) -> Iterator[_Joint]:
         study = self.protocol == "study"
-        texts = [study_text(t.text) if study else t.text for t in transcripts]
+        if study and not self._chat:
+            texts = [study_text(t.text) for t in transcripts]
+            rendered = [Rendered(text, study_marks(text), False) for text in texts]
+        texts = [of.text for of in rendered] if study else [t.text for t in transcripts]
         tokenized = _tokenize(self.tokenizer, texts)
-        for transcript, text, tokens, given in zip(transcripts, texts, tokenized, options, strict=True):
+        for i, (transcript, tokens, given) in enumerate(zip(transcripts, tokenized, options, strict=True)):
             if study:
-                yield _study(transcript, text, tokens, given, self._open_ids, self._close_ids)
+                ids = self._open_ids, self._close_ids
+                yield _study(transcript, rendered[i], tokens, given, *ids, is_chat=self._chat is not None)
             else:
-                yield _exact(transcript, tokens, given)
+                yield _exact(transcript, tokens, given, "" if self._chat else CLOSE_MARK)
 
 
 def fit(encoded: EncodedTranscript, over_length: OverLength, max_positions: int | None) -> EncodedTranscript | None:
@@ -393,7 +452,8 @@ def _inside(transcript: Transcript) -> list[str]:
     return [transcript.text[a:b] for a, b in transcript.responses_char.tolist()]
 
 
-def _exact(transcript: Transcript, tokens: _Tokens, options: list[_Options]) -> _Joint:
+def _exact(transcript: Transcript, tokens: _Tokens, options: list[_Options], close: str) -> _Joint:
+    """``close`` is put behind an option; "" where, as in a chat, the mark behind it is the text's own."""
     marks = transcript.responses_char.reshape(-1, 2)
     a, b = marks.T
     first = np.searchsorted(tokens.end_char, a, side="right")
@@ -402,7 +462,7 @@ def _exact(transcript: Transcript, tokens: _Tokens, options: list[_Options]) -> 
     full = np.flatnonzero(first < stop)
     beyond = (tokens.start_char[first[full]] < a[full]) | (tokens.end_char[stop[full] - 1] > b[full])
     responses = _inside(transcript)
-    inserts = [_inserts(of, patched=False) if of else None for of in options]
+    inserts = [_inserts(of, close, patched=False) if of else None for of in options]
     draft = _Draft(
         transcript=transcript,
         token_ids=tokens.ids,
@@ -415,7 +475,7 @@ def _exact(transcript: Transcript, tokens: _Tokens, options: list[_Options]) -> 
     for r in full[beyond]:
         draft.flags[r].append("straddles")
     _flag_unscored(draft)
-    return _Joint(draft, transcript.text, tokens, marks, [CLOSE_MARK] * len(marks), inserts)
+    return _Joint(draft, transcript.text, tokens, marks, [close] * len(marks), inserts)
 
 
 def _index(response: str, options: _Options) -> int:
@@ -433,30 +493,36 @@ def _flag_unscored(draft: _Draft) -> None:
 
 
 @lru_cache(maxsize=1024)
-def _inserts(options: tuple[str, ...], *, patched: bool) -> tuple[_Insert, ...]:
-    """What each option puts in a response's place; ``patched`` as the study's rules would write it."""
-    return tuple(study_response(option) if patched else (option, CLOSE_MARK) for option in options)
+def _inserts(options: tuple[str, ...], close: str, *, patched: bool, stripped: bool = False) -> tuple[_Insert, ...]:
+    """What each option puts in a response's place; ``patched`` as the study's rules would write it, ``stripped`` as a
+    chat template would."""
+    inserts = [study_response(option) if patched else (option, close) for option in options]
+    return tuple((text.strip() if stripped else text, after if close else "") for text, after in inserts)
 
 
 def _study(
     transcript: Transcript,
-    text: str,
+    rendered: Rendered,
     tokens: _Tokens,
     options: list[_Options],
     open_ids: list[int],
     close_ids: list[int],
+    *,
+    is_chat: bool,
 ) -> _Joint:
     """The study's scored runs, each with the options of the response whose opening mark it follows."""
+    text, marks_char, stripped = rendered
     spans = study_spans(tokens.ids, open_ids, close_ids)
     begins, ends = tokens.start_char[spans[:, 0]], tokens.end_char[spans[:, 1] - 1]
     # A combining character that was composed with the one before it is in no token: read up to the next token.
     reads = np.maximum(ends, np.append(tokens.start_char, len(text))[spans[:, 1]])
-    marks = np.concatenate([[[0, -1]], study_marks(text)])  # row 0: before any mark
+    marks = np.concatenate([[[0, -1]], marks_char])  # row 0: before any mark
     owners = np.searchsorted(marks[1:, 0], begins, side="right")
     a, b = marks[owners].T
     inside = [text[i : max(i, j)] for i, j in zip(a.tolist(), b.tolist(), strict=True)]
     own = [options[owner - 1] if closed else None for owner, closed in zip(owners.tolist(), b >= 0, strict=True)]
-    inserts = [_inserts(of, patched=True) if of else None for of in own]
+    close = "" if is_chat else CLOSE_MARK
+    inserts = [_inserts(of, close, patched=True, stripped=stripped) if of else None for of in own]
     draft = _Draft(
         transcript=transcript,
         token_ids=tokens.ids,
@@ -466,7 +532,7 @@ def _study(
         options=own,
         option_index=[_patched_index(text, of) for text, of in zip(inside, inserts, strict=True)],
     )
-    closes = [study_response(response)[1] for response in inside]
+    closes = ["" if is_chat else study_response(response)[1] for response in inside]
     return _Joint(draft, text, tokens, marks[owners], closes, inserts)
 
 

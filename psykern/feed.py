@@ -74,7 +74,7 @@ class Feed:
             num_rejects += len(unit.rejects)
             first_reject = first_reject or next(iter(unit.rejects), None)
             if self.encoder.options == "observed-experiment":
-                _observe(unit, observed, self.encoder.max_options)
+                _observe(unit, observed, self.encoder)
         absent = sorted(set(self.studies or ()) - studies)
         if absent:
             also = f"; {num_rejects:,} rows cannot be used, the first: {first_reject}" if first_reject else ""
@@ -122,18 +122,18 @@ class Feed:
         with self.clock("encode"):
             rejects = list(unit.rejects)
             encoded = self.encoder.encode(unit.transcripts, rejects.append, self._observed)
-        return EncodedUnit(unit.info, tuple(encoded), tuple(rejects))
+        return EncodedUnit(unit.info, tuple(encoded), tuple(rejects), self.encoder.num_without_metadata)
 
     def _refuse(self, rejects: Sequence[RowError]) -> None:
         if self.strict and rejects:
             raise rejects[0]
 
 
-def _observe(unit: Unit, observed: dict[tuple[str, str], dict[str, None]], most: int) -> None:
-    """Adds the distinct responses of each experiment, up to one more than ``most``."""
+def _observe(unit: Unit, observed: dict[tuple[str, str], dict[str, None]], encoder: Encoder) -> None:
+    """Adds the distinct scored responses of each experiment, up to one more than the encoder takes."""
     for transcript in unit.transcripts:
         seen = observed[transcript.study, transcript.experiment]
         for start, end in transcript.responses_char.tolist():
             response = transcript.text[start:end]
-            if response.strip() and len(seen) <= most:
+            if response.strip() and len(seen) <= encoder.max_options and encoder.scores(response):
                 seen.setdefault(response)

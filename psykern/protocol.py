@@ -13,8 +13,11 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
+
+from psykern.core import Transcript
 
 MAX_CHARS = 32_768
 OPEN_MARK = " <<"  # with the space: the study looks for the ids of this string
@@ -28,6 +31,27 @@ _PATCHES = (
     ("More Details >>", "More Details ->"),
 )
 _SPACE_BEFORE_CLOSE = re.compile(r"\s+(?=>>)")
+
+
+def keep_responses(transcript: Transcript, pattern: re.Pattern[str]) -> Transcript:
+    """The transcript with only those responses marked that match ``pattern`` from end to end; the others lose their
+    marks and stay as text, as in the study's discrete subset (source: ``psych201_push_to_hub.py``)."""
+    text, place, shift = [], 0, 0
+    spans, kept = [], []
+    for r, (begin, end) in enumerate(transcript.responses_char.tolist()):
+        if pattern.fullmatch(transcript.text, begin, end):
+            spans.append((begin - shift, end - shift))
+            kept.append(r)
+            continue
+        text += [transcript.text[place : begin - 2], transcript.text[begin:end]]
+        place, shift = end + 2, shift + 4
+    options = transcript.options
+    return replace(
+        transcript,
+        text="".join([*text, transcript.text[place:]]),
+        responses_char=np.array(spans, dtype=np.int64).reshape(-1, 2),
+        options=None if options is None else tuple(options[r] for r in kept),
+    )
 
 
 def study_text(text: str) -> str:

@@ -33,6 +33,7 @@ import pyarrow.parquet as pq
 
 from psykern.core import (
     Boundary,
+    Condition,
     EncodedTranscript,
     OptionSource,
     OverLength,
@@ -200,6 +201,7 @@ class Counts:
     rejects: int = 0  # rows of the data that were refused
     over_length_transcripts: int = 0  # skipped by the over-length policy
     dropped_responses: int = 0  # left out by the over-length policy "truncate"
+    without_metadata_transcripts: int = 0  # left out by the condition persona
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(
@@ -216,6 +218,9 @@ class Manifest:
     tokenizer_hash: str
     data: tuple[DataFile, ...]
     protocol: Protocol
+    condition: Condition
+    discrete: str | None  # only responses that match it were scored; None: all
+    chat_template_hash: str | None  # None: the condition is not chat
     boundary: Boundary
     options: OptionSource
     max_options: int
@@ -248,6 +253,9 @@ IDENTITY = (
     "tokenizer_hash",
     "data",
     "protocol",
+    "condition",
+    "discrete",
+    "chat_template_hash",
     "boundary",
     "options",
     "max_options",

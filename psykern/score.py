@@ -10,6 +10,7 @@ that was stopped goes on, and several processes can share one.
 
 from __future__ import annotations
 
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -22,10 +23,12 @@ from typing import Literal, TypeVar, get_args
 import torch
 
 from psykern import engine, kernels, records
+from psykern.chat import ChatTemplate
 from psykern.checkpoint import hash_model, resolve_model
 from psykern.core import (
     Boundary,
     CheckpointError,
+    Condition,
     EncodedTranscript,
     EncodedUnit,
     InterruptedRun,
@@ -64,6 +67,8 @@ class Settings:
     """What a run does with its data and how. Raises ``ValueError`` for a value that is not one of its kind."""
 
     protocol: Protocol = "exact"
+    condition: Condition = "plain"
+    discrete: str | None = None  # a regular expression: only responses that match it entirely are scored
     boundary: Boundary = "joint"
     options: OptionSource = "given"
     max_options: int = 26  # more observed options than this are none
@@ -84,6 +89,7 @@ class Settings:
     def __post_init__(self) -> None:
         choices = {
             "protocol": Protocol,
+            "condition": Condition,
             "boundary": Boundary,
             "options": OptionSource,
             "over_length": OverLength,
@@ -102,6 +108,11 @@ class Settings:
                 raise ValueError(f"{name}: expected at most {2**31 - 1}, got {value}")
         if self.protocol == "study" and self.boundary != "joint":
             raise ValueError("boundary: the study's protocol tokenizes a text as one string; use boundary='joint'")
+        if self.discrete is not None:
+            try:
+                re.compile(self.discrete)
+            except re.error as error:
+                raise ValueError(f"discrete: expected a regular expression, got {self.discrete!r}: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,16 +141,6 @@ class Shard:
         return unit.index % self.count == self.index
 
 
-@dataclass(frozen=True, slots=True)
-class _Loaded:
-    """A model with its tokenizer, ready to score."""
-
-    name: str
-    hash: str
-    decoder: Model
-    tokenizer: Tokenizer
-
-
 def score(
     model: str | Path,
     data: str | Path | Sequence[str | Path],
@@ -163,40 +164,126 @@ def score(
     when ``stop`` held, ``PsykernError`` for whatever stops the run, and ``kernels.BackendError`` for a backend that is
     not there; parts that were written stay valid.
     """
-    settings = settings or Settings()
-    device, dtype = _device_and_dtype(settings)
-    kernels.resolve(settings.backend, device)
-    clock = _Clock()
+    settings, clock = settings or Settings(), Clock()
+    _check_backend(settings)
     Folder.at(out).create()
-    loaded = _load(model, device, dtype, clock)
-    with clock("hash"):
-        files = find_data([data] if isinstance(data, (str, Path)) else data)
-        manifest = _manifest(loaded, files, settings, clock)
-    kept = None if cache is None else _token_cache(cache, files, manifest)
-    feed = _feed(files, loaded.tokenizer, settings, manifest.unit_tokens, clock, kept)
-    with clock("scan"):
-        units = feed.units()
-    run = RunFolder.open(out, manifest, resume=resume)
-    manifest = _going_on(manifest, run, settings)
-    wanted = [unit for unit in units if (shard or Shard()).takes(unit) and not run.has(unit)]
-    device_clock = engine.DeviceClock()
-    with Progress(sum(unit.characters for unit in wanted), quiet=quiet) as progress:
-        done = _run(loaded, feed, wanted, run, manifest, settings, progress, stop, clock, device_clock)
-    if stop() and not all(run.has(unit) for unit in wanted):
-        count = sum(run.has(unit) for unit in units)
-        raise InterruptedRun(
-            f"{out}: stopped as asked; {count:,} of {len(units):,} units are done, and the same command goes on"
-        )
-    return _finish(run, units, manifest, done, clock, device_clock)
+    loaded = load(model, settings, (settings.condition,), clock)
+    files, hashed = find_and_hash(data, clock)
+    how = _How(shard or Shard(), resume, cache, stop, quiet)
+    return _score(loaded, files, hashed, out, settings, how, clock)
 
 
-def _load(model: str | Path, device: torch.device, dtype: torch.dtype, clock: _Clock) -> _Loaded:
+def score_conditions(
+    model: str | Path,
+    data: str | Path | Sequence[str | Path],
+    out: str | Path,
+    conditions: Sequence[Condition],
+    settings: Settings | None = None,
+    *,
+    shard: Shard | None = None,
+    resume: bool = True,
+    cache: str | Path | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    quiet: bool = True,
+) -> tuple[Run, ...]:
+    """:func:`score` under each of ``conditions``, in the folders ``out/CONDITION``; the weights are loaded once.
+
+    Raises ValueError for a condition that repeats, and what :func:`score` raises.
+    """
+    if not conditions or len(set(conditions)) < len(conditions):
+        raise ValueError(f"condition: expected different ones, got {','.join(conditions) or 'none'}")
+    each = [replace(settings or Settings(), condition=condition) for condition in conditions]
+    clock = Clock()
+    _check_backend(each[0])
+    folders = [f"{out}/{condition}" for condition in conditions]
+    for folder in folders:
+        Folder.at(folder).create()
+    loaded = load(model, each[0], conditions, clock)
+    files, hashed = find_and_hash(data, clock)
+    how = _How(shard or Shard(), resume, cache, stop, quiet)
+    runs = []
+    for folder, own in zip(folders, each, strict=True):
+        runs.append(_score(loaded, files, hashed, folder, own, how, clock))
+        clock = Clock()  # loading counts to the first
+    return tuple(runs)
+
+
+@dataclass(frozen=True, slots=True)
+class _How:
+    """What does not change the records."""
+
+    shard: Shard
+    resume: bool
+    cache: str | Path | None
+    stop: Callable[[], bool]
+    quiet: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model with its tokenizer, ready to score."""
+
+    name: str
+    hash: str
+    decoder: Model
+    tokenizer: Tokenizer
+    chat: ChatTemplate | None  # None: no condition needs it
+
+
+def load(model: str | Path, settings: Settings, conditions: Sequence[Condition], clock: Clock) -> Loaded:
+    device, dtype = _device_and_dtype(settings)
     with clock("load"):
         folder = resolve_model(model)
+        chat = ChatTemplate.load(folder) if "chat" in conditions else None  # what can be missing comes first
         decoder = Model(folder, device=device, dtype=dtype)
         tokenizer = _load_tokenizer(folder, decoder.config)
     with clock("hash"):
-        return _Loaded(str(model), hash_model(folder), decoder, tokenizer)
+        return Loaded(str(model), hash_model(folder), decoder, tokenizer, chat)
+
+
+def find_and_hash(
+    data: str | Path | Sequence[str | Path], clock: Clock
+) -> tuple[list[DataFile], tuple[records.DataFile, ...]]:
+    """The data's files, and what the manifest says of each."""
+    with clock("hash"):
+        files = find_data([data] if isinstance(data, (str, Path)) else data)
+        return files, tuple(records.DataFile(str(f.path), hash_file(f.path), f.path.stat().st_size) for f in files)
+
+
+def _score(
+    loaded: Loaded,
+    files: Sequence[DataFile],
+    hashed: tuple[records.DataFile, ...],
+    out: str | Path,
+    settings: Settings,
+    how: _How,
+    clock: Clock,
+) -> Run:
+    """One run of a loaded model."""
+    manifest = manifest_of(loaded, hashed, settings, clock)
+    feed = data_feed(files, loaded.tokenizer, loaded.chat, settings, manifest, clock, how.cache)
+    with clock("scan"):
+        units = feed.units()
+    run = RunFolder.open(out, manifest, resume=how.resume)
+    manifest = going_on(manifest, run, settings)
+    wanted = [unit for unit in units if how.shard.takes(unit) and not run.has(unit)]
+    device_clock = engine.DeviceClock()
+    with Progress(sum(unit.characters for unit in wanted), quiet=how.quiet) as progress:
+        encoded = feed.encoded(wanted)
+        done = score_units(loaded, encoded, run, manifest, settings, clock, progress, how.stop, device_clock)
+    check_stopped(out, run, units, wanted, how.stop)
+    return finish(run, units, manifest, done, clock, device_clock.idle_share)
+
+
+def check_stopped(
+    out: str | Path, run: RunFolder, units: Sequence[UnitInfo], wanted: Sequence[UnitInfo], stop: Callable[[], bool]
+) -> None:
+    """Raises InterruptedRun where ``stop`` left some of the units ``wanted`` undone."""
+    if stop() and not all(run.has(unit) for unit in wanted):
+        done = sum(run.has(unit) for unit in units)
+        raise InterruptedRun(
+            f"{out}: stopped as asked; {done:,} of {len(units):,} units are done, and the same command goes on"
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -209,7 +296,7 @@ class _Job:
 
 
 def _jobs(
-    units: Iterator[EncodedUnit], settings: Settings, config: ModelConfig, budgets: engine.Budgets, clock: _Clock
+    units: Iterator[EncodedUnit], settings: Settings, config: ModelConfig, budgets: engine.Budgets, clock: Clock
 ) -> Iterator[_Job]:
     for unit in units:
         with clock("plan"):
@@ -224,19 +311,18 @@ def _jobs(
         yield _Job(unit, transcripts, planned)
 
 
-def _run(
-    loaded: _Loaded,
-    feed: Feed,
-    wanted: Sequence[UnitInfo],
+def score_units(
+    loaded: Loaded,
+    units: Iterator[EncodedUnit],
     run: RunFolder,
     manifest: Manifest,
     settings: Settings,
+    clock: Clock,
     progress: Progress,
     stop: Callable[[], bool],
-    clock: _Clock,
     device_clock: engine.DeviceClock,
 ) -> Counts:
-    """Scores the units ``wanted`` and writes their parts; gives what went through."""
+    """Scores ``units`` and writes their parts; gives what went through."""
     done = Counts()
     underway: deque[_Job] = deque()
     budgets = engine.Budgets(manifest.wave_tokens, manifest.batch_tokens)
@@ -252,7 +338,7 @@ def _run(
             run.write_part(job.unit.info, table, UnitReport(counts, job.unit.rejects, summary.sums))
         done += counts
 
-    with ahead(feed.encoded(wanted)) as encoded:
+    with ahead(units) as encoded:
         jobs = _jobs(encoded, settings, loaded.decoder.config, budgets, clock)
         with ahead(jobs) as planned, behind(write) as put:
 
@@ -279,18 +365,19 @@ def _counts(job: _Job, scored_responses: int) -> Counts:
         rejects=len(job.unit.rejects),
         over_length_transcripts=len(job.unit.transcripts) - len(job.transcripts),
         dropped_responses=sum(transcript.num_dropped for transcript in job.transcripts),
+        without_metadata_transcripts=job.unit.without_metadata,
     )
 
 
-def _finish(
+def finish(
     run: RunFolder,
     units: Sequence[UnitInfo],
     manifest: Manifest,
     done: Counts,
-    clock: _Clock,
-    device_clock: engine.DeviceClock,
+    clock: Clock,
+    idle_share: float | None,
 ) -> Run:
-    """Adds up what is there, and finishes the run where nothing is missing."""
+    """Adds up what is there, and finishes the run where nothing is missing. ``done`` went through this process."""
     run.look_again()
     reports = list(run.reports(units))
     accumulator = SummaryAccumulator()
@@ -299,7 +386,7 @@ def _finish(
         accumulator.add_sums(report.sums)
         counts += report.counts
     summary = accumulator.summary()
-    manifest = _completed(manifest, counts, done, clock, device_clock)
+    manifest = _completed(manifest, counts, done, clock, idle_share)
     if len(reports) == len(units):
         manifest = replace(manifest, finished=datetime.now(timezone.utc).isoformat(timespec="seconds"))
         run.finish(manifest, summary.to_json(), (error for report in reports for error in report.rejects))
@@ -344,11 +431,12 @@ def estimate(
     budgets = _budgets(settings, config, device, dtype)
     rejects: list[RowError] = []
     files = find_data([data] if isinstance(data, (str, Path)) else data)
-    feed = _feed(files, tokenizer, settings, _unit_tokens(settings, device), _Clock())
+    chat = ChatTemplate.load(folder) if settings.condition == "chat" else None
+    feed = _feed(files, tokenizer, chat, settings, _unit_tokens(settings, device), Clock(), None)
     units = feed.units()
     plans: dict[str, StudyPlan] = {}
     with Progress(sum(unit.characters for unit in units), quiet=quiet) as progress:
-        for job in _jobs(feed.encoded(units), settings, config, budgets, _Clock()):
+        for job in _jobs(feed.encoded(units), settings, config, budgets, Clock()):
             rejects.extend(job.unit.rejects)
             if job.transcripts:
                 study = job.unit.info.study
@@ -382,13 +470,28 @@ def _add(one: StudyPlan | None, two: StudyPlan) -> StudyPlan:
     return StudyPlan(study=two.study, **values | {"wave_bytes": max(one.wave_bytes, two.wave_bytes)})
 
 
+def data_feed(
+    files: Sequence[DataFile],
+    tokenizer: Tokenizer,
+    chat: ChatTemplate | None,
+    settings: Settings,
+    manifest: Manifest,
+    clock: Clock,
+    cache: str | Path | None,
+) -> Feed:
+    """``cache``: the folder of token caches; None: tokens are not kept."""
+    kept = None if cache is None else _token_cache(cache, files, manifest)
+    return _feed(files, tokenizer, chat, settings, manifest.unit_tokens, clock, kept)
+
+
 def _feed(
     files: Sequence[DataFile],
     tokenizer: Tokenizer,
+    chat: ChatTemplate | None,
     settings: Settings,
     unit_tokens: int,
-    clock: _Clock,
-    cache: TokenCache | None = None,
+    clock: Clock,
+    cache: TokenCache | None,
 ) -> Feed:
     encoder = Encoder(
         tokenizer,
@@ -396,18 +499,34 @@ def _feed(
         boundary=settings.boundary,
         options=settings.options,
         max_options=settings.max_options,
+        condition=settings.condition,
+        chat=chat if settings.condition == "chat" else None,
+        discrete=settings.discrete,
     )
     return Feed(files, encoder, clock, unit_tokens, settings.studies, settings.limit, settings.strict, cache)
 
 
+# Of a manifest, what the tokens depend on beside the data; how much of a transcript fits a context is seen to later.
+_TOKENS_DEPEND_ON = (
+    "tokenizer_hash",
+    "protocol",
+    "condition",
+    "discrete",
+    "chat_template_hash",
+    "boundary",
+    "options",
+    "max_options",
+    "limit",
+    "studies",
+    "unit_tokens",
+)
+
+
 def _token_cache(folder: str | Path, files: Sequence[DataFile], manifest: Manifest) -> TokenCache:
-    """Keyed by what the tokens depend on; how much of a transcript fits a model's context is seen to later."""
-    names = ("tokenizer_hash", "protocol", "boundary", "options", "max_options", "limit", "studies", "unit_tokens")
-    depends_on = {name: getattr(manifest, name) for name in names}
-    content = [(file.study, record.hash) for file, record in zip(files, manifest.data, strict=True)]
-    return TokenCache.open(
-        folder, [str(file.path) for file in files], {"psykern": __version__, "data": content, **depends_on}
-    )
+    depends_on = {name: getattr(manifest, name) for name in _TOKENS_DEPEND_ON}
+    content = [(file.study, hashed.hash) for file, hashed in zip(files, manifest.data, strict=True)]
+    paths = [str(file.path) for file in files]
+    return TokenCache.open(folder, paths, {"psykern": __version__, "data": content, **depends_on})
 
 
 def _unit_tokens(settings: Settings, device: torch.device) -> int:
@@ -430,6 +549,11 @@ def _load_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
     return tokenizer
 
 
+def _check_backend(settings: Settings) -> None:
+    """Raises BackendError, before anything is made."""
+    kernels.resolve(settings.backend, _device_and_dtype(settings)[0])
+
+
 def _device_and_dtype(settings: Settings) -> tuple[torch.device, torch.dtype]:
     has_gpu = torch.cuda.is_available()
     if settings.device == "cuda" and not has_gpu:
@@ -439,7 +563,7 @@ def _device_and_dtype(settings: Settings) -> tuple[torch.device, torch.dtype]:
     return device, _DTYPES[default if settings.dtype == "auto" else settings.dtype]
 
 
-class _Clock:
+class Clock:
     """Seconds by phase, and since the start."""
 
     def __init__(self) -> None:
@@ -460,7 +584,7 @@ class _Clock:
         return time.perf_counter() - self._start
 
 
-def _timed(items: Iterator[T], clock: _Clock, phase: str) -> Iterator[T]:
+def _timed(items: Iterator[T], clock: Clock, phase: str) -> Iterator[T]:
     """``items``, with the time that each takes to come counted as ``phase``."""
     while True:
         with clock(phase):
@@ -470,11 +594,9 @@ def _timed(items: Iterator[T], clock: _Clock, phase: str) -> Iterator[T]:
         yield item
 
 
-def _data_record(file: DataFile) -> records.DataFile:
-    return records.DataFile(str(file.path), hash_file(file.path), file.path.stat().st_size)
-
-
-def _manifest(loaded: _Loaded, files: Sequence[DataFile], settings: Settings, clock: _Clock) -> Manifest:
+def manifest_of(
+    loaded: Loaded, data: tuple[records.DataFile, ...], settings: Settings, clock: Clock
+) -> Manifest:
     """As the run begins."""
     decoder = loaded.decoder
     device = decoder.device
@@ -483,8 +605,11 @@ def _manifest(loaded: _Loaded, files: Sequence[DataFile], settings: Settings, cl
         model_id=loaded.name,
         model_hash=loaded.hash,
         tokenizer_hash=loaded.tokenizer.hash,
-        data=tuple(_data_record(file) for file in files),
+        data=data,
         protocol=settings.protocol,
+        condition=settings.condition,
+        discrete=settings.discrete,
+        chat_template_hash=loaded.chat.hash if loaded.chat and settings.condition == "chat" else None,
         boundary=settings.boundary,
         options=settings.options,
         max_options=settings.max_options,
@@ -503,7 +628,7 @@ def _manifest(loaded: _Loaded, files: Sequence[DataFile], settings: Settings, cl
     )
 
 
-def _going_on(manifest: Manifest, run: RunFolder, settings: Settings) -> Manifest:
+def going_on(manifest: Manifest, run: RunFolder, settings: Settings) -> Manifest:
     """With the beginning and the budgets of the run as it began, unless the settings say others."""
     return replace(
         manifest,
@@ -514,7 +639,7 @@ def _going_on(manifest: Manifest, run: RunFolder, settings: Settings) -> Manifes
 
 
 def _completed(
-    manifest: Manifest, counts: Counts, done: Counts, clock: _Clock, device_clock: engine.DeviceClock
+    manifest: Manifest, counts: Counts, done: Counts, clock: Clock, idle_share: float | None
 ) -> Manifest:
     """With what the run came to; ``done`` is what this process did of it."""
     return replace(
@@ -525,5 +650,5 @@ def _completed(
         responses_per_second=done.responses / clock.total,
         peak_memory_bytes=records.peak_memory_bytes(),
         peak_device_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else None,
-        gpu_idle_share=device_clock.idle_share,
+        gpu_idle_share=idle_share,
     )

@@ -132,6 +132,7 @@ def _table(unit: EncodedUnit, files: Sequence[str]) -> pa.Table:
         "index": unit.info.index,
         "key": unit.info.key,
         "options": list(numbers),
+        "without_metadata": unit.without_metadata,
         "rejects": [(*_place(e.source, files), e.reason) for e in unit.rejects],
     }
     return pa.table(columns).replace_schema_metadata({"psykern": json.dumps(rest)})
@@ -175,7 +176,7 @@ def _unit(info: UnitInfo, table: pa.Table, files: Sequence[str]) -> EncodedUnit 
         for i in range(table.num_rows)
     )
     rejects = tuple(RowError(Source(files[f] + member, line), reason) for f, member, line, reason in rest["rejects"])
-    return EncodedUnit(info, transcripts, rejects)
+    return EncodedUnit(info, transcripts, rejects, rest["without_metadata"])
 
 
 def _arrays(table: pa.Table, name: str) -> list[np.ndarray]:

@@ -6,8 +6,9 @@ The rule: a row is used as it stands or refused with file, line and reason; noth
 never stops the rest. Only one row (of parquet: one small batch of rows) is in memory, whatever the file's size.
 
 A row holds `text`, and if it likes `study`, `experiment`, `participant` (or `participant_reindexed`) and `options`;
-other columns are ignored. None and NaN count as missing. A study's name is its column, else the file's name, else,
-where that is a generic one such as `prompts.jsonl.zip`, the name of the folder.
+what is known of the participant (the columns of :mod:`psykern.persona`) is kept, other columns are ignored. None and
+NaN count as missing. A study's name is its column, else the file's name, else, where that is a generic one such as
+`prompts.jsonl.zip`, the name of the folder.
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from psykern import persona
 from psykern.core import DataError, RowError, Source, Transcript
 
 _SUFFIXES = (".jsonl.gz", ".jsonl.zip", ".jsonl", ".zip", ".parquet")  # a longer one stands before its own end
-_COLUMNS = ("text", "study", "experiment", "participant", "participant_reindexed", "options")
+_COLUMNS = ("text", "study", "experiment", "participant", "participant_reindexed", "options", *persona.COLUMNS)
 _PARQUET_BATCH = 64  # rows decoded together
 _PARQUET_BUFFER = 1 << 20  # bytes read ahead per column, instead of the whole column of a row group
 
@@ -394,6 +396,7 @@ def _transcript(fields: Mapping[str, object], study: str, source: Source) -> Tra
         responses_char=responses_char,
         options=_options(fields.get("options"), len(responses_char)),
         source=source,
+        metadata=persona.metadata(fields),
     )
 
 
