@@ -5,6 +5,7 @@
 >>> print(run.summary.mean_nll)
 """
 
+from psykern.cluster import Workers, score_on_cluster
 from psykern.compare import Comparison
 from psykern.core import (
     CheckpointError,
@@ -22,7 +23,7 @@ from psykern.kernels import BackendError
 from psykern.metrics import StudySummary, Summary, format_summary
 from psykern.records import Manifest, read_run
 from psykern.report import compare_runs, format_comparison
-from psykern.score import Estimate, Run, Settings, Shard, StudyPlan, estimate, score
+from psykern.score import Estimate, Run, Settings, Shard, StudyPlan, estimate, score, score_conditions
 from psykern.version import __version__
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "StudyPlan",
     "StudySummary",
     "Summary",
+    "Workers",
     "__version__",
     "compare_runs",
     "estimate",
@@ -53,4 +55,6 @@ __all__ = [
     "format_summary",
     "read_run",
     "score",
+    "score_conditions",
+    "score_on_cluster",
 ]

@@ -22,6 +22,7 @@ from typing import Any, get_args, get_type_hints
 import psykern
 from psykern import Estimate, Run, Settings, Shard, StudyPlan, demo
 
+LETTER = "[A-Z]"  # the responses of the study's accuracy subset
 EXIT_ERROR, EXIT_REJECTS, EXIT_SIGNAL = 1, 3, 128  # a signal's number is added
 
 _HELP = {
@@ -93,6 +94,15 @@ def _parser() -> argparse.ArgumentParser:
         default=os.environ.get("PSYKERN_CACHE"),
         help="keep tokens there for the next run on the same data; default: $PSYKERN_CACHE, else nowhere",
     )
+    score.add_argument(
+        "--ray",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+        help="score with an actor per GPU, or group of cores, of a Ray cluster; without an address the one at hand",
+    )
+    score.add_argument("--ray-workers", type=int, metavar="N", help="actors; default: as many as there is room for")
+    score.add_argument("--ray-cpus", type=int, metavar="N", help="cores of an actor; default: 2, or its GPU's share")
     score.set_defaults(command=_score)
 
     plan = commands.add_parser("plan", help="what scoring would cost; needs no weights")
@@ -128,6 +138,21 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
             parser.add_argument(flag, type=int, default=default, metavar="N", help=text)
         else:
             parser.add_argument(flag, choices=get_args(kinds[name]), default=default, help=text)
+    parser.add_argument(
+        "--condition",
+        type=_conditions,
+        default="plain",
+        metavar="NAME[,NAME]",
+        help="plain, chat (turns in the tokenizer's chat template) or persona (what is known of a participant first); "
+        "several share one load of the weights and go to RUN/NAME",
+    )
+    parser.add_argument(
+        "--discrete",
+        nargs="?",
+        const=LETTER,
+        metavar="PATTERN",
+        help="score only responses that match this regular expression; without a pattern: one capital letter",
+    )
     parser.add_argument("--studies", nargs="+", metavar="NAME", help="take only these studies")
     parser.add_argument("--strict", action="store_true", help="stop at the first row that cannot be used")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -137,27 +162,54 @@ def _settings(options: argparse.Namespace) -> Settings:
     if not hasattr(options, "protocol"):
         return Settings()
     studies = tuple(options.studies) if options.studies else None
-    return Settings(**{name: getattr(options, name) for name in _HELP}, studies=studies, strict=options.strict)
+    return Settings(
+        **{name: getattr(options, name) for name in _HELP},
+        condition=options.condition[0],
+        discrete=options.discrete,
+        studies=studies,
+        strict=options.strict,
+    )
+
+
+def _conditions(text: str) -> list[str]:
+    """One condition, or several that commas separate."""
+    names = text.split(",")
+    known = get_args(get_type_hints(Settings)["condition"])
+    if not set(names) <= set(known) or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"expected different ones of {', '.join(known)}, got {text!r}")
+    return names
 
 
 def _score(options: argparse.Namespace, settings: Settings) -> int:
+    if options.ray is not None and (options.shard or len(options.condition) > 1):
+        raise psykern.PsykernError("ray: takes one condition and no --shard; its workers share the units")
     with _stop_signals() as received:
+        how: dict[str, Any] = {
+            "resume": options.resume,
+            "cache": options.cache,
+            "stop": lambda: bool(received),
+            "quiet": options.quiet,
+        }
+        where = (options.model, options.data, options.out)
         try:
-            run = psykern.score(
-                options.model,
-                options.data,
-                options.out,
-                settings,
-                shard=_shard(options.shard),
-                resume=options.resume,
-                cache=options.cache,
-                stop=lambda: bool(received),
-                quiet=options.quiet,
-            )
+            if options.ray is not None:
+                workers = psykern.Workers(options.ray or None, options.ray_workers, options.ray_cpus)
+                return _report(psykern.score_on_cluster(*where, settings, workers=workers, **how))
+            how["shard"] = _shard(options.shard)
+            if len(options.condition) == 1:
+                return _report(psykern.score(*where, settings, **how))
+            return _report_conditions(psykern.score_conditions(*where, options.condition, settings, **how))
         except psykern.InterruptedRun as error:
             print(f"psykern: {error}", file=sys.stderr)
             return EXIT_SIGNAL + received[0]
-    return _report(run)
+
+
+def _report_conditions(runs: Sequence[Run]) -> int:
+    statuses = []
+    for run in runs:
+        print(f"{run.manifest.condition}:")
+        statuses.append(_report(run))
+    return max(statuses)
 
 
 def _shard(text: str | None) -> Shard:
@@ -256,6 +308,8 @@ def _report(run: Run) -> int:
             f"longer than the model's context: {counts.over_length_transcripts:,} transcripts skipped, "
             f"{counts.dropped_responses:,} responses dropped"
         )
+    if counts.without_metadata_transcripts:
+        print(f"nothing is known of the participants of {counts.without_metadata_transcripts:,} transcripts: left out")
     print(f"records: {run.folder}")
     if run.manifest.finished is None:
         print(f"{run.units_done:,} of {run.units_total:,} units are done; the others are for other shards")
@@ -267,6 +321,8 @@ def _report(run: Run) -> int:
 
 
 def _plan(options: argparse.Namespace, settings: Settings) -> int:
+    if len(options.condition) > 1:
+        raise psykern.PsykernError("condition: a plan is of one condition, got " + ",".join(options.condition))
     estimate = psykern.estimate(options.model, options.data, settings, quiet=options.quiet)
     print(_plan_table(estimate))
     for error in estimate.rejects:

@@ -71,6 +71,9 @@ class RowError(PsykernError):
         self.source = source
         self.reason = reason
 
+    def __reduce__(self) -> tuple[type[RowError], tuple[Source, str]]:
+        return RowError, (self.source, self.reason)  # an exception pickles its message alone
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Transcript:

@@ -241,6 +241,14 @@ def load(model: str | Path, settings: Settings, conditions: Sequence[Condition],
         return Loaded(str(model), hash_model(folder), decoder, tokenizer, chat)
 
 
+def load_tokenizers(model: str | Path, settings: Settings, clock: Clock) -> tuple[Tokenizer, ChatTemplate | None]:
+    """The tokenizer, and the chat template where the condition needs it, without the weights."""
+    with clock("load"):
+        folder = resolve_model(model, weights=False)
+        chat = ChatTemplate.load(folder) if settings.condition == "chat" else None
+        return _load_tokenizer(folder, ModelConfig.read(folder)), chat
+
+
 def find_and_hash(
     data: str | Path | Sequence[str | Path], clock: Clock
 ) -> tuple[list[DataFile], tuple[records.DataFile, ...]]:
@@ -425,13 +433,11 @@ def estimate(
     """What :func:`score` would cost, per study, from the model's config and tokenizer alone: no weights are needed."""
     settings = settings or Settings()
     device, dtype = _device_and_dtype(settings)
-    folder = resolve_model(model, weights=False)
-    config = ModelConfig.read(folder)
-    tokenizer = _load_tokenizer(folder, config)
+    config = ModelConfig.read(resolve_model(model, weights=False))
+    tokenizer, chat = load_tokenizers(model, settings, Clock())
     budgets = _budgets(settings, config, device, dtype)
     rejects: list[RowError] = []
     files = find_data([data] if isinstance(data, (str, Path)) else data)
-    chat = ChatTemplate.load(folder) if settings.condition == "chat" else None
     feed = _feed(files, tokenizer, chat, settings, _unit_tokens(settings, device), Clock(), None)
     units = feed.units()
     plans: dict[str, StudyPlan] = {}
@@ -594,9 +600,7 @@ def _timed(items: Iterator[T], clock: Clock, phase: str) -> Iterator[T]:
         yield item
 
 
-def manifest_of(
-    loaded: Loaded, data: tuple[records.DataFile, ...], settings: Settings, clock: Clock
-) -> Manifest:
+def manifest_of(loaded: Loaded, data: tuple[records.DataFile, ...], settings: Settings, clock: Clock) -> Manifest:
     """As the run begins."""
     decoder = loaded.decoder
     device = decoder.device
@@ -638,9 +642,7 @@ def going_on(manifest: Manifest, run: RunFolder, settings: Settings) -> Manifest
     )
 
 
-def _completed(
-    manifest: Manifest, counts: Counts, done: Counts, clock: Clock, idle_share: float | None
-) -> Manifest:
+def _completed(manifest: Manifest, counts: Counts, done: Counts, clock: Clock, idle_share: float | None) -> Manifest:
     """With what the run came to; ``done`` is what this process did of it."""
     return replace(
         manifest,

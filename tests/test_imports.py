@@ -54,6 +54,7 @@ ALLOWED: dict[str, set[str]] = {
     "metrics": {"core"},
     "progress": set(),
     "score": _BELOW_SCORE | {"feed", "storage", "token_cache", "records", "metrics", "progress", "version"},
+    "cluster": {"core", "engine", "kernels", "pipeline", "progress", "records", "score", "storage"},
     "demo": set(),
     "demo.train": {"demo"},
     "demo.posttrain": {"demo"},
@@ -67,7 +68,7 @@ ALLOWED: dict[str, set[str]] = {
     "integrations": {"psykern", "integrations"},
     "cli": {"psykern", "demo"},
     "psykern": _BELOW_SCORE
-    | {"records", "metrics", "score", "session", "compare", "report", "study_models", "version"},
+    | {"records", "metrics", "score", "cluster", "session", "compare", "report", "study_models", "version"},
 }
 
 
