@@ -38,6 +38,7 @@ test: build
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror $(CSRC)
 	$(PY) -m mypy
+	TRITON_INTERPRET=1 $(PY) -m pytest -k triton -W ignore $(addprefix tests/test_,triton_kernels.py kernels.py elementwise.py)
 	$(PY) -m pytest
 
 format: setup

@@ -103,11 +103,13 @@ def test_there_are_five_operations() -> None:
 
 
 def public_functions(module: ModuleType) -> dict[str, list[str]]:
-    """Functions that a module defines, with the names of their parameters in order."""
+    """Functions that a module or a module within it defines, with the names of their parameters in order."""
     return {
         name: list(inspect.signature(value).parameters)
         for name, value in vars(module).items()
-        if inspect.isroutine(value) and not name.startswith("_") and getattr(value, "__module__", "") == module.__name__
+        if inspect.isroutine(value)
+        and not name.startswith("_")
+        and f"{getattr(value, '__module__', '')}.".startswith(f"{module.__name__}.")
     }
 
 

@@ -135,6 +135,27 @@ def fp64(layout: Layout, q: Tensor, k: Tensor, v: Tensor, window: int | None, sc
     return torch.einsum("hnm,mhd->nhd", weights, values)
 
 
+def rounding_of_scores(layout: Layout, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> float:
+    """What one step of fp32 in each score (eps |s|) does to an output at most, to first order: sum w eps |s| |v - o|.
+
+    Absolute for outputs up to 1, relative above. The last bit of a score is the vendor's: MKL's products with AVX2 and
+    with AVX-512 differ in it, and where few keys have all the weight the output moves by more than any fixed tolerance.
+    """
+    truth = fp64(layout, q, k, v, window)
+    group, most, n = q.shape[1] // k.shape[1], 0.0, 0
+    for s, (positions, _) in enumerate(layout.segments):
+        path = layout.path(s)
+        for p in positions:
+            rows = path[0 if window is None else max(0, p - window + 1) : p + 1]
+            keys, values = (x[rows].double().repeat_interleave(group, dim=1) for x in (k, v))  # [keys, Hq, Dh]
+            scores = torch.einsum("hd,mhd->mh", q[n].double(), keys) * SCALE
+            steps = scores.softmax(0) * scores.abs() * torch.finfo(torch.float32).eps
+            moved = (steps[..., None] * (values - truth[n]).abs()).sum(0)
+            most = max(most, float((moved / truth[n].abs().clamp(min=1)).max()))
+            n += 1
+    return most
+
+
 def run(
     place: Place, *inputs: Tensor, window: int | None = None, out: Tensor | None = None, scale: float = SCALE
 ) -> Tensor:
@@ -161,7 +182,8 @@ def test_equals_fp64(place: Place, layout: Layout, window: int | None) -> None:
 def test_long_segments_equal_fp64(place: Place, layout: Layout, window: int | None) -> None:
     q, k, v, *rest = problem(layout, (2, 1))
     truth = fp64(layout, q, k, v, window)
-    check(place, lambda p: [run(p, q, k, v, *rest, window=window)], [truth], TOLERANCES[torch.float32])
+    tolerance = TOLERANCES[torch.float32] + rounding_of_scores(layout, q, k, v, window)
+    check(place, lambda p: [run(p, q, k, v, *rest, window=window)], [truth], tolerance)
 
 
 @each_place

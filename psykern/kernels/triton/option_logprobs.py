@@ -2,22 +2,25 @@
 
 Each program computes one tile [rows, tokens] of logits in fp32 accumulators, and from these accumulators, for each of
 its rows, the maximum m, its token, sum exp(z - m) and sum exp(z - m) (z - m), and it stores the logits that the row
-asks for. A second kernel combines the tiles of a row in the order of the vocabulary. Programs that run together share
-rows of the weight: tiles are numbered down a column of row blocks first.
+asks for. A second kernel combines the tiles of a row in the order of the vocabulary. Tiles are numbered down a column
+of row blocks first, so that programs that run together read the same rows of the weight, and a launch takes only as
+many rows as stay in the L2 cache meanwhile. On Hopper the copy engine fetches the tiles (tensor descriptors).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from psykern.kernels.triton.common import LN2, LOG2E, dense_rows, is_wide, on_device_of, power_of_2
+from psykern.kernels.triton.common import LN2, LOG2E, dense_rows, is_hopper, is_wide, on_device_of, power_of_2
 
 _PARTIAL_BYTES = 64 * 2**20  # of the reduced tiles that are held at once
+_HIDDEN_BYTES = 16 * 2**20  # of hidden states read again for each tile of tokens; L2: 40 MB on A100, 50 on H100
 _TARGETS = 256  # looked at together to see whether a tile has any
 
 
@@ -31,20 +34,20 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-def tiles_of(rows: int, size: int, dtype: torch.dtype) -> Tiles:
+def tiles_of(rows: int, size: int, dtype: torch.dtype, use_copies: bool) -> Tiles:
     """Of a product of ``rows`` hidden states of ``size`` numbers; ``dtype`` is what is multiplied.
 
-    Two programs of 128 x 128 fit on one multiprocessor, and one reduces while the other multiplies. Where the sum is
-    long the reduction matters less, and larger tiles read less.
+    benchmarks/results/triton_resources.csv has the registers they take. Only where the copy engine fetches the tiles
+    (``use_copies``) are enough left for tiles of 128 x 256: with masked loads these spill.
     """
     if dtype == torch.float32:
-        return Tiles(16 if rows <= 16 else 64, 64, 32, 4, 2)
+        return Tiles(16, 64, 32, 4, 2) if rows <= 16 else Tiles(64, 64, 32, 8, 2)
     block_k = 64 if size > 32 else 32
     if rows <= 16:
         return Tiles(16, 128, block_k, 4, 4)
     if rows <= 64:
         return Tiles(64, 128, block_k, 4, 4)
-    return Tiles(128, 128, block_k, 4, 3) if size <= 2048 else Tiles(128, 256, block_k, 8, 3)
+    return Tiles(128, 256, block_k, 8, 3) if use_copies else Tiles(128, 128, block_k, 8, 3)
 
 
 def option_logprobs(
@@ -62,10 +65,10 @@ def option_logprobs(
         return lse, logits, argmax, entropy
 
     dtype = hidden.dtype if hidden.dtype == weight.dtype else torch.float32
-    tiles = tiles_of(num_rows, size, dtype)
+    use_copies = uses_copies(hidden, weight)
+    tiles = tiles_of(num_rows, size, dtype, use_copies)
     num_tiles = triton.cdiv(vocabulary, tiles.block_v)
-    chunk = max(_PARTIAL_BYTES // (16 * num_tiles) // tiles.block_r, 1) * tiles.block_r
-    chunk = min(chunk, triton.cdiv(num_rows, tiles.block_r) * tiles.block_r)
+    chunk = rows_of_launch(num_rows, hidden.stride(0) * hidden.element_size(), num_tiles, tiles.block_r)
     partial = torch.empty((3, num_tiles, chunk), dtype=torch.float32, device=device)  # maximum, total, moment
     best = torch.empty((num_tiles, chunk), dtype=torch.int32, device=device)
     with on_device_of(hidden):
@@ -73,8 +76,8 @@ def option_logprobs(
             rows = min(chunk, num_rows - first)
             row_blocks = triton.cdiv(rows, tiles.block_r)
             logits_kernel[(row_blocks * num_tiles,)](
-                hidden[first:],
-                weight,
+                _source(hidden[first : first + rows], tiles.block_r, tiles.block_k, use_copies),
+                _source(weight, tiles.block_v, tiles.block_k, use_copies),
                 token_offsets[first:],
                 token_ids,
                 logits,
@@ -88,6 +91,9 @@ def option_logprobs(
                 chunk,
                 row_blocks,
                 IS_WIDE=is_wide(dtype),
+                USE_COPIES=use_copies,
+                EVEN_K=size % tiles.block_k == 0,
+                EVEN_V=vocabulary % tiles.block_v == 0,
                 BLOCK_R=tiles.block_r,
                 BLOCK_V=tiles.block_v,
                 BLOCK_K=tiles.block_k,
@@ -111,9 +117,31 @@ def option_logprobs(
     return lse, logits, argmax, entropy
 
 
+def rows_of_launch(rows: int, row_bytes: int, num_tiles: int, block_r: int) -> int:
+    """Whole blocks of rows, at most as many as hold ``rows``, whose partial results and hidden states fit."""
+    most = min(_PARTIAL_BYTES // (16 * num_tiles), _HIDDEN_BYTES // max(row_bytes, 1))
+    return min(max(most // block_r, 1), triton.cdiv(rows, block_r)) * block_r
+
+
+def uses_copies(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether Hopper's copy engine fetches the tiles: 16-bit numbers, and rows that begin at multiples of 16 bytes."""
+    return (
+        is_hopper(hidden.device)
+        and hidden.dtype == weight.dtype != torch.float32
+        and all(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in (hidden, weight))
+    )
+
+
+def _source(x: Tensor, block: int, block_k: int, use_copies: bool) -> Any:
+    """``x`` as the kernel takes it: as it is, or described for the copy engine, which reads 0 outside."""
+    if not use_copies:
+        return x
+    return TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [block, block_k])
+
+
 @triton.jit
 def logits_kernel(
-    hidden_ptr,
+    hidden_ptr,  # or tensor descriptors, with USE_COPIES
     weight_ptr,
     token_offsets_ptr,
     token_ids_ptr,
@@ -128,6 +156,9 @@ def logits_kernel(
     chunk,
     row_blocks,
     IS_WIDE: tl.constexpr,
+    USE_COPIES: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    EVEN_V: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -150,22 +181,35 @@ def logits_kernel(
         ids = tl.load(token_ids_ptr + offs_t, mask=offs_t < target1, other=-1)
         num_hits += tl.sum(((ids >= token0) & (ids < token0 + BLOCK_V)).to(tl.int32), axis=0)
 
-    offs_k = tl.arange(0, BLOCK_K)
-    # Rows beyond the last are read again, and not used: the loop needs no mask for them.
-    h_rows = tl.where(offs_r < R, offs_r, 0).to(tl.int64)
-    w_rows = tl.where(offs_v < V, offs_v, 0).to(tl.int64)
-    h_ptrs = hidden_ptr + h_rows[:, None] * stride_hr + offs_k[None, :]
-    w_ptrs = weight_ptr + w_rows[:, None] * stride_wv + offs_k[None, :]
     z = tl.zeros([BLOCK_R, BLOCK_V], dtype=tl.float32)
-    for k in range(0, D, BLOCK_K):
-        h = tl.load(h_ptrs, mask=(offs_k < D - k)[None, :], other=0.0)
-        w = tl.load(w_ptrs, mask=(offs_k < D - k)[None, :], other=0.0)
-        if IS_WIDE:
-            z = tl.dot(h.to(tl.float32), tl.trans(w.to(tl.float32)), z, input_precision="ieee")
-        else:
-            z = tl.dot(h, tl.trans(w), z)
-        h_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K
+    if USE_COPIES:
+        for k in range(0, D, BLOCK_K):
+            h = hidden_ptr.load([row0, k])
+            w = weight_ptr.load([token0, k])
+            if IS_WIDE:
+                z = tl.dot(h.to(tl.float32), tl.trans(w.to(tl.float32)), z, input_precision="ieee")
+            else:
+                z = tl.dot(h, tl.trans(w), z)
+    else:
+        offs_k = tl.arange(0, BLOCK_K)
+        # Rows beyond the last are read again, and not used: the loop needs no mask for them.
+        h_rows = tl.where(offs_r < R, offs_r, 0).to(tl.int64)
+        w_rows = tl.where(offs_v < V, offs_v, 0).to(tl.int64)
+        h_ptrs = hidden_ptr + h_rows[:, None] * stride_hr + offs_k[None, :]
+        w_ptrs = weight_ptr + w_rows[:, None] * stride_wv + offs_k[None, :]
+        for k in range(0, D, BLOCK_K):
+            if EVEN_K:
+                h = tl.load(h_ptrs)
+                w = tl.load(w_ptrs)
+            else:
+                h = tl.load(h_ptrs, mask=(offs_k < D - k)[None, :], other=0.0)
+                w = tl.load(w_ptrs, mask=(offs_k < D - k)[None, :], other=0.0)
+            if IS_WIDE:
+                z = tl.dot(h.to(tl.float32), tl.trans(w.to(tl.float32)), z, input_precision="ieee")
+            else:
+                z = tl.dot(h, tl.trans(w), z)
+            h_ptrs += BLOCK_K
+            w_ptrs += BLOCK_K
 
     if num_hits > 0:
         begins = tl.load(token_offsets_ptr + offs_r, mask=offs_r < R, other=0)
@@ -176,19 +220,24 @@ def logits_kernel(
             wanted = tl.sum(tl.where(ids[:, None] == offs_v[None, :], z, 0.0), axis=1)  # one term is not 0
             tl.store(logits_ptr + begins + j, wanted, mask=is_here)
 
-    z = tl.where((offs_v < V)[None, :], z, float("-inf"))
-    maximum, index = tl.max(z, axis=1, return_indices=True, return_indices_tie_break_left=True)
+    if not EVEN_V:
+        z = tl.where((offs_v < V)[None, :], z, float("-inf"))
+    maximum = tl.max(z, axis=1)
+    # The lowest token that holds the maximum; a row of NaN holds none.
+    first = tl.min(tl.where(z == maximum[:, None], offs_v[None, :], V - 1), axis=1)
     shifted = z - maximum[:, None]
     weights = tl.exp2(shifted * LOG2E)
     total = tl.sum(weights, axis=1)
-    moment = tl.sum(tl.where((offs_v < V)[None, :], weights * shifted, 0.0), axis=1)
+    if not EVEN_V:
+        shifted = tl.where((offs_v < V)[None, :], shifted, 0.0)
+    moment = tl.sum(weights * shifted, axis=1)
     place = tile * chunk + offs_r
     stride = tl.num_programs(0) // row_blocks * chunk
     mask = offs_r < R
     tl.store(partial_ptr + place, maximum, mask=mask)
     tl.store(partial_ptr + stride + place, total, mask=mask)
     tl.store(partial_ptr + 2 * stride + place, moment, mask=mask)
-    tl.store(best_ptr + place, token0 + index, mask=mask)
+    tl.store(best_ptr + place, first, mask=mask)
 
 
 @triton.jit

@@ -1,0 +1,62 @@
+"""Branches of the Triton kernels that no case of the operations' own tests reaches, under Triton's interpreter.
+
+Run with TRITON_INTERPRET=1 in the environment; without it all skip.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+
+import pytest
+import torch
+from backends import Place, assert_same_bits, check
+from test_option_logprobs import TOLERANCES, fp64, problem, run
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
+TRITON = Place("triton", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize(
+    ("rows", "vocabulary", "size"),
+    [(130, 512, 64), (130, 515, 72), (17, 300, 64), (3, 127, 40)],
+    ids=["even-tiles", "odd-tiles", "64-rows", "16-rows"],
+)
+def test_tiles_that_the_copy_engine_fetches(
+    rows: int, vocabulary: int, size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("psykern.kernels.triton.option_logprobs")
+    monkeypatch.setattr(module, "is_hopper", lambda device: True)
+    used: list[bool] = []
+    source = module._source
+    monkeypatch.setattr(module, "_source", lambda x, b, k, use: used.append(use) or source(x, b, k, use))
+    hidden, weight, *wanted = problem(rows, vocabulary, size, dtype)
+    inputs = (hidden.to(dtype), weight, *wanted)
+    check(TRITON, lambda p: run(p, *inputs), fp64(*inputs), TOLERANCES[dtype])
+    assert used == [True, True]
+
+
+def test_rows_that_do_not_begin_at_multiples_of_16_bytes_are_not_for_the_copy_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = importlib.import_module("psykern.kernels.triton.option_logprobs")
+    monkeypatch.setattr(module, "is_hopper", lambda device: True)
+    x = torch.zeros(4, 72, dtype=torch.float16)
+    assert module.uses_copies(x, x)
+    assert not module.uses_copies(x[:, 1:], x[:, 1:])
+    assert not module.uses_copies(torch.zeros(4, 71, dtype=torch.float16), x)
+    assert not module.uses_copies(x, x.bfloat16())
+    assert not module.uses_copies(x.float(), x.float())
+
+
+@pytest.mark.parametrize("limit", ["_PARTIAL_BYTES", "_HIDDEN_BYTES"])
+def test_rows_in_several_launches_score_as_in_one(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """150 rows of 64 a launch: 64, 64 and 22."""
+    module = importlib.import_module("psykern.kernels.triton.option_logprobs")
+    inputs = problem(150, 192, 32)
+    whole = run(TRITON, *inputs)
+    monkeypatch.setattr(module, limit, 1)
+    assert module.rows_of_launch(150, 32 * 4, 3, 64) == 64
+    for one, other in zip(run(TRITON, *inputs), whole, strict=True):
+        assert_same_bits(one, other)
