@@ -1,4 +1,4 @@
-"""A run on a local Ray cluster of two nodes: equal, to the byte, to that of one process, also when a worker is killed."""
+"""A run on a local Ray cluster of two nodes equals, to the byte, that of one process, also when a worker is killed."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_an_error_of_a_worker_is_the_callers(cluster: None, toy: Toy, tmp_path: 
     (short / "config.json").unlink()
     values = json.loads(config.read_text()) | {"max_position_embeddings": 16}
     (short / "config.json").write_text(json.dumps(values))
-    with pytest.raises(psykern.PsykernError, match="needs .* tokens of context, the model has 16"):
+    with pytest.raises(psykern.PsykernError, match=r"needs .* tokens of context, the model has 16"):
         score_on_cluster(short, toy.data, tmp_path / "run", SETTINGS, workers=Workers(cpus=1))
 
 
