@@ -19,6 +19,7 @@ Source of the rule: github.com/marcelbinz/Psych-201, ``0_analyses/eval_instruct.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,13 +71,16 @@ class ChatTemplate:
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            file = folder / "chat_template.json"
+            if not tokenizer.chat_template and file.is_file():  # a processor's, which tokenizers do not read
+                tokenizer.chat_template = json.loads(file.read_text(encoding="utf-8"))["chat_template"]
             source = tokenizer.get_chat_template() if tokenizer.chat_template else None
         except Exception as error:  # whatever a broken folder makes it raise
             raise CheckpointError(f"{folder}: its chat template cannot be read: {error}") from error
         if not source:
             raise CheckpointError(
-                f"{folder}: condition chat needs a chat template (chat_template.jinja, or chat_template in "
-                "tokenizer_config.json); the tokenizer has none"
+                f"{folder}: condition chat needs a chat template (chat_template.jinja or .json, or chat_template "
+                "in tokenizer_config.json); the tokenizer has none"
             )
         return cls(folder, source, tokenizer)
 

@@ -30,7 +30,7 @@ from psykern.pairing import (
     name_runs,
     read_pairs,
 )
-from psykern.runs import Responses, load, open_runs
+from psykern.runs import Responses, load, open_runs, restrict
 from psykern.study_models import PUBLISHED, StudyModel, read_models
 
 DRAWS = 2000
@@ -389,6 +389,8 @@ _SUMS = ("n", "base", "base2", "post", "post2", "hits", "entropy", "m", "option"
 def _compare_pair(pair: Pair, cache: _Loaded, draws: int, progress: Callable[[str], None]) -> PairResult:
     base, post = cache.responses(pair.base), cache.responses(pair.post)
     temperatures = cache.result(pair.base).temperature, cache.result(pair.post).temperature
+    if pair.same_model and pair.post.run.condition == "persona":  # it has only participants of whom something is known
+        base = restrict(base, post.participants)
     check_rows(pair, base, post)
     progress(f"comparing {pair.post.label} with {pair.base.label}")
     studies, all_draws = [], []

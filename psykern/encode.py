@@ -272,9 +272,7 @@ class Encoder:
         if protocol == "study" and boundary != "joint":
             raise ValueError(f'boundary: protocol "study" tokenizes a text as one string ("joint"), got {boundary!r}')
         if (condition == "chat") != (chat is not None):
-            raise ValueError(
-                f"chat: expected a template for the condition chat and no other, got condition {condition}"
-            )
+            raise ValueError(f"chat: expected a template for condition chat and no other, got {condition!r}")
         # A template puts its own special tokens around a text; the study gets the tokenizer's as well.
         self.tokenizer = replace(tokenizer, front=(), back=()) if chat and protocol == "exact" else tokenizer
         self.condition = condition

@@ -259,6 +259,31 @@ def _arrange(columns: _Columns, names: list[tuple[str, str, str]], starts: np.nd
     )
 
 
+def restrict(responses: Responses, participants: Sequence[tuple[str, str, str]]) -> Responses:
+    """The responses of those of ``participants`` who are there, in the same order."""
+    wanted = set(participants)
+    keep = np.array([participant in wanted for participant in responses.participants], bool)
+    rows = np.flatnonzero(np.repeat(keep, np.diff(responses.participant_offsets)))
+    kept = tuple(participant for participant in responses.participants if participant in wanted)
+    studies = tuple(dict.fromkeys(study for study, _, _ in kept))  # participants are in order of study
+    code = {study: place for place, study in enumerate(studies)}
+    num_options = np.diff(responses.option_offsets)[rows]
+    return Responses(
+        studies=studies,
+        study_offsets=np.searchsorted([code[study] for study, _, _ in kept], np.arange(len(studies) + 1)),
+        participants=kept,
+        participant_offsets=np.concatenate([[0], np.cumsum(np.diff(responses.participant_offsets)[keep])]),
+        response_index=responses.response_index[rows],
+        texts=responses.texts[keep],
+        logprob=responses.logprob[rows],
+        is_argmax=responses.is_argmax[rows],
+        entropy=responses.entropy[rows],
+        option_offsets=np.concatenate([[0], np.cumsum(num_options, dtype=np.int64)]),
+        option_index=responses.option_index[rows],
+        option_log_softmax=_take_lists(responses.option_log_softmax, np.diff(responses.option_offsets), rows),
+    )
+
+
 def _take_lists(values: np.ndarray, lengths: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """The lists of ``rows``, one after the other; list i of ``values`` has ``lengths[i]`` elements."""
     starts = (np.cumsum(lengths, dtype=np.int64) - lengths)[rows]

@@ -482,6 +482,7 @@ def test_widen_into_something_else(out: torch.Tensor) -> None:
 # Finding the folder
 
 REPOSITORY = [
+    "chat_template.jinja",
     *("config.json", "generation_config.json", "tokenizer.json", INDEX, "tokenizer.model", "merges.txt", "vocab.txt"),
     *(SINGLE, "pytorch_model.bin", "modeling_x.py", "README.md", "original/params.json", "original/a.safetensors"),
 ]
@@ -515,7 +516,7 @@ def test_hub_id_downloads_only_data(weights: bool, tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert resolve_model("Qwen/Qwen2.5-0.5B", weights) == tmp_path
-    assert fetched == REPOSITORY[: 8 if weights else 7]
+    assert fetched == REPOSITORY[: 9 if weights else 8]
 
 
 def test_hub_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

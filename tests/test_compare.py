@@ -208,6 +208,25 @@ def test_plain_against_chat(tmp_path: Path) -> None:
     assert chat.aggregate.difference.value == pytest.approx(0.2, abs=0.01)
 
 
+def test_persona_is_compared_on_the_participants_it_has(tmp_path: Path) -> None:
+    """The others' numbers, however far off, change nothing."""
+    known = {"0", "3", "4", "11"}
+    plain = [row | ({} if row["participant"] in known else {"logprob": -50.0}) for row in rows(HUMANS)]
+    told = [row for row in rows(HUMANS, shift=0.2) if row["participant"] in known and row["study"] != "beta"]
+    same = [row for row in rows(HUMANS) if row["participant"] in known and row["study"] != "beta"]
+    for name, other in (("all", plain), ("same", same)):
+        write_run(tmp_path / name / "plain", "org/tuned", other)
+        write_run(tmp_path / name / "persona", "org/tuned", told, condition="persona")
+    results = []
+    for name in ("all", "same"):
+        comparison = compare([tmp_path / name], models=MODELS, unpaired=True)
+        (pair,) = comparison.conditions
+        results.append(([s.difference for s in pair.studies], [s.participants for s in pair.studies]))
+    assert results[0] == results[1]
+    assert results[0][1] == [4, 4]
+    assert [value.value for value in results[0][0]] == pytest.approx([0.2, 0.2], abs=0.03)
+
+
 # Refusals
 
 Change = Callable[[list[Row], dict[str, object]], list[Row]]

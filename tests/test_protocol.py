@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
-from psykern.protocol import MAX_CHARS, study_marks, study_response, study_spans, study_text
+from psykern.core import Source, Transcript
+from psykern.protocol import MAX_CHARS, keep_responses, study_marks, study_response, study_spans, study_text
 
 OPEN, CLOSE = [7], [8]
 
@@ -139,3 +142,28 @@ def _run_end(scored: list[bool], i: int) -> int:
     while i < len(scored) and scored[i]:
         i += 1
     return i
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("[A-Z]", "Do <<A>> or b, AB, \nC,, and <<Z>>."),
+        ("[a-z]", "Do A or <<b>>, AB, \nC,, and Z."),
+        ("x", "Do A or b, AB, \nC,, and Z."),
+        ("(?s).*", "Do <<A>> or <<b>>, <<AB>>, <<\nC>>,<<>>, and <<Z>>."),
+    ],
+    ids=["capitals", "small", "none", "all"],
+)
+def test_only_matching_responses_keep_their_marks(pattern: str, expected: str) -> None:
+    kept = keep_responses(responses_of("Do <<A>> or <<b>>, <<AB>>, <<\nC>>,<<>>, and <<Z>>."), re.compile(pattern))
+    assert kept.text == expected
+    inside = [match[1] for match in re.finditer("<<(.*?)>>", expected, re.DOTALL)]
+    assert [kept.text[a:b] for a, b in kept.responses_char.tolist()] == inside
+    assert kept.options == tuple((response, "other") for response in inside)
+
+
+def responses_of(text: str) -> Transcript:
+    """A transcript in which each response has itself and another as options."""
+    spans = [match.span(1) for match in re.finditer("<<(.*?)>>", text, re.DOTALL)]
+    options = tuple((text[a:b], "other") for a, b in spans)
+    return Transcript("study", "", "1", text, np.array(spans), options, Source("file.jsonl", 1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from simulated_runs import Humans, Row, rows, write_run
 
 from psykern import RunFolderError
-from psykern.runs import Responses, load, open_runs
+from psykern.runs import Responses, load, open_runs, restrict
 
 
 def loaded(folder: Path) -> Responses:
@@ -132,3 +133,16 @@ def test_data_hashes_do_not_depend_on_the_order_of_files(tmp_path: Path) -> None
     two = write_run(tmp_path / "two", "m", [], parts=1, data=files[::-1])
     assert open_runs(one)[0].data == open_runs(two)[0].data
     assert json.loads((one / "manifest.json").read_text())["data"] == files
+
+
+@pytest.mark.parametrize("names", [{"0", "3", "11"}, {"5"}, set()], ids=["three", "one", "none"])
+def test_restricted_responses_are_those_of_a_run_without_the_others(tmp_path: Path, names: set[str]) -> None:
+    every = rows(Humans())
+    kept = [row for row in every if row["participant"] in names and row["study"] != "alpha"]
+    want = loaded(write_run(tmp_path / "alone", "m", kept))
+    got = restrict(loaded(write_run(tmp_path / "whole", "m", every)), want.participants)
+    for field in fields(want):
+        if isinstance(getattr(want, field.name), np.ndarray):
+            np.testing.assert_array_equal(getattr(got, field.name), getattr(want, field.name), field.name)
+        else:
+            assert getattr(got, field.name) == getattr(want, field.name)

@@ -495,6 +495,137 @@ def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
+# Conditions
+
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def talking(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    """The toy model with a chat template, and rows of which two in three say something of the participant."""
+    folder = shutil.copytree(toy.model, tmp_path_factory.mktemp("talking") / "model")
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    config = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    known: list[Row] = [{"age": 24, "sex": "F"}, {"age": 999, "PHQ": "N/A"}, {"phq8": 3.0}]
+    rows = [row | known[i % 3] for i, row in enumerate(toy.rows)]
+    return replace(toy, model=folder, rows=rows, data=write_rows(folder.parent / "rows.jsonl", rows))
+
+
+def chat_text(row: Row) -> tuple[str, list[tuple[int, int]]]:
+    """A row in the toy template, and the characters of its responses."""
+    text, places = "", []
+    for number, piece in enumerate(re.split("<<|>>", row["text"])):
+        if number % 2:
+            text += "assistant: "
+            places.append((len(text), len(text) + len(piece)))
+            text += f"{piece}\n\n"
+        elif piece:
+            text += f"user: {piece}\n\n"
+    return text, places
+
+
+def test_chat_records_equal_the_oracle(talking: Toy, tmp_path: Path) -> None:
+    got = records(score(talking.model, talking.data, tmp_path, condition="chat"))
+    for own, row in zip(got, talking.rows, strict=True):
+        text, places = chat_text(row)
+        tokens = talking.oracle.tokens(text, special=False)
+        spans = [tokens.overlapping(*in_bytes(text, place)) for place in places]
+        scores = talking.oracle.rows(tokens.ids, sorted({i for of in spans for i in of}))
+        wanted = [expected(text[a:b], [scores[i] for i in of]) for (a, b), of in zip(places, spans, strict=True)]
+        assert_records(own, wanted)
+
+
+def test_chat_options_equal_the_oracle(talking: Toy, tmp_path: Path) -> None:
+    """Each option in the response's place; where one begins another, with the line break behind the turn."""
+    got = records(score(talking.model, talking.data, tmp_path, condition="chat"))
+    compared = 0
+    for own, row in zip(got, talking.rows, strict=True):
+        text, places = chat_text(row)
+        for record, (a, b) in zip(own[:4], places, strict=False):
+            logprobs = []
+            for option in record["options"] or ():
+                changed = f"{text[:a]}{option}{text[b:]}"
+                mark = 2 if "closing_mark" in (record["flag"] or "") else 0
+                tokens = talking.oracle.tokens(changed, special=False)
+                of = tokens.overlapping(*in_bytes(changed, (a, a + len(option) + mark)))
+                logprobs.append(math.fsum(s.logprob for s in talking.oracle.rows(tokens.ids, of).values()))
+            if logprobs:
+                assert_options(record, record["options"], logprobs)
+                compared += 1
+    assert compared > 20
+
+
+def test_persona_records_are_those_of_the_interview_and_the_text(talking: Toy, tmp_path: Path) -> None:
+    run = score(talking.model, talking.data, tmp_path / "run", condition="persona")
+    age = "Interviewer: What is your age?\nInterviewee: 24.0\n\n"
+    gender = "Interviewer: What is your gender?\nInterviewee: female\n\n"
+    fronts = [age + gender, "", "Interviewer: What is your PHQ-8 score?\nInterviewee: 3\n\n"]
+    told = [row | {"text": fronts[i % 3] + row["text"]} for i, row in enumerate(talking.rows) if fronts[i % 3]]
+    other = score(talking.model, write_rows(tmp_path / "told.jsonl", told), tmp_path / "plain")
+    one, two = psykern.read_run(run.folder), psykern.read_run(other.folder)
+    assert_same_scores(one, two)
+    assert run.manifest.condition == "persona"
+    assert run.manifest.counts.without_metadata_transcripts == len(talking.rows) - len(told)
+
+
+@pytest.mark.parametrize("protocol", ["exact", "study"])
+def test_discrete_responses_are_scored_in_a_text_where_the_others_have_no_marks(
+    toy: Toy, tmp_path: Path, protocol: str
+) -> None:
+    run = score(toy.model, toy.data, tmp_path / "run", discrete="[A-Z]", options="observed", protocol=protocol)
+    rows = [
+        {k: v for k, v in row.items() if k != "options"}
+        | {"text": re.sub("<<(.*?)>>", lambda m: m[0] if re.fullmatch("[A-Z]", m[1]) else m[1], row["text"])}
+        for row in toy.rows
+    ]
+    wanted = score(
+        toy.model, write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "other", options="observed", protocol=protocol
+    )
+    assert_same_scores(psykern.read_run(run.folder), psykern.read_run(wanted.folder))
+    assert run.manifest.discrete == "[A-Z]" and run.manifest.counts.responses == wanted.manifest.counts.responses > 0
+
+
+def test_observed_options_of_experiments_are_discrete_too(toy: Toy, tmp_path: Path) -> None:
+    run = score(toy.model, toy.data, tmp_path, discrete="yes|end|first", options="observed-experiment")
+    table = psykern.read_run(run.folder).to_pylist()
+    assert {row["study"] for row in table} == {"words"}
+    assert {tuple(sorted(row["options"])) for row in table} == {("end", "first", "yes")}
+
+
+def test_conditions_share_one_load_and_score_as_alone(
+    talking: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[object] = []
+    model = pipeline.Model
+
+    def load(*arguments: Any, **more: Any) -> Any:
+        loads.append(arguments)
+        return model(*arguments, **more)
+
+    monkeypatch.setattr(pipeline, "Model", load)
+    names = ("persona", "plain", "chat")
+    runs = psykern.score_conditions(talking.model, talking.data, tmp_path / "all", names, Settings(device="cpu"))
+    assert len(loads) == 1
+    hashes = []
+    for name, run in zip(names, runs, strict=True):
+        assert run.folder == tmp_path / "all" / name
+        alone = score(talking.model, talking.data, tmp_path / name, condition=name)
+        parts = [sorted((Path(of.folder) / "responses").iterdir()) for of in (run, alone)]
+        assert [part.read_bytes() for part in parts[0]] == [part.read_bytes() for part in parts[1]]
+        manifest = json.loads((run.folder / "manifest.json").read_text())
+        assert (manifest["condition"], manifest["discrete"]) == (name, None)
+        hashes.append(manifest["chat_template_hash"])
+    assert hashes == [None, None, f"sha256:{hashlib.sha256(TEMPLATE.encode()).hexdigest()}"]
+
+
+def test_conditions_must_differ(talking: Toy, tmp_path: Path) -> None:
+    for conditions, message in ((("plain", "plain"), "got plain,plain"), ((), "got none")):
+        with pytest.raises(ValueError, match=f"condition: expected different ones, {message}"):
+            psykern.score_conditions(talking.model, talking.data, tmp_path / "run", conditions)
+    assert not (tmp_path / "run").exists()
+
+
 # Manifest, summary, plan
 
 
@@ -749,6 +880,8 @@ def test_too_long_can_be_truncated(toy: Toy, toy_run: Run, short_context: Path, 
         ({"wave_tokens": 0}, "wave_tokens: expected at least 1"),
         ({"batch_tokens": 0}, "batch_tokens: expected at least 1"),
         ({"min_share": 0}, "min_share: expected at least 1"),
+        ({"condition": "vision"}, "condition: expected one of plain, chat, persona, got 'vision'"),
+        ({"discrete": "[A-"}, r"discrete: expected a regular expression, got '\[A-': unterminated"),
         ({"protocol": "study", "boundary": "split"}, "boundary: .* boundary='joint'"),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
