@@ -181,7 +181,7 @@ def _conditions(text: str) -> list[str]:
 
 
 def _score(options: argparse.Namespace, settings: Settings) -> int:
-    if options.ray is not None and (options.shard or len(options.condition) > 1):
+    if options.ray is not None and (options.shard is not None or len(options.condition) > 1):
         raise psykern.PsykernError("ray: takes one condition and no --shard; its workers share the units")
     with _stop_signals() as received:
         how: dict[str, Any] = {
@@ -214,7 +214,7 @@ def _report_conditions(runs: Sequence[Run]) -> int:
 
 def _shard(text: str | None) -> Shard:
     """Raises ValueError."""
-    index, slash, count = (text or "0/1").partition("/")
+    index, slash, count = ("0/1" if text is None else text).partition("/")
     if not (slash and index.isdecimal() and count.isdecimal()):
         raise ValueError(f"shard: expected I/N, two numbers, got {text!r}")
     return Shard(int(index), int(count))

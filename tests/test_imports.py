@@ -67,6 +67,7 @@ ALLOWED: dict[str, set[str]] = {
     "session": {"core", "plan", "model", "engine", "kernels", "encode", "protocol", "checkpoint"},
     "integrations": {"psykern", "integrations"},
     "cli": {"psykern", "demo"},
+    "__main__": {"cli"},
     "psykern": _BELOW_SCORE
     | {"records", "metrics", "score", "cluster", "session", "compare", "report", "study_models", "version"},
 }
