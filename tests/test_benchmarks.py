@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench_elementwise  # noqa: E402
 import bench_option_logprobs  # noqa: E402
 import bench_prefix_attention  # noqa: E402
+import bench_scale  # noqa: E402
 import bench_score  # noqa: E402
 import gpu_summary  # noqa: E402
 import harness  # noqa: E402
@@ -129,3 +130,18 @@ def test_a_part_that_fails_loses_no_other(tmp_path: Path) -> None:
     late = subprocess.run(command, env={**environment, "LIMIT": "1"}, capture_output=True, text=True, check=False)
     assert late.returncode == 1
     assert "elementwise_gpu          ran out of time" in late.stdout
+
+
+def test_the_rehearsal_has_the_means_of_psych_201(shared: Path, tmp_path: Path) -> None:
+    """And a tiny part of it runs through everything but the model."""
+    sources = bench_scale.load_sources(shared / "psych")
+    shares = bench_scale.weights_of(sources)
+    assert shares.min() > 0 and shares.sum() == pytest.approx(1)
+    responses = sum(share * source.responses for share, source in zip(shares, sources, strict=True))
+    assert responses == pytest.approx(25_906_599 / 208_021, rel=1e-6)
+    studies = 12
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench_scale, "STUDIES", studies)
+        rows = bench_scale.rehearse(1e-9, 2, 0, 2**17, tmp_path)
+    assert [(row["piece"], row["way"]) for row in rows] == [(0, "text"), (0, "cache"), (1, "text"), (1, "cache")]
+    assert sum(row["transcripts"] for row in rows if row["way"] == "cache") == studies
