@@ -53,7 +53,7 @@ bench: setup
 # The tests of planner and kernels on a copy of the package whose C++ is built with the address and undefined-behaviour
 # sanitizers.
 asan: setup
-	$(VENV)/bin/cmake -S . -B $(ASAN) -DPSYKERN_SANITIZE=ON -DPython_EXECUTABLE=$(CURDIR)/$(PY)
+	$(VENV)/bin/cmake -S . -B $(ASAN) -DPSYKERN_SANITIZE=ON -DPSYKERN_CUDA=OFF -DPython_EXECUTABLE=$(CURDIR)/$(PY)
 	$(VENV)/bin/cmake --build $(ASAN) --parallel 2
 	cp -r psykern $(ASAN) && $(VENV)/bin/cmake --install $(ASAN) --prefix $(ASAN)/psykern
 	cd $(ASAN) && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \

@@ -317,7 +317,7 @@ def _body(
         for rows, responses, batch in last_batches if is_last else batches:
             target = out[responses] if is_last else hidden[rows]
             decoder_layer(layer, hidden[rows], keys, values, batch, target, work, backend)
-        torch.index_select(store, 1, keep_rows, out=kept[index])
+        kernels.gather_rows(store, keep_rows, out=kept[index], backend=backend)
         sums.append((out if is_last else hidden).sum(dtype=torch.float32))
         layer_done(index + 1)
     return out, kept, sums

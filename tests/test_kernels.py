@@ -17,7 +17,7 @@ from backends import BACKENDS, PLACES, REFERENCE, Place, each_place, missing
 from psykern import kernels
 from psykern.kernels import reference
 
-OPS = ("option_logprobs", "prefix_attention", "add_rms_norm", "qk_norm_rope", "silu_mul")
+OPS = ("option_logprobs", "prefix_attention", "add_rms_norm", "qk_norm_rope", "silu_mul", "gather_rows")
 each_op = pytest.mark.parametrize("op", OPS)
 MODULES = {name: module for name in BACKENDS if (module := kernels._module(name))}
 
@@ -59,6 +59,7 @@ def arguments(op: str, place: Place = REFERENCE) -> dict[str, Any]:
             "eps": 1e-5,
         },
         "silu_mul": {"gate": torch.ones(3, 4), "up": torch.ones(3, 4)},
+        "gather_rows": {"source": torch.ones(2, 5, 4), "rows": torch.tensor([4, 0, 4])},
     }
     return {n: a.to(place.device) if isinstance(a, torch.Tensor) else a for n, a in calls[op].items()}
 
@@ -98,7 +99,7 @@ def test_the_reference_takes_what_the_public_function_takes(op: str) -> None:
     assert public_functions(reference)[op] == public
 
 
-def test_there_are_five_operations() -> None:
+def test_there_are_six_operations() -> None:
     assert set(public_functions(reference)) == set(OPS)
 
 
@@ -184,6 +185,12 @@ MISFITS: list[tuple[str, str, Any, str]] = [
     ("silu_mul", "up", torch.ones(3, 1), "[3, 4] like gate, got [3, 1]"),
     ("silu_mul", "out", torch.ones(4, 3), "[3, 4], got [4, 3]"),
     ("silu_mul", "out", torch.ones(3, 4).bfloat16(), "torch.float32 on"),
+    ("gather_rows", "source", torch.ones(4), "[B, M, ..], got [4]"),
+    ("gather_rows", "rows", torch.zeros(3, 1, dtype=torch.int64), "[n], got [3, 1]"),
+    ("gather_rows", "rows", torch.zeros(3, dtype=I32), "torch.int64, got torch.int32"),
+    ("gather_rows", "rows", torch.tensor([0, 5]), "rows of source, 0 to 4, got 0 to 5"),
+    ("gather_rows", "out", torch.ones(2, 4, 4), "[2, 3, 4], got [2, 4, 4]"),
+    ("gather_rows", "out", torch.ones(2, 3, 4).bfloat16(), "torch.float32 on"),
 ]
 
 

@@ -1,4 +1,5 @@
-"""The five operations that no library has as psykern needs them, each as one function with a choice of backend.
+"""The operations that no library has as psykern needs them, each as one function with a choice of backend: five that
+compute, and a gather of rows.
 
 ``reference`` is plain torch, on any device, written to be read: it is what the others are tested against. ``auto``
 takes the backend that is measured fastest on the device of the inputs. A backend that is asked for by name and is not
@@ -220,6 +221,26 @@ def silu_mul(gate: Tensor, up: Tensor, *, out: Tensor | None = None, backend: Ba
     _expect("gate", gate.dim() == 2, "[N, F]", gate)
     _expect("up", up.shape == gate.shape, f"{list(gate.shape)} like gate", up)
     return _op("silu_mul", backend, gate.device)(gate, up, _like("out", out, gate))
+
+
+def gather_rows(source: Tensor, rows: Tensor, *, out: Tensor | None = None, backend: Backend = "auto") -> Tensor:
+    """Rows of each batch, ``source[:, rows]``: what a wave hands to the next.
+
+    source: [B, M, ...] of any dtype; rows: [n] int64; gives [B, n, ...], in ``out`` where given, which is no part of
+    source. Only ``cuda`` has a kernel of its own; all others take torch's ``index_select``.
+    """
+    _expect("source", source.dim() >= 2, "[B, M, ..]", source)
+    _expect("rows", rows.dim() == 1, "[n]", rows)
+    _expect_dtype("rows", rows, (torch.int64,))
+    if rows.is_cpu and rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= source.shape[1]):
+        got = f"{int(rows.min())} to {int(rows.max())}"
+        raise ValueError(f"rows: expected rows of source, 0 to {source.shape[1] - 1}, got {got}")
+    shape = (source.shape[0], rows.shape[0], *source.shape[2:])
+    target = source.new_empty(shape) if out is None else out
+    _expect("out", target.shape == shape, f"{list(shape)}", target)
+    if target.dtype != source.dtype or target.device != source.device:
+        raise ValueError(f"out: expected {source.dtype} on {source.device}, got {target.dtype} on {target.device}")
+    return _op("gather_rows", backend, source.device)(source, rows, target)
 
 
 def _expect(name: str, holds: bool, expected: str, got: Tensor) -> None:

@@ -111,6 +111,10 @@ def silu_mul(gate: Tensor, up: Tensor, out: Tensor) -> Tensor:
     return out if target is out else out.copy_(target)
 
 
+def gather_rows(source: Tensor, rows: Tensor, out: Tensor) -> Tensor:
+    return torch.index_select(source, 1, rows, out=out)
+
+
 def _activations(x: Tensor) -> np.ndarray:
     return _dense_rows(x.float()).detach().numpy()
 

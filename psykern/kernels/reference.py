@@ -218,3 +218,7 @@ def qk_norm_rope(
 
 def silu_mul(gate: Tensor, up: Tensor, out: Tensor) -> Tensor:
     return torch.mul(functional.silu(gate), up, out=out)
+
+
+def gather_rows(source: Tensor, rows: Tensor, out: Tensor) -> Tensor:
+    return torch.index_select(source, 1, rows, out=out)

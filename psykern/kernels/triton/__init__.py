@@ -7,8 +7,8 @@ projection; the numbers of a row must be dense. Arguments are checked by ``psyke
 described.
 """
 
-from psykern.kernels.triton.elementwise import add_rms_norm, qk_norm_rope, silu_mul
+from psykern.kernels.triton.elementwise import add_rms_norm, gather_rows, qk_norm_rope, silu_mul
 from psykern.kernels.triton.option_logprobs import option_logprobs
 from psykern.kernels.triton.prefix_attention import prefix_attention
 
-__all__ = ["add_rms_norm", "option_logprobs", "prefix_attention", "qk_norm_rope", "silu_mul"]
+__all__ = ["add_rms_norm", "gather_rows", "option_logprobs", "prefix_attention", "qk_norm_rope", "silu_mul"]

@@ -96,6 +96,10 @@ def silu_mul(gate: Tensor, up: Tensor, out: Tensor) -> Tensor:
     return out if target is out else out.copy_(target)
 
 
+def gather_rows(source: Tensor, rows: Tensor, out: Tensor) -> Tensor:
+    return torch.index_select(source, 1, rows, out=out)
+
+
 def _target(out: Tensor) -> Tensor:
     """Where to write: ``out``, or a dense array in its place, to be copied."""
     return out if dense_rows(out) is out else torch.empty(out.shape, dtype=out.dtype, device=out.device)

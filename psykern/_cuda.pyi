@@ -1,0 +1,82 @@
+# Tensors come as addresses, 0 for none, with sizes and strides in elements unless a name says bytes. dtype: 0 float32,
+# 1 bfloat16, 2 float16. stream: of the current device. Raises ValueError for what cannot be, and RuntimeError with the
+# operation's name and shapes where a launch fails.
+def add_rms_norm(
+    *,
+    x: int,
+    x_stride: int,
+    residual: int,
+    residual_stride: int,
+    weight: int,
+    normed: int,
+    normed_stride: int,
+    summed: int,
+    summed_stride: int,
+    rows: int,
+    columns: int,
+    eps: float,
+    norm_first: bool,
+    dtype: int,
+    stream: int,
+) -> None: ...
+def qk_norm_rope(
+    *,
+    x: int,
+    x_stride: int,
+    weight: int,
+    cos: int,
+    sin: int,
+    positions: int,
+    out: int,
+    out_stride: int,
+    rows: int,
+    heads: int,
+    pairs: int,
+    eps: float,
+    norm_projection: bool,
+    dtype: int,
+    stream: int,
+) -> None: ...
+def silu_mul(
+    *,
+    gate: int,
+    gate_stride: int,
+    up: int,
+    up_stride: int,
+    out: int,
+    out_stride: int,
+    rows: int,
+    columns: int,
+    dtype: int,
+    stream: int,
+) -> None: ...
+def online_softmax_chunk(
+    *,
+    z: int,
+    rows: int,
+    width: int,
+    first: int,
+    token_offsets: int,
+    token_ids: int,
+    wanted: int,
+    maximum: int,
+    total: int,
+    moment: int,
+    best: int,
+    stream: int,
+) -> None: ...
+def finish_softmax(
+    *, maximum: int, total: int, moment: int, lse: int, entropy: int, rows: int, stream: int
+) -> None: ...
+def gather_rows(
+    *,
+    source: int,
+    rows: int,
+    out: int,
+    batches: int,
+    count: int,
+    row_bytes: int,
+    source_batch_bytes: int,
+    out_batch_bytes: int,
+    stream: int,
+) -> None: ...
