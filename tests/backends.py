@@ -69,10 +69,10 @@ def short(dtype: torch.dtype) -> str:
 
 
 def sized(place: Place, vocabulary: int) -> int:
-    """A vocabulary that ``place`` can be asked for every token of.
+    """The vocabulary for a case that asks for every token, or that is one of several at the same size.
 
-    Under the interpreter each token wanted of a row is a step of Python in each tile, so the steps grow with the square
-    of the vocabulary. It takes the least above one tile that leaves the same remainder for the tiles (64 to 256).
+    Under the interpreter a tile is milliseconds of Python, and so is each token wanted of a row in each tile. It takes
+    the least vocabulary from one tile on that leaves the same remainder for the tiles (64 to 256).
     """
     is_slow = _INTERPRETED and place.backend == "triton" and vocabulary > _LARGEST_TILE
     return _LARGEST_TILE + vocabulary % _LARGEST_TILE if is_slow else vocabulary

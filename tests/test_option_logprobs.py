@@ -78,7 +78,9 @@ def logprobs_by_row(scores: OptionLogprobs, num_rows: int) -> Tensor:
 @each_dtype
 @each_size
 def test_equals_fp64(place: Place, dtype: torch.dtype, size: tuple[int, int, int]) -> None:
-    inputs = problem(*size, dtype)
+    rows, vocabulary, width = size
+    vocabulary = vocabulary if dtype == torch.float32 else sized(place, vocabulary)  # the tiles are those of fp32
+    inputs = problem(rows, vocabulary, width, dtype)
     truth = fp64(*inputs)
     check(place, lambda p: run(p, *inputs), truth, TOLERANCES[dtype])  # argmax too: random logits have no near ties
 
@@ -125,6 +127,7 @@ def test_probabilities_sum_to_one_and_none_is_above_one(place: Place, vocabulary
 @pytest.mark.parametrize("vocabulary", [1, 127, 8193, 151_936])
 @pytest.mark.parametrize("spread", [0.0, 1e-3, 1.0, 1e3], ids=["uniform", "nearly-uniform", "usual", "certain"])
 def test_entropy_is_between_none_and_that_of_the_uniform(place: Place, vocabulary: int, spread: float) -> None:
+    vocabulary = sized(place, vocabulary)
     hidden, weight, *wanted = problem(2, vocabulary, 8)
     entropy = run(place, hidden * spread, weight, *wanted).entropy
     assert (entropy >= 0).all()
