@@ -8,7 +8,7 @@ ASAN   := build/asan
 BENCH  ?= score
 
 MAKEFLAGS += --no-print-directory
-.PHONY: setup build demo test format bench asan clean
+.PHONY: setup build demo test interpret format bench asan clean
 
 setup: $(VENV)/.built
 
@@ -40,6 +40,11 @@ test: build
 	$(PY) -m mypy
 	TRITON_INTERPRET=1 $(PY) -m pytest -k triton -W ignore $(addprefix tests/test_,triton_kernels.py kernels.py elementwise.py)
 	$(PY) -m pytest
+
+# Every case of the Triton kernels under the interpreter, of which `test` runs the quicker files.
+interpret: build
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -k triton -W ignore $(addprefix tests/test_,triton_kernels.py kernels.py \
+	    elementwise.py option_logprobs.py prefix_attention.py)
 
 format: setup
 	$(PY) -m ruff check --fix .

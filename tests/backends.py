@@ -22,6 +22,8 @@ from psykern import kernels
 
 BACKENDS: tuple[kernels.Backend, ...] = ("reference", "cpu", "triton", "cuda")
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch: kernels run on CPU tensors
+_LARGEST_TILE = 256  # of tokens, in Triton's tables
+LONGEST_TILE = 32 if _INTERPRETED else 128  # of queries; the interpreter is slow, and in fp32 its tiles are small
 _DEVICES = {
     "reference": ("cpu", "cuda"),
     "cpu": ("cpu",),
@@ -64,6 +66,16 @@ each_place = pytest.mark.parametrize("place", [_parameter(p) for p in PLACES if 
 def short(dtype: torch.dtype) -> str:
     """The name of a dtype in a test's id."""
     return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+
+
+def sized(place: Place, vocabulary: int) -> int:
+    """The vocabulary for a case that asks for every token, or that is one of several at the same size.
+
+    Under the interpreter a tile is milliseconds of Python, and so is each token wanted of a row in each tile. It takes
+    the least vocabulary from one tile on that leaves the same remainder for the tiles (64 to 256).
+    """
+    is_slow = _INTERPRETED and place.backend == "triton" and vocabulary > _LARGEST_TILE
+    return _LARGEST_TILE + vocabulary % _LARGEST_TILE if is_slow else vocabulary
 
 
 @contextmanager

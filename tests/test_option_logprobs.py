@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from backends import REFERENCE, Place, assert_same_bits, check, each_place, poisoned_memory, short
+from backends import REFERENCE, Place, assert_same_bits, check, each_place, poisoned_memory, short, sized
 from torch import Tensor
 
 from psykern import kernels
@@ -78,7 +78,9 @@ def logprobs_by_row(scores: OptionLogprobs, num_rows: int) -> Tensor:
 @each_dtype
 @each_size
 def test_equals_fp64(place: Place, dtype: torch.dtype, size: tuple[int, int, int]) -> None:
-    inputs = problem(*size, dtype)
+    rows, vocabulary, width = size
+    vocabulary = vocabulary if dtype == torch.float32 else sized(place, vocabulary)  # the tiles are those of fp32
+    inputs = problem(rows, vocabulary, width, dtype)
     truth = fp64(*inputs)
     check(place, lambda p: run(p, *inputs), truth, TOLERANCES[dtype])  # argmax too: random logits have no near ties
 
@@ -112,6 +114,7 @@ def test_ragged_tokens(place: Place, offsets: list[int], ids: list[int]) -> None
 @each_place
 @pytest.mark.parametrize("vocabulary", [1, 127, 8192, 8193, 151_936])
 def test_probabilities_sum_to_one_and_none_is_above_one(place: Place, vocabulary: int) -> None:
+    vocabulary = sized(place, vocabulary)
     hidden, weight, _, _ = problem(2, vocabulary, 8)
     scores = run(place, hidden, weight, *every_token(2, vocabulary))
     logprobs = logprobs_by_row(scores, 2)
@@ -124,6 +127,7 @@ def test_probabilities_sum_to_one_and_none_is_above_one(place: Place, vocabulary
 @pytest.mark.parametrize("vocabulary", [1, 127, 8193, 151_936])
 @pytest.mark.parametrize("spread", [0.0, 1e-3, 1.0, 1e3], ids=["uniform", "nearly-uniform", "usual", "certain"])
 def test_entropy_is_between_none_and_that_of_the_uniform(place: Place, vocabulary: int, spread: float) -> None:
+    vocabulary = sized(place, vocabulary)
     hidden, weight, *wanted = problem(2, vocabulary, 8)
     entropy = run(place, hidden * spread, weight, *wanted).entropy
     assert (entropy >= 0).all()
@@ -165,6 +169,7 @@ def ties(vocabulary: int, largest: list[int]) -> tuple[Tensor, Tensor, Tensor, T
 @pytest.mark.parametrize("vocabulary", [127, 8193])
 @pytest.mark.parametrize("shift", [100.0, -100.0])
 def test_adding_a_constant_to_all_logits_changes_no_probability(place: Place, vocabulary: int, shift: float) -> None:
+    vocabulary = sized(place, vocabulary)
     hidden, weight, _, _ = problem(3, vocabulary, 16)
     hidden[:, 0] = 1.0
     shifted = weight.clone()
@@ -181,8 +186,9 @@ def test_adding_a_constant_to_all_logits_changes_no_probability(place: Place, vo
 @pytest.mark.parametrize("magnitude", [1e4, 1e10, 1e30])
 def test_huge_logits_stay_finite(place: Place, magnitude: float) -> None:
     """The largest logit of each row stands far above the others: its log-probability is 0, entropy 0."""
-    hidden, weight, _, _ = problem(3, 8193, 16)
-    scores = run(place, hidden * magnitude, weight, *every_token(3, 8193))
+    vocabulary = sized(place, 8193)
+    hidden, weight, _, _ = problem(3, vocabulary, 16)
+    scores = run(place, hidden * magnitude, weight, *every_token(3, vocabulary))
     logprobs = logprobs_by_row(scores, 3)
     for values in (scores.lse, scores.logits, scores.entropy):
         assert values.isfinite().all()

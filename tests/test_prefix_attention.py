@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from backends import REFERENCE, Place, assert_same_bits, check, each_place, poisoned_memory, short
+from backends import LONGEST_TILE, REFERENCE, Place, assert_same_bits, check, each_place, poisoned_memory, short
 from torch import Tensor
 
 from psykern import kernels
@@ -97,13 +97,23 @@ def branches(tokens: int, every: int) -> Layout:
     return Layout(((range(tokens), [(0, tokens)]), *options))
 
 
-LONG = {  # beyond every tile of queries (128 here) and of keys
-    "long-700": Layout(((range(700), [(0, 700)]),)),
-    "long-on-two-ranges": Layout(((range(300), [(0, 300)]), (range(300, 571), [(0, 300), (310, 581)]))),
-    "long-gaps": Layout((([0, 1, 600, 1300, 1999], [(0, 2000)]),)),  # whole blocks of keys are masked
-    "many-gaps": Layout((([*range(0, 600, 2)], [(0, 600)]),)),  # 300 queries: two tiles and a bit, each with gaps
+def long(count: int) -> int:
+    """``count`` where the longest tile of queries has 128, as many for its length."""
+    return count * LONGEST_TILE // 128
+
+
+LONG = {  # beyond every tile of queries and of keys
+    "long-700": Layout(((range(long(700)), [(0, long(700))]),)),
+    "long-on-two-ranges": Layout(
+        (
+            (range(long(300)), [(0, long(300))]),
+            (range(long(300), long(571)), [(0, long(300)), (long(310), long(310) + long(571) - long(300))]),
+        )
+    ),
+    "long-gaps": Layout((([0, 1, long(600), long(1300), long(2000) - 1], [(0, long(2000))]),)),  # whole blocks masked
+    "many-gaps": Layout((([*range(0, long(600), 2)], [(0, long(600))]),)),  # two tiles and a bit, each with gaps
     "deep-ancestors": Layout((deep(150, 3, 1200), deep(150, 4, 1203), deep(100, 2, 1207))),
-    "branches": branches(700, 20),  # 420 queries that share more and more keys with those before
+    "branches": branches(long(700), 20),  # 420 queries that share more and more keys with those before
 }
 
 
@@ -177,7 +187,7 @@ def test_equals_fp64(place: Place, layout: Layout, window: int | None) -> None:
 
 
 @each_place
-@pytest.mark.parametrize("window", [None, 5, 600], ids=lambda w: f"window-{w}")
+@pytest.mark.parametrize("window", [None, 5, long(600)], ids=lambda w: f"window-{w}")
 @pytest.mark.parametrize("layout", LONG.values(), ids=LONG)
 def test_long_segments_equal_fp64(place: Place, layout: Layout, window: int | None) -> None:
     q, k, v, *rest = problem(layout, (2, 1))

@@ -7,11 +7,19 @@ from __future__ import annotations
 
 import importlib
 import os
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from backends import Place, assert_same_bits, check
+from models import CONFIGS, make_model
 from test_option_logprobs import TOLERANCES, fp64, problem, run
+from test_plan import random_group
+
+from psykern import engine
+from psykern.model import Model
+from psykern.plan import plan
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
 TRITON = Place("triton", torch.device("cpu"))
@@ -60,3 +68,22 @@ def test_rows_in_several_launches_score_as_in_one(limit: str, monkeypatch: pytes
     assert module.rows_of_launch(150, 32 * 4, 3, 64) == 64
     for one, other in zip(run(TRITON, *inputs), whole, strict=True):
         assert_same_bits(one, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "wave_tokens"),
+    [("qwen3", 48), ("qwen2-window", 48), ("olmo3", 48), ("qwen2-window", 4096)],  # norm of heads, none, of projections
+    ids=["qwen3-carried", "qwen2-window-carried", "olmo3-carried", "qwen2-window-one-wave"],
+)
+def test_the_engine_scores_as_with_the_reference(name: str, wave_tokens: int, tmp_path: Path) -> None:
+    """Transcripts that share prefixes, with answer options of several tokens: 2 layers, of which Qwen2 windows one."""
+    make_model(tmp_path, **CONFIGS[name] | {"num_hidden_layers": 2})
+    group = random_group(np.random.default_rng(5), 3, 320, 2)
+    planned = plan(group, wave_tokens=wave_tokens, batch_tokens=32, min_share=4)
+    assert (planned.max_carried_rows > 0) == (wave_tokens == 48)
+    model = Model(tmp_path, device=torch.device("cpu"), dtype=torch.float32)
+    got, expected = (engine.run(planned, model, backend=backend) for backend in ("triton", "reference"))
+    assert len(got.logprob) >= 20
+    assert np.abs(got.logprob - expected.logprob).max() <= 1e-5
+    assert np.abs(got.entropy - expected.entropy).max() <= 1e-5
+    assert np.array_equal(got.is_argmax, expected.is_argmax)

@@ -41,12 +41,12 @@ def tiles_of(rows: int, size: int, dtype: torch.dtype, use_copies: bool) -> Tile
     (``use_copies``) are enough left for tiles of 128 x 256: with masked loads these spill.
     """
     if dtype == torch.float32:
-        return Tiles(16, 64, 32, 4, 2) if rows <= 16 else Tiles(64, 64, 32, 8, 2)
+        return Tiles(16, 64, 32, 4, 2) if rows <= 16 else Tiles(64, 64, 16, 8, 2)
     block_k = 64 if size > 32 else 32
     if rows <= 16:
         return Tiles(16, 128, block_k, 4, 4)
     if rows <= 64:
-        return Tiles(64, 128, block_k, 4, 4)
+        return Tiles(64, 128, block_k, 8, 4)
     return Tiles(128, 256, block_k, 8, 3) if use_copies else Tiles(128, 128, block_k, 8, 3)
 
 

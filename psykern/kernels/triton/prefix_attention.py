@@ -42,14 +42,19 @@ class Blocks(NamedTuple):
 
 
 def blocks_of(head_dim: int, dtype: torch.dtype, hopper: bool) -> Blocks:
-    """By head size and dtype; ``hopper``: 228 KiB of shared memory, not 164."""
+    """By head size and dtype: the largest that spill no register (benchmarks/results/triton_resources.csv).
+
+    Before Hopper the masks of a head size that is no power of 2 take the registers of half the rows.
+    """
     if dtype == torch.float32:
-        return Blocks(64, 32, 4, 2) if head_dim <= 128 else Blocks(32, 32, 4, 1)
+        if head_dim <= 64:
+            return Blocks(32, 32, 8, 2)
+        return Blocks(16, 32, 8, 2) if head_dim <= 128 else Blocks(16, 16, 8, 1)
     if head_dim <= 64:
-        return Blocks(128, 128 if hopper else 64, 8 if hopper else 4, 3)
+        return Blocks(128, 64, 8, 3)
     if head_dim <= 128:
-        return Blocks(128, 128, 8, 2) if hopper else Blocks(128, 64, 8, 2)
-    return Blocks(128, 64, 8, 2) if hopper else Blocks(64, 32, 4, 2)
+        return Blocks(128 if hopper or head_dim == 128 else 64, 64, 8, 2)
+    return Blocks(64, 32, 8, 2)
 
 
 def prefix_attention(
