@@ -38,13 +38,13 @@ test: build
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror $(CSRC)
 	$(PY) -m mypy
-	TRITON_INTERPRET=1 $(PY) -m pytest -k triton -W ignore $(addprefix tests/test_,triton_kernels.py kernels.py elementwise.py)
+	$(MAKE) interpret
 	$(PY) -m pytest
 
-# Every case of the Triton kernels under the interpreter, of which `test` runs the quicker files.
+# Every case of the Triton kernels under Triton's interpreter, which a process must choose before it imports them.
 interpret: build
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -k triton -W ignore $(addprefix tests/test_,triton_kernels.py kernels.py \
-	    elementwise.py option_logprobs.py prefix_attention.py)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -k triton -W ignore --numprocesses auto \
+	    $(addprefix tests/test_,triton_kernels.py kernels.py elementwise.py option_logprobs.py prefix_attention.py)
 
 format: setup
 	$(PY) -m ruff check --fix .

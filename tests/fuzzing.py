@@ -1,0 +1,170 @@
+"""What the fuzzers feed to psykern, and what must hold: an error a user can act on or a run that accounts for every
+row, and nothing written outside the run's folder. Used by ``test_fuzz.py`` and by ``benchmarks/fuzz.py``."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from hypothesis import strategies as st
+
+import psykern
+from psykern import Settings
+
+_WORDS = st.sampled_from(
+    [
+        "<<",
+        ">>",
+        "<<A>>",
+        "<<",
+        "A",
+        " ",
+        "\n",
+        "é",
+        "\u0301",
+        "\x00",
+        "\ud800",
+        "<<>>",
+        "machine J",
+        ".",
+        "-7",
+        "<",
+        ">",
+    ]
+)
+_TEXT = st.one_of(st.text(max_size=40), st.lists(_WORDS, max_size=12).map("".join))
+_VALUE = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), _TEXT),
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(_TEXT, inner, max_size=3)),
+    max_leaves=6,
+)
+_NAME = st.one_of(st.sampled_from(["s", "../../up", "/tmp/x", "..", "a/b", "\x00", "a\nb", ""]), _VALUE)
+_OPTIONS = st.lists(st.one_of(_TEXT, st.lists(_TEXT, max_size=3)), max_size=3)
+_ROW = st.fixed_dictionaries(
+    {"text": st.one_of(st.just("You say <<A>>, then <<B>>."), _TEXT, _VALUE)},
+    optional={
+        "study": _NAME,
+        "experiment": _NAME,
+        "participant": _NAME,
+        "options": st.one_of(st.just(["A", "B"]), _OPTIONS, _VALUE),
+        "age": _VALUE,
+        "gender": _VALUE,
+    },
+)
+_LINE = st.one_of(
+    _ROW.map(lambda row: json.dumps(row).encode()),
+    _VALUE.map(lambda value: json.dumps(value).encode()),
+    st.binary(max_size=60).map(lambda line: line.replace(b"\n", b"")),
+)
+LINES = st.lists(_LINE, max_size=5)
+SETTINGS = st.builds(
+    Settings,
+    device=st.just("cpu"),
+    protocol=st.sampled_from(["exact", "study"]),
+    options=st.sampled_from(["none", "given", "observed", "observed-experiment"]),
+    condition=st.sampled_from(["plain", "persona"]),
+    discrete=st.sampled_from([None, "[A-Z]"]),
+    over_length=st.just("skip"),
+    unit_tokens=st.sampled_from([1, 50, 2**17]),
+)
+PACKINGS = st.sampled_from(["jsonl", "jsonl.gz", "zip"])
+# Bytes of the packed file that are changed, and where it is cut: shares of its length.
+DAMAGE = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=3)
+CUT = st.one_of(st.just(1.0), st.floats(0, 1))
+JSON_TEXT = st.one_of(_VALUE.map(json.dumps), st.text(max_size=30))
+
+
+def pack(lines: list[bytes], packing: str, member: str = "prompts.jsonl") -> bytes:
+    content = b"".join(line + b"\n" for line in lines)
+    if packing == "jsonl.gz":
+        return gzip.compress(content, mtime=0)
+    if packing == "zip":
+        stream = io.BytesIO()
+        with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr(member, content)
+        return stream.getvalue()
+    return content
+
+
+def check_rows(model: Path, lines: list[bytes], packing: str, settings: Settings, folder: Path) -> None:
+    """Every row of an undamaged file is in the records or among the rejects, by count and by name."""
+    data = folder / f"study.{packing}"
+    data.write_bytes(pack(lines, packing, "../../prompts.jsonl"))
+    num_rows = sum(bool(_without_mark(i, line).strip()) for i, line in enumerate(lines))
+    run = score_or_error(model, data, settings, folder)
+    if run is None:
+        return
+    counts = run.manifest.counts
+    left_out = counts.over_length_transcripts + counts.without_metadata_transcripts
+    assert counts.transcripts + left_out + counts.rejects == num_rows
+    rejects = folder / "run" / "rejects.jsonl"
+    named = [json.loads(line)["line"] for line in rejects.read_text().splitlines()] if rejects.exists() else []
+    assert len(named) == len(set(named)) == counts.rejects
+    assert psykern.read_run(folder / "run").num_rows == counts.responses
+
+
+def _without_mark(number: int, line: bytes) -> bytes:
+    return line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
+
+
+def check_damaged(
+    model: Path, content: bytes, suffix: str, damage: list[tuple[float, int]], cut: float, folder: Path
+) -> None:
+    """A file of any bytes gives an error that names it, or a run."""
+    broken = bytearray(content)
+    for place, value in damage:
+        if broken:
+            broken[int(place * len(broken))] = value
+    data = folder / f"study.{suffix}"
+    data.write_bytes(bytes(broken[: int(cut * len(broken))]))
+    run = score_or_error(model, data, Settings(device="cpu"), folder)
+    if run is not None:
+        assert psykern.read_run(folder / "run").num_rows == run.manifest.counts.responses
+
+
+def check_manifest(model: Path, data: Path, text: str, folder: Path) -> None:
+    """A run's folder with any manifest is refused, and left as it is."""
+    (folder / "run").mkdir()
+    path = folder / "run" / "manifest.json"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    before = path.read_bytes()
+    assert score_or_error(model, data, Settings(device="cpu"), folder) is None
+    assert path.read_bytes() == before
+
+
+def score_or_error(model: Path, data: Path, settings: Settings, folder: Path) -> psykern.Run | None:
+    """None: refused, with an error that a user can act on."""
+    before = _files(folder.parent)
+    try:
+        return psykern.score(model, data, folder / "run", settings, cache=folder / "cache")
+    except psykern.PsykernError as error:
+        assert str(error)
+        return None
+    finally:
+        new = _files(folder.parent) - before
+        assert all(path.is_relative_to(folder / "run") or path.is_relative_to(folder / "cache") for path in new), new
+
+
+def _files(folder: Path) -> set[Path]:
+    return {path for path in folder.rglob("*") if path.is_file()}
+
+
+def parquet_of(lines: list[bytes]) -> bytes:
+    """Those lines that are rows with a text, as parquet."""
+    texts = []
+    for line in lines:
+        try:
+            row: Any = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("text"), str) and "\ud800" not in row["text"]:
+            texts.append(row["text"].encode("utf-8", "ignore").decode())
+    stream = io.BytesIO()
+    pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), stream)
+    return stream.getvalue()
