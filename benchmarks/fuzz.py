@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 from test_score import make_toy, toy_rows, write_rows
 
 SECONDS_AT_MOST = 10  # of one input
-EXAMPLES = 500  # of one rule, before the next one's turn
+EXAMPLES = 200  # of one rule, before the next one's turn
 _FREE = settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 _SUFFIXES = st.sampled_from(["jsonl", "jsonl.gz", "zip", "parquet"])
 
@@ -69,12 +69,25 @@ def rules(model: Path, data: Path, count: Counter[str]) -> dict[str, Callable[..
         with new_folder() as folder:
             fuzzing.check_manifest(model, data, text, folder)
 
+    def changed(changes: dict[str, Any], removed: list[str]) -> None:
+        count["changed_manifests"] += 1
+        with new_folder() as folder:
+            fuzzing.check_changed_manifest(model, data, changes, removed, folder)
+
+    def parts(content: bytes, place: float, length: float) -> None:
+        count["parts"] += 1
+        with new_folder() as folder:
+            fuzzing.check_part(model, data, content, place, length, folder)
+
     lines = fuzzing.LINES
+    share = st.floats(0, 1, exclude_max=True)
     return {
         "rows": given(lines=lines, packing=fuzzing.PACKINGS, chosen=fuzzing.SETTINGS)(rows),
         "files": given(lines=lines, suffix=_SUFFIXES, damage=fuzzing.DAMAGE, cut=fuzzing.CUT)(files),
         "raw": given(content=st.binary(max_size=300), suffix=_SUFFIXES)(raw),
         "manifests": given(text=fuzzing.JSON_TEXT)(manifests),
+        "changed": given(changes=fuzzing.CHANGES, removed=fuzzing.REMOVED)(changed),
+        "parts": given(content=st.binary(max_size=50), place=share, length=share)(parts),
     }
 
 

@@ -390,7 +390,8 @@ def _check_same(folder: Folder, mine: dict[str, Any]) -> dict[str, Any]:
     try:
         there = json.loads(folder.read("manifest.json"))
         one, two = _identity(there), _identity(mine)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        _check_beginning(there)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RunFolderError(f"{path}: cannot be read as a run's manifest: {type(error).__name__}: {error}") from error
     differences = [
         f"{name}: {_short(one[name])} there, {_short(two[name])} here" for name in one if one[name] != two[name]
@@ -398,6 +399,16 @@ def _check_same(folder: Folder, mine: dict[str, Any]) -> dict[str, Any]:
     if differences:
         raise RunFolderError(f"{folder.path}: holds another run, which differs in {'; '.join(differences)}")
     return dict(there)
+
+
+def _check_beginning(manifest: Mapping[str, Any]) -> None:
+    """What a run that goes on takes over from the one that began. Raises ValueError, KeyError."""
+    if not isinstance(manifest["started"], str):
+        raise ValueError(f"started: expected a string, got {_short(manifest['started'])}")
+    for name in ("wave_tokens", "batch_tokens"):
+        value = manifest[name]
+        if not (type(value) is int and 1 <= value < 2**31):  # JSON's true is an int of Python's
+            raise ValueError(f"{name}: expected a number from 1 to {2**31 - 1}, got {_short(value)}")
 
 
 def _short(value: Any) -> str:
@@ -429,7 +440,7 @@ def _read_report(folder: Folder, name: str) -> UnitReport:
         report = json.loads(metadata[_METADATA])
         rejects = tuple(RowError(Source(r["file"], r["line"]), r["reason"]) for r in report["rejects"])
         return UnitReport(Counts(**report["counts"]), rejects, report["sums"])
-    except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
+    except (OSError, pa.ArrowException, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunFolderError(f"{folder.name(name)}: cannot be read: {error}") from error
 
 

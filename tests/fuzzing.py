@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,11 @@ PACKINGS = st.sampled_from(["jsonl", "jsonl.gz", "zip"])
 # Bytes of the packed file that are changed, and where it is cut: shares of its length.
 DAMAGE = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=3)
 CUT = st.one_of(st.just(1.0), st.floats(0, 1))
+MANIFEST_FIELDS = st.sampled_from(
+    ["started", "wave_tokens", "batch_tokens", "data", "protocol", "limit", "studies", "versions", "counts", "finished"]
+)
+CHANGES = st.dictionaries(MANIFEST_FIELDS, _VALUE, max_size=3)
+REMOVED = st.lists(MANIFEST_FIELDS, max_size=2)
 JSON_TEXT = st.one_of(_VALUE.map(json.dumps), st.text(max_size=30))
 
 
@@ -136,6 +142,29 @@ def check_manifest(model: Path, data: Path, text: str, folder: Path) -> None:
     before = path.read_bytes()
     assert score_or_error(model, data, Settings(device="cpu"), folder) is None
     assert path.read_bytes() == before
+
+
+def check_changed_manifest(model: Path, data: Path, changes: dict[str, Any], removed: list[str], folder: Path) -> None:
+    """A run that began and whose manifest was changed is refused or goes on, whole."""
+    with suppress(psykern.InterruptedRun):
+        psykern.score(model, data, folder / "run", Settings(device="cpu"), stop=lambda: True)
+    path = folder / "run" / "manifest.json"
+    manifest = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in manifest.items() if name not in removed}))
+    run = score_or_error(model, data, Settings(device="cpu"), folder)
+    assert run is None or run.manifest.finished is not None
+
+
+def check_part(model: Path, data: Path, content: bytes, place: float, length: float, folder: Path) -> None:
+    """A part that was cut, and overwritten in the middle, is scored again."""
+    run = psykern.score(model, data, folder / "run", Settings(device="cpu"))
+    part = next((folder / "run" / "responses").iterdir())
+    whole = part.read_bytes()
+    start, stop = int(place * len(whole)), int(length * len(whole))
+    part.write_bytes((whole[:start] + content + whole[start + len(content) :])[:stop])
+    again = score_or_error(model, data, Settings(device="cpu"), folder)
+    assert again is not None and again.manifest.counts == run.manifest.counts
+    assert part.read_bytes() == whole
 
 
 def score_or_error(model: Path, data: Path, settings: Settings, folder: Path) -> psykern.Run | None:

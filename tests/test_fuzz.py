@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import fuzzing
 import pytest
@@ -65,3 +66,19 @@ def test_damaged_files_are_named(
 def test_a_foreign_manifest_is_refused(model: Path, data: Path, text: str) -> None:
     with new_folder() as folder:
         fuzzing.check_manifest(model, data, text, folder)
+
+
+@FEW
+@given(changes=fuzzing.CHANGES, removed=fuzzing.REMOVED)
+def test_a_changed_manifest_is_refused_or_goes_on(
+    model: Path, data: Path, changes: dict[str, Any], removed: list[str]
+) -> None:
+    with new_folder() as folder:
+        fuzzing.check_changed_manifest(model, data, changes, removed, folder)
+
+
+@FEW
+@given(content=st.binary(max_size=50), place=st.floats(0, 1), length=st.floats(0, 1, exclude_max=True))
+def test_a_damaged_part_is_scored_again(model: Path, data: Path, content: bytes, place: float, length: float) -> None:
+    with new_folder() as folder:
+        fuzzing.check_part(model, data, content, place, length, folder)

@@ -416,12 +416,26 @@ def test_another_run_is_refused_with_what_differs(tmp_path: Path) -> None:
     assert (tmp_path / "manifest.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"data": 3}', '{"data": [3]}'])
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "{}", '{"data": 3}', '{"data": [3]}', "[" * 100_000],
+    ids=["empty", "open", "list", "no data", "data number", "file number", "deep"],
+)
 def test_a_manifest_that_is_none_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(RunFolderError, match=r"manifest\.json: cannot be read as a run's manifest"):
         begin(tmp_path)
     assert (tmp_path / "manifest.json").read_text() == content
+
+
+@pytest.mark.parametrize("name", ["started", "wave_tokens", "batch_tokens"])
+@pytest.mark.parametrize("value", [None, True, 0, -1, 1.5, [], 2**31])
+def test_a_run_does_not_go_on_with_what_is_no_budget_or_start(tmp_path: Path, name: str, value: object) -> None:
+    begin(tmp_path)
+    began = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps(began | {name: value}))
+    with pytest.raises(RunFolderError, match=rf"cannot be read as a run's manifest: ValueError: {name}: expected"):
+        begin(tmp_path)
 
 
 @pytest.mark.parametrize(
