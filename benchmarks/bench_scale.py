@@ -127,7 +127,8 @@ def make_model(folder: Path) -> Path:
 
 @contextmanager
 def instant_model() -> Iterator[None]:
-    """Every wave is laid out as for a model, every target gets the same score."""
+    """Every wave is laid out as for a model; scores are drawn, so that records pack as badly as real ones."""
+    rng = np.random.default_rng(0)
 
     def stream(plans: Iterable[tuple[Plan, Callable[[float], None]]], *_: Any, **__: Any) -> Iterator[TargetScores]:
         for plan, progress in plans:
@@ -135,7 +136,8 @@ def instant_model() -> Iterator[None]:
                 pass
             n = plan.num_targets
             progress(1.0)
-            yield TargetScores(np.full(n, -1, np.float32), np.zeros(n, np.bool_), np.ones(n, np.float32))
+            logprob = -rng.exponential(size=n).astype(np.float32)
+            yield TargetScores(logprob, logprob > -0.5, rng.random(n, np.float32))
 
     real = engine.stream
     engine.stream = stream  # type: ignore[assignment]

@@ -58,8 +58,9 @@ _KINDS = {
     dict: "an object",
 }
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-# What damaged files raise; the fourth: a directory of an archive whose bytes happen to ask for an unknown feature.
-_DAMAGE = (EOFError, zlib.error, zipfile.BadZipFile, NotImplementedError, pa.ArrowException, OSError)
+# What damaged files raise; the fourth: a directory of an archive whose bytes happen to ask for an unknown feature; the
+# fifth: names of members that are not in their encoding, places before the file's start.
+_DAMAGE = (EOFError, zlib.error, zipfile.BadZipFile, NotImplementedError, ValueError, pa.ArrowException, OSError)
 
 
 @dataclass(frozen=True, slots=True)

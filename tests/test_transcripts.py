@@ -544,6 +544,16 @@ class TestDamagedFiles:
         assert errors[-1].source.file == f"{file}!prompts.jsonl"
         assert errors[-1].reason.startswith("file is damaged or truncated after line ")
 
+    def test_zip_with_a_name_that_is_not_utf_8(self, tmp_path: Path) -> None:
+        """Found by fuzzing: in the member's own header, and in the archive's directory."""
+        whole = zipped({"ä/prompts.jsonl": json_lines(self.LONG)})
+        for place in (whole.index("ä".encode()), whole.rindex("ä".encode())):
+            packed = bytearray(whole)
+            packed[place + 1] = ord("x")
+            kept, error = self.damaged(tmp_path, ".jsonl.zip", bytes(packed))
+            assert kept == 0
+            assert error.reason.startswith("file is damaged or truncated after line 0: 'utf-8' codec can't decode")
+
     def test_truncated_parquet(self, tmp_path: Path) -> None:
         packed = in_parquet(self.LONG)
         kept, error = self.damaged(tmp_path, ".parquet", packed[: len(packed) // 2])
