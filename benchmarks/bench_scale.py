@@ -13,6 +13,7 @@ which must not grow.
 from __future__ import annotations
 
 import argparse
+import csv
 import gzip
 import json
 import re
@@ -27,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import print_row, write_csv
+from harness import RESULTS, print_row, write_csv
 from scipy.optimize import root
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -202,6 +203,16 @@ def rehearse(fraction: float, pieces: int, seed: int, unit_tokens: int, folder: 
     return rows
 
 
+def predicted_hours(device: str, model: str) -> float:
+    """Of the whole data set on one device, from the roofline."""
+    with (RESULTS / "roofline.csv").open() as file:
+        return next(
+            float(row["predicted_hours"])
+            for row in csv.DictReader(file)
+            if (row["device"], row["model"]) == (device, model) and row["predicted_hours"]
+        )
+
+
 def total(rows: Sequence[dict[str, Any]], fraction: float, way: str) -> dict[str, Any]:
     """All pieces of one way, and what they say of the whole data set, an extrapolation unless the fraction is 1."""
     own = [row for row in rows if row["way"] == way]
@@ -212,7 +223,8 @@ def total(rows: Sequence[dict[str, Any]], fraction: float, way: str) -> dict[str
         "way": way,
         **{name: round(value, 1) for name, value in sums.items() if name != "tokens_per_second"},
         "tokens_per_second": round(rate),
-        "hours_of_all": round(TOKENS / rate / 3600, 2),
+        "hours_of_all": round(TOKENS / rate / 3600, 2),  # of the driver alone
+        "h100_hours_predicted": predicted_hours("H100 SXM 80GB", "Qwen3-8B"),
         "first_peak_mb": own[0]["peak_mb"],
         "peak_mb": own[-1]["peak_mb"],
     }
