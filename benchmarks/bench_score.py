@@ -285,7 +285,7 @@ def bench_shape(options: argparse.Namespace) -> None:
         for study in [*studies, Study("all", *([x for s in studies for x in getattr(s, n)] for n in FIELDS))]:
             rows += bench_shape_study(study, folder, user, model, tokenizer, options, rms)
             if options.name:
-                write_csv(f"{options.name}.csv", rows, options.folder, device)
+                write_csv(options.name, rows, options.folder, device)
     print_totals([row for row in rows if row["study"] != "all"], options.providers)
 
 

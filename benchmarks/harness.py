@@ -118,9 +118,9 @@ def _cpu_name() -> str:
 def write_csv(
     name: str, rows: Sequence[Mapping[str, object]], folder: Path = RESULTS, device: torch.device = CPU
 ) -> Path:
-    """Write ``rows`` (equal keys) with the machine's columns behind them; those of a GPU as JSON too."""
+    """Write ``rows`` (equal keys) with the machine's columns behind them, to ``name``.csv; those of a GPU as JSON too."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / name
+    path = folder / f"{name.removesuffix('.csv')}.csv"
     columns = machine(device)
     if device.type == "cuda" or folder != RESULTS:
         path.with_suffix(".json").write_text(json.dumps({"machine": columns, "rows": list(rows)}, indent=1))
@@ -235,7 +235,7 @@ def write_results(
     provider over numbers, a bar over names. Rows without ``y`` are in the file only."""
     from matplotlib import pyplot
 
-    path = write_csv(f"{name}.csv", rows, folder, device)
+    path = write_csv(name, rows, folder, device)
     drawn = [row for row in rows if row[y] != ""]
     panels = list(dict.fromkeys(row[panel] for row in drawn))
     places = list(dict.fromkeys(row[x] for row in drawn))

@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "seconds": round(outcome.seconds, 1),
     }
     print_row(row)
-    write_csv(f"{options.name}.csv", [row])
+    write_csv(options.name, [row])
     return 0 if outcome.equal == outcome.rounds else 1
 
 

@@ -23,6 +23,7 @@ from psykern.kernels.triton.tiles import (
     FIRST_QUERY,
     FIRST_RANGE,
     FIRST_TAIL,
+    LAST_POSITION,
     LIMIT,
     MIN_LIMIT,
     NUM_COLUMNS,
@@ -110,6 +111,7 @@ def prefix_attention(
             FIRST_TAIL=FIRST_TAIL,
             END_TAIL=END_TAIL,
             FIRST_POSITION=FIRST_POSITION,
+            LAST_POSITION=LAST_POSITION,
             LIMIT=LIMIT,
             MIN_LIMIT=MIN_LIMIT,
             NUM_COLUMNS=NUM_COLUMNS,
@@ -211,6 +213,7 @@ def attention_kernel(
     FIRST_TAIL: tl.constexpr,
     END_TAIL: tl.constexpr,
     FIRST_POSITION: tl.constexpr,
+    LAST_POSITION: tl.constexpr,
     LIMIT: tl.constexpr,
     MIN_LIMIT: tl.constexpr,
     NUM_COLUMNS: tl.constexpr,
@@ -234,10 +237,10 @@ def attention_kernel(
     q = tl.load(q_ptr + query.to(tl.int64)[:, None] * stride_qn + columns, mask=mask, other=0.0)
     highs = tl.load(limits_ptr + query, mask=is_query, other=0)
     lows = tl.zeros([BLOCK_M], dtype=tl.int32)
-    first_key = 0
     if HAS_WINDOW:
         lows = tl.load(positions_ptr + query, mask=is_query, other=0) - window + 1
-        first_key = tl.maximum(tl.load(tile_ptr + FIRST_POSITION) - window + 1, 0)
+        first_key = tl.maximum(tl.load(tile_ptr + FIRST_POSITION) - window + 1, 0)  # that some query sees
+        common_key = tl.maximum(tl.load(tile_ptr + LAST_POSITION) - window + 1, 0)  # the first that all see
     scale = softmax_scale * LOG2E
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     maximum = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
@@ -249,11 +252,11 @@ def attention_kernel(
     for r in range(tl.load(tile_ptr + FIRST_RANGE), tl.load(tile_ptr + END_RANGE)):
         row = tl.load(key_ranges_ptr + 2 * r)
         length = tl.load(key_ranges_ptr + 2 * r + 1) - row
-        begin = tl.maximum(first_key - place, 0)
         end = tl.minimum(limit - place, length)
-        seen_by_all = begin
-        if not HAS_WINDOW:
-            seen_by_all = tl.maximum(tl.minimum(min_limit - place, length), 0) // BLOCK_N * BLOCK_N
+        common_begin = 0
+        if HAS_WINDOW:
+            begin = tl.maximum(first_key - place, 0)
+            common_begin = begin + tl.cdiv(tl.maximum(common_key - place, 0) - begin, BLOCK_N) * BLOCK_N
             acc, maximum, total = attend(
                 q,
                 acc,
@@ -265,18 +268,20 @@ def attention_kernel(
                 stride_vm,
                 row,
                 begin,
-                seen_by_all,
-                lows,
-                highs,
+                tl.minimum(common_begin, end),
+                lows - place,
+                highs - place,
                 offs_n,
                 offs_d,
                 Dh,
                 scale,
-                IS_MASKED=False,
+                IS_MASKED=True,
                 IS_WIDE=IS_WIDE,
                 BLOCK_N=BLOCK_N,
                 BLOCK_D=BLOCK_D,
             )
+        common_keys = tl.maximum(tl.minimum(min_limit - place, length) - common_begin, 0)
+        common_end = common_begin + common_keys // BLOCK_N * BLOCK_N
         acc, maximum, total = attend(
             q,
             acc,
@@ -287,7 +292,30 @@ def attention_kernel(
             stride_km,
             stride_vm,
             row,
-            seen_by_all,
+            common_begin,
+            common_end,
+            lows,
+            highs,
+            offs_n,
+            offs_d,
+            Dh,
+            scale,
+            IS_MASKED=False,
+            IS_WIDE=IS_WIDE,
+            BLOCK_N=BLOCK_N,
+            BLOCK_D=BLOCK_D,
+        )
+        acc, maximum, total = attend(
+            q,
+            acc,
+            maximum,
+            total,
+            k_ptr,
+            v_ptr,
+            stride_km,
+            stride_vm,
+            row,
+            common_end,
             end,
             lows - place,
             highs - place,

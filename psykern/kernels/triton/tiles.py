@@ -20,8 +20,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 _PACK_SHARE = 4  # a segment is short where a tile holds at least so many of it
 
 # Columns of the tiles' table.
-FIRST_QUERY, END_QUERY, FIRST_RANGE, END_RANGE, FIRST_TAIL, END_TAIL, FIRST_POSITION, LIMIT, MIN_LIMIT = range(9)
-NUM_COLUMNS = 9
+FIRST_QUERY, END_QUERY, FIRST_RANGE, END_RANGE, FIRST_TAIL, END_TAIL = range(6)
+FIRST_POSITION, LAST_POSITION, LIMIT, MIN_LIMIT = range(6, 10)
+NUM_COLUMNS = 10
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -112,6 +113,7 @@ def _plan(
     if len(table):
         first = table[:, FIRST_QUERY]
         table[:, FIRST_POSITION] = np.minimum.reduceat(positions, first)
+        table[:, LAST_POSITION] = np.maximum.reduceat(positions, first)
         table[:, LIMIT] = np.maximum.reduceat(limits, first)
         table[:, MIN_LIMIT] = np.minimum.reduceat(limits, first)
         table[:, FIRST_TAIL] = np.where(is_packed[owner], np.minimum.reduceat(tails[:, 0], first), 0)
