@@ -118,7 +118,7 @@ def _cpu_name() -> str:
 def write_csv(
     name: str, rows: Sequence[Mapping[str, object]], folder: Path = RESULTS, device: torch.device = CPU
 ) -> Path:
-    """Write ``rows`` (equal keys) with the machine's columns behind them, to ``name``.csv; those of a GPU as JSON too."""
+    """Write ``rows`` (equal keys), the machine's columns behind them, to ``name``.csv; those of a GPU as JSON too."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name.removesuffix('.csv')}.csv"
     columns = machine(device)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,7 +74,7 @@ def cost(plan: Plan, config: ModelConfig, dtype: torch.dtype) -> Cost:
     batch = min(plan.batch_tokens, wave)
     values = wave * config.hidden_size  # hidden
     values += 2 * (wave + carried) * keys  # store of one layer
-    values += 2 * carried * keys * (layers + 1)  # carried, all layers
+    values += 2 * carried * keys * 2 * layers  # carried from the last wave and to the next, all layers
     values += 2 * plan.max_response_rows * config.hidden_size
     values += batch * _batch_values(config)
     return Cost(
@@ -161,24 +161,28 @@ def stream(
         yield from _finish(*launched.popleft(), model, clock)
 
 
+_Span = tuple[torch.cuda.Event, torch.cuda.Event]
+
+
 class DeviceClock:
     """How much of the time between its first and its last wave a device computed. A CPU is not timed.
 
-    Counted is what lies between the layers of all waves: where the host is late with a wave, a layer's weights or a
-    layer's launches, the device waits there.
+    Idle is what lies between the layers and heads of all waves: there the device waits for a wave or for a layer's
+    weights. Gaps between the launches of one layer are not seen: where a layer is shorter than its launches, ask a
+    profiler (``benchmarks/bench_score.py`` does).
     """
 
     def __init__(self) -> None:
         self._first: torch.cuda.Event | None = None
         self._busy = self._span = 0.0  # milliseconds
 
-    def add(self, layers: Sequence[tuple[torch.cuda.Event, torch.cuda.Event]]) -> None:
-        """Start and end of each layer of a wave that is computed."""
-        if not layers:
+    def add(self, spans: Sequence[_Span]) -> None:
+        """Start and end of each layer, and of the head, of a wave that is computed."""
+        if not spans:
             return
-        self._first = self._first or layers[0][0]
-        self._busy += sum(start.elapsed_time(end) for start, end in layers)
-        self._span = self._first.elapsed_time(layers[-1][1])
+        self._first = self._first or spans[0][0]
+        self._busy += sum(start.elapsed_time(end) for start, end in spans)
+        self._span = self._first.elapsed_time(spans[-1][1])
 
     @property
     def idle_share(self) -> float | None:
@@ -207,7 +211,7 @@ class _Computed:
     is_argmax: Tensor
     entropy: Tensor
     sums: Tensor  # [1 + layers + 1] of the hidden states after the embedding and each layer, and of the scores
-    layers: list[tuple[torch.cuda.Event, torch.cuda.Event]]  # when each layer began and ended; empty on a CPU
+    spans: list[_Span]  # when each layer and the head began and ended; none on a CPU
     arrived: torch.cuda.Event | None
 
 
@@ -235,27 +239,30 @@ def _compute(
 ) -> tuple[_Computed, Tensor]:
     """Launches one wave, and gives it with what the next wave carries. On a device nothing here waits for it."""
     is_cuda = model.device.type == "cuda"
-    layers: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-    start = _event() if is_cuda else None
+    spans: list[_Span] = []
+
+    @contextmanager
+    def timed() -> Iterator[None]:
+        start = _event() if is_cuda else None
+        yield
+        if start is not None:
+            spans.append((start, _event()))
 
     def layer_done(count: int) -> None:
-        nonlocal start
-        if start is not None:
-            layers.append((start, _event()))
-            start = _event()
-        else:
+        if not is_cuda:
             share = count / model.config.num_layers
             job.progress((job.rows_done + len(wave.token_ids) * share) / job.plan.num_computed)
 
-    hidden, kept, sums = _body(wave, model, carried, work, backend, layer_done)
-    logprob, is_argmax, entropy, total = _head(wave, model, hidden, backend)
+    hidden, kept, sums = _body(wave, model, carried, work, backend, timed, layer_done)
+    with timed():
+        logprob, is_argmax, entropy, total = _head(wave, model, hidden, backend)
     computed = _Computed(
         wave,
         logprob=logprob.to("cpu", non_blocking=True),
         is_argmax=is_argmax.to("cpu", non_blocking=True),
         entropy=entropy.to("cpu", non_blocking=True),
         sums=torch.stack([*sums, total]).to("cpu", non_blocking=True),
-        layers=layers,
+        spans=spans,
         arrived=_event() if is_cuda else None,
     )
     return computed, kept
@@ -273,7 +280,7 @@ def _finish(job: _Job, computed: _Computed | None, model: Model, clock: DeviceCl
     if computed is not None:
         if computed.arrived is not None:
             computed.arrived.synchronize()
-        clock.add(computed.layers)
+        clock.add(computed.spans)
         _check_finite(computed.sums, model)
         ids = computed.wave.target_ids
         job.scores.logprob[ids] = computed.logprob.numpy()
@@ -292,6 +299,7 @@ def _body(
     carried: Tensor,
     work: Workspace,
     backend: kernels.Backend,
+    timed: Callable[[], AbstractContextManager[None]],
     layer_done: Callable[[int], None],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """All layers of one wave: the hidden states of its response rows [R, D], what the next wave carries, and the sum of
@@ -311,14 +319,15 @@ def _body(
     num_positions = int(wave.positions.max()) + 1
     for index in range(config.num_layers):
         layer = model.layer(index, num_positions)
-        if wave.num_carried:
-            store[:, : wave.num_carried] = carried[index]
-        is_last = index + 1 == config.num_layers
-        for rows, responses, batch in last_batches if is_last else batches:
-            target = out[responses] if is_last else hidden[rows]
-            decoder_layer(layer, hidden[rows], keys, values, batch, target, work, backend)
-        kernels.gather_rows(store, keep_rows, out=kept[index], backend=backend)
-        sums.append((out if is_last else hidden).sum(dtype=torch.float32))
+        with timed():
+            if wave.num_carried:
+                store[:, : wave.num_carried] = carried[index]
+            is_last = index + 1 == config.num_layers
+            for rows, responses, batch in last_batches if is_last else batches:
+                target = out[responses] if is_last else hidden[rows]
+                decoder_layer(layer, hidden[rows], keys, values, batch, target, work, backend)
+            kernels.gather_rows(store, keep_rows, out=kept[index], backend=backend)
+            sums.append((out if is_last else hidden).sum(dtype=torch.float32))
         layer_done(index + 1)
     return out, kept, sums
 

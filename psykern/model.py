@@ -8,8 +8,9 @@ embeddings and in sliding windows, and nowhere else.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -391,6 +392,10 @@ class Model:
         self._outside: dict[str, Tensor] = {}  # embedding, head and final norm on a device
         self.is_fused = device.type != "cpu" or num_slots is not None  # on a CPU two products are as fast as one
         self._slots = self._make_slots(num_slots)
+        if device.type != "cpu":  # now, so that what is free afterwards is free
+            for name in shapes:
+                if not name.startswith("model.layers."):
+                    self._on_device(name)
 
     def _make_slots(self, num_slots: int | None) -> Slots | None:
         on_cpu = self.device.type == "cpu"
@@ -406,8 +411,9 @@ class Model:
             needed += layout.size * size * self.config.num_layers
             free = torch.cuda.mem_get_info(self.device)[0]
             num_slots = self.config.num_layers if needed <= _RESIDENT_SHARE * free else _STREAMED_SLOTS
+        # No method as the source: slots that hold their model keep a device's memory until a garbage collection.
         return Slots(
-            self._stored,
+            partial(_stored_layer, self._checkpoint, tuple(self._shapes)),
             layout,
             num_layers=self.config.num_layers,
             num_slots=num_slots,
@@ -416,8 +422,7 @@ class Model:
         )
 
     def _stored(self, index: int) -> dict[str, Tensor]:
-        """Layer ``index`` as the file has it."""
-        return {name: self._checkpoint.tensor(f"model.layers.{index}.{name}") for name in self._shapes}
+        return _stored_layer(self._checkpoint, self._shapes, index)
 
     @property
     def is_resident(self) -> bool:
@@ -465,10 +470,17 @@ class Model:
     def _rotary_tables(self, rope: Rope, num_positions: int) -> tuple[Tensor, Tensor]:
         tables = self._tables.get(rope)
         if tables is None or len(tables[0]) < num_positions:
+            # Twice as many as before: each time the host waits for the device.
+            rows = max(num_positions, min(self.config.max_positions, 1 << (num_positions - 1).bit_length()))
             frequencies = torch.tensor(rope.inverse_frequencies, device=self.device)
-            angles = torch.arange(num_positions, device=self.device)[:, None].float() * frequencies
+            angles = torch.arange(rows, device=self.device)[:, None].float() * frequencies
             tables = self._tables[rope] = (angles.cos() * rope.scale, angles.sin() * rope.scale)
         return tables
+
+
+def _stored_layer(checkpoint: Checkpoint, names: Iterable[str], index: int) -> dict[str, Tensor]:
+    """Layer ``index`` as the file has it, by the names within a layer."""
+    return {name: checkpoint.tensor(f"model.layers.{index}.{name}") for name in names}
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -90,6 +90,9 @@ class Slots:
         self._tensors = [layout.tensors(slot) for slot in self._slots]
         self._is_cuda = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if self._is_cuda else None
+        if self._stream is not None:
+            for slot in self._slots:  # a copy may be under way when they are freed
+                slot.record_stream(self._stream)
         self._staging: list[tuple[Tensor, torch.cuda.Event]] = []
         self._loads: dict[int, tuple[int, Future[torch.cuda.Event | None]]] = {}  # by layer: its slot, when it is there
         self._num_loaded = 0

@@ -258,7 +258,7 @@ def test_memory_of_a_wave_counts_everything_that_grows_with_it(tmp_path: Path) -
     config = ModelConfig.read(tmp_path)
     planned = plan([encoded(range(1000), [(500, 501), (999, 1000)])], wave_tokens=100, batch_tokens=50, min_share=1)
     hidden, store = 100 * 64, 2 * (100 + 900) * 32
-    carried = 2 * 900 * 32 * (3 + 1)
+    carried = 2 * (2 * 900 * 32 * 3)  # of the last wave, and what is kept for the next
     head = 2 * 1 * 64
     batch = 50 * (5 * 64 + 3 * 64 + 3 * 96)
     assert planned.max_carried_rows == 900

@@ -68,6 +68,12 @@ def call(op: str, backend: kernels.Backend = "auto", place: Place = REFERENCE, *
     return getattr(kernels, op)(**(arguments(op, place) | changed), backend=backend)
 
 
+def skip_values_on_a_device(place: Place, is_value: bool) -> None:
+    """Values there are not read, as that would wait for the device; some wrong ones make it unusable."""
+    if is_value and place.device.type != "cpu":
+        pytest.skip("values on a device are not checked")
+
+
 @pytest.mark.parametrize("place", PLACES, ids=lambda p: f"{p.backend}-on-{p.device}")
 def test_this_place_is_there(place: Place) -> None:
     """Skips, with the reason, for each place that the kernel tests leave out."""
@@ -199,6 +205,7 @@ MISFITS: list[tuple[str, str, Any, str]] = [
 def test_an_argument_that_does_not_fit_is_named_with_expected_and_got(
     place: Place, op: str, name: str, bad: Any, message: str
 ) -> None:
+    skip_values_on_a_device(place, message.startswith(("ids of", "rows of")))
     given = bad.to(place.device) if isinstance(bad, torch.Tensor) else bad
     with pytest.raises(ValueError, match=f"^{name}: expected {re.escape(message)}"):
         call(op, place.backend, place, **{name: given})
@@ -225,5 +232,6 @@ def test_option_logprobs_refuses_dtypes_that_do_not_fit(place: Place, name: str,
 @pytest.mark.parametrize("offsets", [[0, 1, 1, 2], [0, 1, 1, 4], [1, 1, 1, 3], [0, 2, 1, 3]], ids=str)
 def test_option_logprobs_refuses_offsets_that_do_not_cover_the_tokens(place: Place, offsets: list[int]) -> None:
     """A token that no row has would be left without a logit."""
+    skip_values_on_a_device(place, is_value=True)
     with pytest.raises(ValueError, match=r"^token_offsets: expected"):
         call("option_logprobs", place.backend, place, token_offsets=torch.tensor(offsets, device=place.device))
