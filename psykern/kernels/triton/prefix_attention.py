@@ -359,4 +359,9 @@ def attention_kernel(
             BLOCK_D=BLOCK_D,
         )
     o = acc / total[:, None]
+    # Places are computed anew, from a load that the compiler must repeat: kept, they would take registers of the loops.
+    query = tl.load(tile_ptr + FIRST_QUERY, volatile=True) + offs_m // GROUP
+    is_query = (query < tl.load(tile_ptr + END_QUERY, volatile=True)) & (offs_m < BLOCK_M // GROUP * GROUP)
+    mask = is_query[:, None] & (offs_d < Dh)[None, :]
+    columns = ((head * GROUP + offs_m % GROUP) * Dh)[:, None] + offs_d[None, :]
     tl.store(out_ptr + query.to(tl.int64)[:, None] * stride_on + columns, o.to(out_ptr.dtype.element_ty), mask=mask)
