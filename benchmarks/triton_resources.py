@@ -1,6 +1,6 @@
 """What the Triton kernels take on a GPU by the compiler's account, found without one.
 
-    python benchmarks/triton_resources.py        # writes results/triton_resources.csv
+    python benchmarks/triton_resources.py        # writes results/triton_resources_3.9.csv, by Triton's version
 
 Each operation is called at a shape of a real model for each tile of its tables, with the launch recorded in place of
 run; what was recorded is compiled for sm_80 (A100) and sm_90 (H100) by the ptxas that ships with Triton. A stack means
@@ -110,19 +110,19 @@ def resources(launch: Launch, arch: int) -> Resources:
 
 def _specialized(kernel: Any, arguments: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
     """Signature, constants and attributes, as Triton's launcher makes them: 1 and None are constants, and a pointer or
-    a number that 16 divides is known to be so."""
+    a number that 16 divides is known to be so, where the kernel does not forbid it."""
     signature, constants, attributes = {}, {}, {}
-    constexprs = {p.name for p in kernel.params if p.is_constexpr}
-    for i, name in enumerate(kernel.arg_names):
-        value = arguments[name]
-        if name in constexprs or value is None or (type(value) is int and value == 1):
+    for i, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
+        value, is_special = arguments[name], not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (is_special and type(value) is int and value == 1):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, TensorDescriptor):
             signature[name] = f"tensordesc<{_TYPES[value.base.dtype]}{value.block_shape}>".replace(" ", "")
         else:
             is_tensor = isinstance(value, Tensor)
             signature[name] = f"*{_TYPES[value.dtype]}" if is_tensor else "fp32" if type(value) is float else "i32"
-            if is_tensor or (type(value) is int and value % 16 == 0):
+            is_aligned = is_special and not parameter.do_not_specialize_on_alignment
+            if is_aligned and (is_tensor or (type(value) is int and value % 16 == 0)):
                 attributes[(i,)] = [["tt.divisibility", 16]]
     return signature, constants, attributes
 
@@ -205,7 +205,7 @@ def compiled(case: Case, arch: int) -> Iterator[tuple[Launch, Resources]]:
 def main() -> None:
     from harness import write_csv
 
-    rows = []
+    version, rows = ".".join(triton.__version__.split(".")[:2]), []
     for case in cases():
         for arch in SHARED_BYTES:
             for launch, took in compiled(case, arch):
@@ -225,7 +225,7 @@ def main() -> None:
                 }
                 rows.append(row)
                 print(*row.values(), flush=True)
-    print(write_csv("triton_resources.csv", rows))
+    print(write_csv(f"triton_resources_{version}.csv", rows))
 
 
 if __name__ == "__main__":

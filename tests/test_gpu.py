@@ -5,6 +5,7 @@ Each test runs on a CPU too, where the code is the same, so that it is known to 
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -161,7 +162,8 @@ from test_kernels import OPS, call
 from backends import Place
 place = Place("cuda", torch.device("cuda"))
 for op in OPS:
-    call(op, "cuda", place)
+    if op != "prefix_attention":  # Triton's
+        call(op, "cuda", place)
 for rows in (1, 7, 130):  # no tile divides these
     hidden, weight = torch.randn(rows, 72, device="cuda"), torch.randn(517, 72, device="cuda")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -180,7 +182,18 @@ def test_the_sanitizer_finds_nothing_in_the_cuda_kernels(tool: str) -> None:
     if (sanitizer := shutil.which("compute-sanitizer")) is None:
         pytest.skip("compute-sanitizer: not on PATH")
     tests = Path(__file__).parent
-    own = "--kernel-name=kns=psykern"  # not the vendor's matrix products, nor Triton's
-    command = [sanitizer, f"--tool={tool}", own, "--error-exitcode=9", sys.executable, "-c", SANITIZED]
-    found = subprocess.run(command, cwd=tests, capture_output=True, text=True, timeout=120, check=False)
-    assert found.returncode == 0, (found.stdout + found.stderr)[-3000:]
+    own = "--kernel-name=kns=psykern"  # not the vendor's matrix products
+    options = [f"--tool={tool}", own, "--report-api-errors=no", "--error-exitcode=9"]
+    found = subprocess.run(
+        [sanitizer, *options, sys.executable, "-c", SANITIZED],
+        cwd=tests,
+        env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # so that a tensor's end is an allocation's end
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    told = found.stdout + found.stderr
+    if "Device not supported" in told:
+        pytest.skip("compute-sanitizer: does not know this device")
+    assert found.returncode == 0, told[-3000:]

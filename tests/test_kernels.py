@@ -174,6 +174,8 @@ MISFITS: list[tuple[str, str, Any, str]] = [
     ("prefix_attention", "key_ranges", torch.zeros(2, dtype=I32), "[n, 2], got [2]"),
     ("prefix_attention", "key_ranges", torch.zeros(2, 3, dtype=I32), "[n, 2], got [2, 3]"),
     ("prefix_attention", "window", 0, "at least 1, got 0"),
+    ("prefix_attention", "softmax_scale", -0.5, "a number above 0, got -0.5"),
+    ("prefix_attention", "softmax_scale", float("nan"), "a number above 0, got nan"),
     ("prefix_attention", "out", torch.ones(3, 2, 7), "[3, 2, 8], got [3, 2, 7]"),
     ("prefix_attention", "out", torch.ones(3, 2, 8).double(), "torch.float32 on"),
     ("add_rms_norm", "x", torch.ones(4), "[N, D], got [4]"),

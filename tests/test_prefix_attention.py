@@ -177,6 +177,12 @@ def run(
     return o.cpu()
 
 
+def agreement(place: Place) -> float:
+    """How far two ways to the same numbers may be apart. On a device the reference takes the vendor's kernel for each
+    form of mask, which multiplies in an order of its own."""
+    return 1e-6 if place.device.type == "cpu" else 2e-6
+
+
 @each_place
 @each_window
 @each_layout
@@ -198,22 +204,23 @@ def test_long_segments_equal_fp64(place: Place, layout: Layout, window: int | No
 
 @each_place
 @each_dtype
-@pytest.mark.parametrize("window", [None, 5], ids=lambda w: f"window-{w}")
 @pytest.mark.parametrize(
-    ("heads", "size"),
+    ("heads", "size", "window"),
     [
-        ((1, 1), 24),  # neither a power of two nor a multiple of 16
-        ((2, 2), 80),  # a multiple of 16 only
-        ((4, 2), 128),  # Llama, Qwen3, OLMo 3
-        ((7, 1), 64),  # Qwen2.5-0.5B: 14 query heads on 2
-        ((14, 2), 16),
-        ((2, 1), 96),
-        ((1, 1), 256),  # the largest in use
+        ((1, 1), 24, None),  # neither a power of two nor a multiple of 16
+        ((1, 1), 24, 5),
+        ((2, 2), 80, None),  # a multiple of 16 only
+        ((4, 2), 128, None),  # Llama, Qwen3, OLMo 3
+        ((4, 2), 128, 5),
+        ((7, 1), 64, None),  # Qwen2.5-0.5B: 14 query heads on 2
+        ((14, 2), 16, None),
+        ((2, 1), 96, None),
+        ((1, 1), 256, None),  # the largest in use
     ],
-    ids=lambda value: "-on-".join(map(str, value)) if isinstance(value, tuple) else f"Dh-{value}",
+    ids=lambda value: "-on-".join(map(str, value)) if isinstance(value, tuple) else str(value),
 )
 def test_heads_and_sizes(
-    place: Place, dtype: torch.dtype, window: int | None, heads: tuple[int, int], size: int
+    place: Place, dtype: torch.dtype, heads: tuple[int, int], size: int, window: int | None
 ) -> None:
     layout = LAYOUTS["trie"]
     q, k, v, *rest = problem(layout, heads, size, dtype)
@@ -304,7 +311,7 @@ def test_a_segment_in_two_pieces_equals_the_whole(
     q, k, v, *rest = problem(whole)
     expected = run(place, q, k, v, *rest, window=window)
     got = run(place, q, k, v, *pieces.tensors(), window=window)
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(got, expected, rtol=0, atol=agreement(place))
 
 
 @each_place
@@ -317,20 +324,20 @@ def test_some_of_a_segments_queries_get_what_all_of_them_get(place: Place, windo
     chosen = [4, 5, 6, 11, 30, 39]
     queries = [p - 4 for p in chosen]
     got = run(place, q[queries], k, v, *Layout(((chosen, path),)).tensors(), window=window)
-    torch.testing.assert_close(got, expected[queries], rtol=0, atol=1e-6)
+    torch.testing.assert_close(got, expected[queries], rtol=0, atol=agreement(place))
 
 
 @each_place
 @each_window
 def test_where_keys_stand_in_the_store_does_not_matter(place: Place, window: int | None) -> None:
-    """One path in one range and the same keys scattered over ranges of odd lengths: numbers are equal to 1e-6."""
+    """One path in one range and the same keys scattered over ranges of odd lengths: numbers agree."""
     q, k, v, *rest = problem(Layout(((range(20, 30), [(0, 30)]),)))
     expected = run(place, q, k, v, *rest, window=window)
     scattered = Layout(((range(20, 30), [(41, 42), (7, 10), (50, 61), (1, 6), (20, 30)]),))
     far_k, far_v = torch.full((2, 64, *k.shape[1:]), math.nan)
     far_k[scattered.path(0)], far_v[scattered.path(0)] = k[:30], v[:30]
     got = run(place, q, far_k, far_v, *scattered.tensors(), window=window)
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(got, expected, rtol=0, atol=agreement(place))
 
 
 @each_place

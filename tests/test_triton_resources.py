@@ -28,6 +28,8 @@ HARDEST = [  # configuration, architecture, the tensor core instruction of its p
     ("Dh80-full-bf16", 80, "mma"),
     ("Dh128-full-bf16", 80, "mma"),
     ("Dh128-full-bf16", 90, "wgmma"),
+    ("Dh128-window-bf16", 90, "wgmma"),
+    ("Dh128-window-fp32", 80, ""),
     ("Dh256-window-bf16", 80, "mma"),
     ("D5120-norm-first-bf16", 90, ""),
     ("H40-Dh128-projection-bf16", 90, ""),

@@ -143,6 +143,8 @@ def prefix_attention(
     if key_ranges.is_cpu and key_ranges.numel() and (int(key_ranges.min()) < 0 or int(key_ranges.max()) > k.shape[0]):
         got = f"{int(key_ranges.min())} to {int(key_ranges.max())}"
         raise ValueError(f"key_ranges: expected rows of k, 0 to {k.shape[0]}, got {got}")
+    if not softmax_scale > 0:
+        raise ValueError(f"softmax_scale: expected a number above 0, got {softmax_scale}")
     if window is not None and window < 1:
         raise ValueError(f"window: expected at least 1, got {window}")
     op = _op("prefix_attention", backend, q.device)

@@ -149,7 +149,7 @@ def add_rms_norm_kernel(
     tl.store(normed_ptr + row * stride_nn + offs, normed, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions_ptr"])  # a batch begins at any place
 def qk_norm_rope_kernel(
     x_ptr,
     weight_ptr,

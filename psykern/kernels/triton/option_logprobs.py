@@ -37,7 +37,7 @@ class Tiles(NamedTuple):
 def tiles_of(rows: int, size: int, dtype: torch.dtype, use_copies: bool) -> Tiles:
     """Of a product of ``rows`` hidden states of ``size`` numbers; ``dtype`` is what is multiplied.
 
-    benchmarks/results/triton_resources.csv has the registers they take. Only where the copy engine fetches the tiles
+    benchmarks/results/triton_resources_*.csv have the registers they take. Only where the copy engine fetches the tiles
     (``use_copies``) are enough left for tiles of 128 x 256: with masked loads these spill.
     """
     if dtype == torch.float32:
@@ -58,7 +58,8 @@ def option_logprobs(
     num_rows, size = hidden.shape
     vocabulary = weight.shape[0]
     device = hidden.device
-    lse, entropy = torch.empty((2, num_rows), dtype=torch.float32, device=device)
+    lse = torch.empty(num_rows, dtype=torch.float32, device=device)
+    entropy = torch.empty_like(lse)
     argmax = torch.empty(num_rows, dtype=torch.int64, device=device)
     logits = torch.empty(token_ids.shape, dtype=torch.float32, device=device)
     if num_rows == 0:
@@ -139,7 +140,11 @@ def _source(x: Tensor, block: int, block_k: int, use_copies: bool) -> Any:
     return TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [block, block_k])
 
 
-@triton.jit
+# Sizes and starts that change from batch to batch are not specialized on: each would compile the kernel anew.
+@triton.jit(
+    do_not_specialize=["R", "V", "row_blocks"],
+    do_not_specialize_on_alignment=["token_offsets_ptr", "token_ids_ptr", "logits_ptr"],
+)
 def logits_kernel(
     hidden_ptr,  # or tensor descriptors, with USE_COPIES
     weight_ptr,
@@ -240,7 +245,7 @@ def logits_kernel(
     tl.store(best_ptr + place, first, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "num_tiles"])
 def combine_kernel(
     partial_ptr,
     best_ptr,

@@ -43,19 +43,17 @@ class Blocks(NamedTuple):
 
 
 def blocks_of(head_dim: int, dtype: torch.dtype, hopper: bool) -> Blocks:
-    """By head size and dtype: the largest that spill no register (benchmarks/results/triton_resources.csv).
-
-    Before Hopper the masks of a head size that is no power of 2 take the registers of half the rows.
-    """
+    """By head size and dtype: the largest that spill no register, by Triton 3.6 nor 3.9
+    (benchmarks/results/triton_resources_*.csv). Before Hopper, loads that are under way take registers."""
     if dtype == torch.float32:
-        if head_dim <= 64:
-            return Blocks(32, 32, 8, 2)
-        return Blocks(16, 32, 8, 2) if head_dim <= 128 else Blocks(16, 16, 8, 1)
+        if head_dim > 128:
+            return Blocks(16, 16, 8, 1)
+        return Blocks(32 if head_dim <= 64 else 16, 32, 8, 2) if hopper else Blocks(32, 32, 8, 1)
     if head_dim <= 64:
         return Blocks(128, 64, 8, 3)
-    if head_dim <= 128:
-        return Blocks(128 if hopper or head_dim == 128 else 64, 64, 8, 2)
-    return Blocks(64, 32, 8, 2)
+    if head_dim > 128:
+        return Blocks(64, 32, 8, 2 if hopper else 1)
+    return Blocks(128, 64, 8, 2) if hopper or head_dim == 128 else Blocks(64, 32, 8, 2)
 
 
 def prefix_attention(
@@ -134,6 +132,8 @@ def attend(
     row,
     begin,
     end,
+    skip_from,
+    skip,
     lows,
     highs,
     offs_n,
@@ -145,10 +145,11 @@ def attend(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The keys at places ``begin`` to ``end`` behind store row ``row``; with IS_MASKED a query sees those from its
-    ``lows`` to its ``highs``."""
-    for n in range(begin, end, BLOCK_N):
-        places = n + offs_n
+    """The keys at places ``begin`` to ``end`` behind store row ``row``, without ``skip`` from place ``skip_from`` on;
+    with IS_MASKED a query sees those from its ``lows`` to its ``highs``."""
+    highs = tl.minimum(highs, end)
+    for i in range(begin, end - skip, BLOCK_N):
+        places = i + tl.where(i >= skip_from, skip, 0) + offs_n
         rows = (row + places).to(tl.int64)
         inside = (places < end)[:, None] & (offs_d < Dh)[None, :]
         if IS_MASKED or Dh != BLOCK_D:
@@ -156,17 +157,17 @@ def attend(
         else:
             k = tl.load(k_ptr + rows[:, None] * stride_km + offs_d[None, :])
         if IS_WIDE:
-            scores = tl.dot(q.to(tl.float32), tl.trans(k.to(tl.float32)), input_precision="ieee") * scale
+            scores = tl.dot(q.to(tl.float32), tl.trans(k.to(tl.float32)), input_precision="ieee")
         else:
-            scores = tl.dot(q, tl.trans(k)) * scale
+            scores = tl.dot(q, tl.trans(k))
         if IS_MASKED:
-            sees = (places[None, :] >= lows[:, None]) & (places[None, :] < highs[:, None]) & (places < end)[None, :]
+            sees = (places[None, :] >= lows[:, None]) & (places[None, :] < highs[:, None])
             scores = tl.where(sees, scores, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
+        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1) * scale)
         shift = new_maximum
         if IS_MASKED:
             shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)  # no key was seen so far
-        weights = tl.exp2(scores - shift[:, None])
+        weights = tl.exp2(tl.fma(scores, scale, -shift[:, None]))
         rescale = tl.exp2(maximum - shift)
         total = total * rescale + tl.sum(weights, axis=1)
         acc = acc * rescale[:, None]
@@ -182,7 +183,7 @@ def attend(
     return acc, maximum, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window"])
 def attention_kernel(
     q_ptr,
     k_ptr,
@@ -253,35 +254,13 @@ def attention_kernel(
         row = tl.load(key_ranges_ptr + 2 * r)
         length = tl.load(key_ranges_ptr + 2 * r + 1) - row
         end = tl.minimum(limit - place, length)
+        begin = 0
         common_begin = 0
         if HAS_WINDOW:
             begin = tl.maximum(first_key - place, 0)
             common_begin = begin + tl.cdiv(tl.maximum(common_key - place, 0) - begin, BLOCK_N) * BLOCK_N
-            acc, maximum, total = attend(
-                q,
-                acc,
-                maximum,
-                total,
-                k_ptr,
-                v_ptr,
-                stride_km,
-                stride_vm,
-                row,
-                begin,
-                tl.minimum(common_begin, end),
-                lows - place,
-                highs - place,
-                offs_n,
-                offs_d,
-                Dh,
-                scale,
-                IS_MASKED=True,
-                IS_WIDE=IS_WIDE,
-                BLOCK_N=BLOCK_N,
-                BLOCK_D=BLOCK_D,
-            )
-        common_keys = tl.maximum(tl.minimum(min_limit - place, length) - common_begin, 0)
-        common_end = common_begin + common_keys // BLOCK_N * BLOCK_N
+        common_keys = tl.maximum(tl.minimum(min_limit - place, length) - common_begin, 0) // BLOCK_N * BLOCK_N
+        common_end = common_begin + common_keys
         acc, maximum, total = attend(
             q,
             acc,
@@ -294,6 +273,8 @@ def attention_kernel(
             row,
             common_begin,
             common_end,
+            0,
+            0,
             lows,
             highs,
             offs_n,
@@ -315,8 +296,10 @@ def attention_kernel(
             stride_km,
             stride_vm,
             row,
-            common_end,
+            begin,
             end,
+            common_begin,
+            common_keys,
             lows - place,
             highs - place,
             offs_n,
@@ -347,6 +330,8 @@ def attention_kernel(
             0,
             tl.load(tile_ptr + FIRST_TAIL),
             end_tail,
+            0,
+            0,
             tail_lows,
             tail_highs,
             offs_n,
