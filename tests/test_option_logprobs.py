@@ -86,10 +86,20 @@ def test_equals_fp64(place: Place, dtype: torch.dtype, size: tuple[int, int, int
 
 
 @each_place
-def test_hidden_in_bf16(place: Place) -> None:
-    hidden, weight, *wanted = problem(5, 127, 33, torch.bfloat16)
-    inputs = (hidden.bfloat16(), weight, *wanted)
-    got = check(place, lambda p: run(p, *inputs), fp64(*inputs), TOLERANCES[torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
+@pytest.mark.parametrize(
+    ("rows", "vocabulary", "width"),
+    [
+        (5, 127, 33),
+        (17, 300, 64),  # rows that begin at multiples of 16 bytes: Hopper's copy engine fetches the tiles
+        (130, 512, 64),
+        (130, 515, 72),  # and reads 0 beyond the last row, token and number
+    ],
+)
+def test_hidden_in_half_precision(place: Place, dtype: torch.dtype, rows: int, vocabulary: int, width: int) -> None:
+    hidden, weight, *wanted = problem(rows, vocabulary, width, dtype)
+    inputs = (hidden.to(dtype), weight, *wanted)
+    got = check(place, lambda p: run(p, *inputs), fp64(*inputs), TOLERANCES[dtype])
     assert [t.dtype for t in got] == [torch.float32, torch.float32, torch.int64, torch.float32]
 
 
