@@ -15,7 +15,8 @@ namespace {
 using psykern::cuda::Dtype;
 using psykern::cuda::Rows;
 
-constexpr int64_t kMaxSize = INT32_MAX;       // of a row in elements, and of a grid in rows
+// Of a row in elements, where an int may count a block beyond the end, and of a grid in rows.
+constexpr int64_t kMaxSize = 1 << 30;
 constexpr int64_t kMaxBatches = 65535;        // of a grid's second dimension
 constexpr int64_t kMaxColumns = 65535 * 256;  // of silu_mul, whose rows are cut along a grid's second dimension
 
