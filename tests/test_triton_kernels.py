@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_prefix_attention as attention
 import torch
 from backends import Place, assert_same_bits, check
 from models import CONFIGS, make_model
@@ -56,6 +57,41 @@ def test_rows_that_do_not_begin_at_multiples_of_16_bytes_are_not_for_the_copy_en
     assert not module.uses_copies(torch.zeros(4, 71, dtype=torch.float16), x)
     assert not module.uses_copies(x, x.bfloat16())
     assert not module.uses_copies(x.float(), x.float())
+
+
+@pytest.mark.parametrize("window", [None, 40], ids=["full", "window-40"])
+@pytest.mark.parametrize(("heads", "size"), [((8, 2), 64), ((2, 1), 128)], ids=["Dh-64", "Dh-128"])
+@pytest.mark.parametrize("layout", ["long-on-two-ranges", "branches", "deep-ancestors"])
+def test_keys_that_the_copy_engine_fetches(
+    layout: str, heads: tuple[int, int], size: int, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of the store that no segment names are NaN: a block that all queries see holds none of them."""
+    module = importlib.import_module("psykern.kernels.triton.prefix_attention")
+    monkeypatch.setattr(module, "is_hopper", lambda device: True)
+    used: list[bool] = []
+    take = module._blocks_of_keys
+    monkeypatch.setattr(module, "_blocks_of_keys", lambda x, b, use: used.append(use) or take(x, b, use))
+    chosen = attention.LONG[layout]
+    q, k, v, *rest = attention.problem(chosen, heads, size, torch.float16)
+    named = torch.zeros(len(k), dtype=torch.bool)
+    for s in range(len(chosen.segments)):
+        named[chosen.path(s)] = True
+    truth = attention.fp64(chosen, q, k, v, window)
+    k[~named], v[~named] = np.nan, np.nan
+    check(TRITON, lambda p: [attention.run(p, q, k, v, *rest, window=window)], [truth], attention.TOLERANCES[q.dtype])
+    assert used == [True, True]
+
+
+def test_heads_that_are_not_for_the_copy_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("psykern.kernels.triton.prefix_attention")
+    x = torch.zeros(4, 2, 64, dtype=torch.float16)
+    assert not module.uses_copies(x, x)  # no Hopper GPU
+    monkeypatch.setattr(module, "is_hopper", lambda device: True)
+    assert module.uses_copies(x, x)
+    assert not module.uses_copies(x.float(), x.float())
+    assert not module.uses_copies(x[..., :48], x[..., :48])  # 48 numbers: a block would hold those of the next head
+    unaligned = torch.zeros(4, 2 * 64 + 1, dtype=torch.float16)[:, 1:].view(4, 2, 64)
+    assert not module.uses_copies(x, unaligned) and not module.uses_copies(unaligned, x)
 
 
 @pytest.mark.parametrize("limit", ["_PARTIAL_BYTES", "_HIDDEN_BYTES"])

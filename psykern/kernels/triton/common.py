@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 # What a kernel's log2 and exp2 are scaled by: the hardware computes powers of 2.
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -30,6 +31,16 @@ def dense_rows(x: Tensor) -> Tensor:
     """``x`` with the numbers of each row dense: a copy where they are not."""
     inner = x[:1] if x.dim() > 1 else x
     return x if inner.is_contiguous() or x.numel() == 0 else x.contiguous()
+
+
+def has_aligned_rows(x: Tensor) -> bool:
+    """Whether each row begins at a multiple of 16 bytes, as Hopper's copy engine asks."""
+    return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+
+
+def described(x: Tensor, block_rows: int, block_columns: int) -> TensorDescriptor:
+    """A matrix with dense rows for the copy engine, which fetches blocks of it and reads 0 outside."""
+    return TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [block_rows, block_columns])
 
 
 @cache

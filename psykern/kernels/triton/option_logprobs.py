@@ -15,9 +15,18 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from psykern.kernels.triton.common import LN2, LOG2E, dense_rows, is_hopper, is_wide, on_device_of, power_of_2
+from psykern.kernels.triton.common import (
+    LN2,
+    LOG2E,
+    dense_rows,
+    described,
+    has_aligned_rows,
+    is_hopper,
+    is_wide,
+    on_device_of,
+    power_of_2,
+)
 
 _PARTIAL_BYTES = 64 * 2**20  # of the reduced tiles that are held at once
 _HIDDEN_BYTES = 16 * 2**20  # of hidden states read again for each tile of tokens; L2: 40 MB on A100, 50 on H100
@@ -129,15 +138,14 @@ def uses_copies(hidden: Tensor, weight: Tensor) -> bool:
     return (
         is_hopper(hidden.device)
         and hidden.dtype == weight.dtype != torch.float32
-        and all(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in (hidden, weight))
+        and has_aligned_rows(hidden)
+        and has_aligned_rows(weight)
     )
 
 
 def _source(x: Tensor, block: int, block_k: int, use_copies: bool) -> Any:
-    """``x`` as the kernel takes it: as it is, or described for the copy engine, which reads 0 outside."""
-    if not use_copies:
-        return x
-    return TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [block, block_k])
+    """``x`` as the kernel takes it: as it is, or described for the copy engine."""
+    return described(x, block, block_k) if use_copies else x
 
 
 # Sizes and starts that change from batch to batch are not specialized on: each would compile the kernel anew.

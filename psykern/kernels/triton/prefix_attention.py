@@ -1,20 +1,30 @@
 """prefix_attention: online softmax over the keys of each tile of queries, range by range of their path.
 
 One program answers the query heads of one key head for the queries of one tile (:mod:`psykern.kernels.triton.tiles`),
-so that a key is read once for all of them. Blocks of keys that all queries of the tile see need no mask; those that
-none sees, behind the last query or before the window, are not read.
+so that a key is read once for all of them. Blocks of keys that all queries of the tile see need no mask, and on Hopper
+the copy engine fetches them (tensor descriptors); those that none sees, behind the last query or before the window, are
+not read. What lies between, at the edges, is masked, in smaller blocks where these leave registers to the others.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from psykern.kernels.triton.common import LOG2E, dense_rows, is_hopper, is_wide, on_device_of, power_of_2
+from psykern.kernels.triton.common import (
+    LOG2E,
+    dense_rows,
+    described,
+    has_aligned_rows,
+    is_hopper,
+    is_wide,
+    on_device_of,
+    power_of_2,
+)
 from psykern.kernels.triton.tiles import (
     END_QUERY,
     END_RANGE,
@@ -34,26 +44,31 @@ MAX_HEAD_DIM = 256
 
 
 class Blocks(NamedTuple):
-    """Rows (queries times heads) and keys of a program's products, and what it takes."""
+    """Rows (queries times heads) and keys of a program's products, keys of its masked ones, and what it takes."""
 
     block_m: int
     block_n: int
+    block_e: int
     num_warps: int
     num_stages: int
 
 
-def blocks_of(head_dim: int, dtype: torch.dtype, hopper: bool) -> Blocks:
+def blocks_of(head_dim: int, dtype: torch.dtype, hopper: bool, use_copies: bool) -> Blocks:
     """By head size and dtype: the largest that spill no register, by Triton 3.6 nor 3.9
-    (benchmarks/results/triton_resources_*.csv). Before Hopper, loads that are under way take registers."""
+    (benchmarks/results/triton_resources_*.csv). Loads take registers, but not the copy engine's (``use_copies``)."""
     if dtype == torch.float32:
         if head_dim > 128:
-            return Blocks(16, 16, 8, 1)
-        return Blocks(32 if head_dim <= 64 else 16, 32, 8, 2) if hopper else Blocks(32, 32, 8, 1)
+            return Blocks(16, 16, 16, 8, 1)
+        return Blocks(32 if head_dim <= 64 else 16, 32, 32, 8, 2) if hopper else Blocks(32, 32, 32, 8, 1)
+    if use_copies:
+        if head_dim <= 64:
+            return Blocks(128, 64, 32, 8, 3)
+        return Blocks(128, 128, 32, 8, 2) if head_dim <= 128 else Blocks(64, 64, 32, 8, 2)
     if head_dim <= 64:
-        return Blocks(128, 64, 8, 3)
+        return Blocks(128, 64, 64, 8, 3)
     if head_dim > 128:
-        return Blocks(64, 32, 8, 2 if hopper else 1)
-    return Blocks(128, 64, 8, 2) if hopper or head_dim == 128 else Blocks(64, 32, 8, 2)
+        return Blocks(64, 32, 32, 8, 2 if hopper else 1)
+    return Blocks(128, 64, 64, 8, 2) if hopper or head_dim == 128 else Blocks(64, 32, 32, 8, 2)
 
 
 def prefix_attention(
@@ -72,17 +87,20 @@ def prefix_attention(
         raise ValueError(f"q: expected heads of at most {MAX_HEAD_DIM} numbers, got {q.shape[2]}")
     if q.numel() == 0:
         return out
-    blocks = blocks_of(q.shape[2], q.dtype, is_hopper(q.device))
+    q, k, v = dense_rows(q), dense_rows(k.to(q.dtype)), dense_rows(v.to(q.dtype))
+    use_copies = uses_copies(k, v)
+    blocks = blocks_of(q.shape[2], q.dtype, is_hopper(q.device), use_copies)
     group = q.shape[1] // k.shape[1]
     block_m = max(blocks.block_m, power_of_2(group))
     tiles = query_tiles(positions, query_offsets, range_offsets, key_ranges, block_m // group, q.device)
-    q, k, v = dense_rows(q), dense_rows(k.to(q.dtype)), dense_rows(v.to(q.dtype))
     target = out if dense_rows(out) is out else torch.empty_like(out, memory_format=torch.contiguous_format)
     with on_device_of(q):
         attention_kernel[(tiles.num_tiles, k.shape[1])](
             q,
             k,
             v,
+            _blocks_of_keys(k, blocks.block_n, use_copies),
+            _blocks_of_keys(v, blocks.block_n, use_copies),
             target,
             tiles.table,
             tiles.key_ranges,
@@ -99,8 +117,10 @@ def prefix_attention(
             GROUP=group,
             HAS_WINDOW=window is not None,
             IS_WIDE=is_wide(q.dtype),
+            USE_COPIES=use_copies,
             BLOCK_M=block_m,
             BLOCK_N=blocks.block_n,
+            BLOCK_E=blocks.block_e,
             BLOCK_D=power_of_2(q.shape[2]),
             FIRST_QUERY=FIRST_QUERY,
             END_QUERY=END_QUERY,
@@ -119,6 +139,19 @@ def prefix_attention(
     return out if target is out else out.copy_(target)
 
 
+def uses_copies(k: Tensor, v: Tensor) -> bool:
+    """Whether Hopper's copy engine fetches the keys and values: 16-bit numbers, heads of a power of 2 of them, and rows
+    that begin at multiples of 16 bytes."""
+    size = k.shape[2]
+    is_fit = k.dtype != torch.float32 and size == power_of_2(size) and is_hopper(k.device)
+    return is_fit and has_aligned_rows(k) and has_aligned_rows(v)
+
+
+def _blocks_of_keys(x: Tensor, block: int, use_copies: bool) -> Any:
+    """``x`` as the kernel takes it where it needs no mask: as it is, or described for the copy engine."""
+    return described(x.flatten(1), block, x.shape[2]) if use_copies else x
+
+
 @triton.jit
 def attend(
     q,
@@ -127,21 +160,24 @@ def attend(
     total,
     k_ptr,
     v_ptr,
+    k_blocks,
+    v_blocks,
     stride_km,
     stride_vm,
     row,
+    column,
     begin,
     end,
     skip_from,
     skip,
     lows,
     highs,
-    offs_n,
     offs_d,
     Dh,
     scale,
     IS_MASKED: tl.constexpr,
     IS_WIDE: tl.constexpr,
+    USE_COPIES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -149,11 +185,13 @@ def attend(
     with IS_MASKED a query sees those from its ``lows`` to its ``highs``."""
     highs = tl.minimum(highs, end)
     for i in range(begin, end - skip, BLOCK_N):
-        places = i + tl.where(i >= skip_from, skip, 0) + offs_n
+        places = i + tl.where(i >= skip_from, skip, 0) + tl.arange(0, BLOCK_N)
         rows = (row + places).to(tl.int64)
         inside = (places < end)[:, None] & (offs_d < Dh)[None, :]
         if IS_MASKED or Dh != BLOCK_D:
             k = tl.load(k_ptr + rows[:, None] * stride_km + offs_d[None, :], mask=inside, other=0.0)
+        elif USE_COPIES:
+            k = k_blocks.load([row + i, column])
         else:
             k = tl.load(k_ptr + rows[:, None] * stride_km + offs_d[None, :])
         if IS_WIDE:
@@ -174,6 +212,8 @@ def attend(
         maximum = new_maximum
         if IS_MASKED or Dh != BLOCK_D:
             v = tl.load(v_ptr + rows[:, None] * stride_vm + offs_d[None, :], mask=inside, other=0.0)
+        elif USE_COPIES:
+            v = v_blocks.load([row + i, column])
         else:
             v = tl.load(v_ptr + rows[:, None] * stride_vm + offs_d[None, :])
         if IS_WIDE:
@@ -188,6 +228,8 @@ def attention_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    k_blocks,  # or tensor descriptors, with USE_COPIES
+    v_blocks,
     out_ptr,
     table_ptr,
     key_ranges_ptr,
@@ -204,8 +246,10 @@ def attention_kernel(
     GROUP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     IS_WIDE: tl.constexpr,
+    USE_COPIES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
     FIRST_QUERY: tl.constexpr,
     END_QUERY: tl.constexpr,
@@ -229,7 +273,6 @@ def attention_kernel(
     end_tail = tl.load(tile_ptr + END_TAIL)
 
     offs_m = tl.arange(0, BLOCK_M)
-    offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     query = first_query + offs_m // GROUP
     is_query = (query < end_query) & (offs_m < BLOCK_M // GROUP * GROUP)
@@ -258,7 +301,7 @@ def attention_kernel(
         common_begin = 0
         if HAS_WINDOW:
             begin = tl.maximum(first_key - place, 0)
-            common_begin = begin + tl.cdiv(tl.maximum(common_key - place, 0) - begin, BLOCK_N) * BLOCK_N
+            common_begin = begin + tl.cdiv(tl.maximum(common_key - place, 0) - begin, BLOCK_E) * BLOCK_E
         common_keys = tl.maximum(tl.minimum(min_limit - place, length) - common_begin, 0) // BLOCK_N * BLOCK_N
         common_end = common_begin + common_keys
         acc, maximum, total = attend(
@@ -268,21 +311,24 @@ def attention_kernel(
             total,
             k_ptr,
             v_ptr,
+            k_blocks,
+            v_blocks,
             stride_km,
             stride_vm,
             row,
+            head * Dh,
             common_begin,
             common_end,
             0,
             0,
             lows,
             highs,
-            offs_n,
             offs_d,
             Dh,
             scale,
             IS_MASKED=False,
             IS_WIDE=IS_WIDE,
+            USE_COPIES=USE_COPIES,
             BLOCK_N=BLOCK_N,
             BLOCK_D=BLOCK_D,
         )
@@ -293,22 +339,25 @@ def attention_kernel(
             total,
             k_ptr,
             v_ptr,
+            k_blocks,
+            v_blocks,
             stride_km,
             stride_vm,
             row,
+            head * Dh,
             begin,
             end,
             common_begin,
             common_keys,
             lows - place,
             highs - place,
-            offs_n,
             offs_d,
             Dh,
             scale,
             IS_MASKED=True,
             IS_WIDE=IS_WIDE,
-            BLOCK_N=BLOCK_N,
+            USE_COPIES=USE_COPIES,
+            BLOCK_N=BLOCK_E,
             BLOCK_D=BLOCK_D,
         )
         place += length
@@ -325,22 +374,25 @@ def attention_kernel(
             total,
             k_ptr,
             v_ptr,
+            k_blocks,
+            v_blocks,
             stride_km,
             stride_vm,
             0,
+            head * Dh,
             tl.load(tile_ptr + FIRST_TAIL),
             end_tail,
             0,
             0,
             tail_lows,
             tail_highs,
-            offs_n,
             offs_d,
             Dh,
             scale,
             IS_MASKED=True,
             IS_WIDE=IS_WIDE,
-            BLOCK_N=BLOCK_N,
+            USE_COPIES=USE_COPIES,
+            BLOCK_N=BLOCK_E,
             BLOCK_D=BLOCK_D,
         )
     o = acc / total[:, None]
