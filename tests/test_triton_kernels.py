@@ -82,6 +82,16 @@ def test_keys_that_the_copy_engine_fetches(
     assert used == [True, True]
 
 
+def test_keys_that_no_query_of_a_tile_sees_are_not_read() -> None:
+    """One tile: a value that was read would spoil the sum, NaN times a weight of 0."""
+    layout = attention.Layout(((range(100, 132), [(0, 300)]),))
+    q, k, v, *rest = attention.problem(layout, (1, 1))
+    truth = attention.fp64(layout, q, k, v, window=40)
+    v[:61], v[132:] = np.nan, np.nan
+    got = attention.run(TRITON, q, k, v, *rest, window=40)
+    torch.testing.assert_close(got.double(), truth, rtol=0, atol=attention.TOLERANCES[q.dtype])
+
+
 def test_heads_that_are_not_for_the_copy_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("psykern.kernels.triton.prefix_attention")
     x = torch.zeros(4, 2, 64, dtype=torch.float16)

@@ -275,7 +275,7 @@ def attention_kernel(
     offs_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
     query = first_query + offs_m // GROUP
-    is_query = (query < end_query) & (offs_m < BLOCK_M // GROUP * GROUP)
+    is_query = query < end_query
     mask = is_query[:, None] & (offs_d < Dh)[None, :]
     columns = ((head * GROUP + offs_m % GROUP) * Dh)[:, None] + offs_d[None, :]
     q = tl.load(q_ptr + query.to(tl.int64)[:, None] * stride_qn + columns, mask=mask, other=0.0)
@@ -398,7 +398,7 @@ def attention_kernel(
     o = acc / total[:, None]
     # Places are computed anew, from a load that the compiler must repeat: kept, they would take registers of the loops.
     query = tl.load(tile_ptr + FIRST_QUERY, volatile=True) + offs_m // GROUP
-    is_query = (query < tl.load(tile_ptr + END_QUERY, volatile=True)) & (offs_m < BLOCK_M // GROUP * GROUP)
+    is_query = query < tl.load(tile_ptr + END_QUERY, volatile=True)
     mask = is_query[:, None] & (offs_d < Dh)[None, :]
     columns = ((head * GROUP + offs_m % GROUP) * Dh)[:, None] + offs_d[None, :]
     tl.store(out_ptr + query.to(tl.int64)[:, None] * stride_on + columns, o.to(out_ptr.dtype.element_ty), mask=mask)
