@@ -24,6 +24,7 @@ from harness import (
     keep_working,
     print_row,
     time_side_by_side,
+    write_csv,
     write_results,
 )
 from torch import Tensor
@@ -43,15 +44,15 @@ class Case(NamedTuple):
 def cases(rows: int, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> dict[str, Case]:
     torch.manual_seed(0)
 
-    def put(tensor: Tensor) -> Tensor:
-        return tensor.to(device, dtype)
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device).to(dtype)
 
-    x, residual, normed, summed = put(torch.randn(4, rows, HIDDEN))
-    weight = put(torch.rand(HIDDEN))
-    gate, inner = put(torch.randn(2, rows, INNER))
+    x, residual, normed, summed = draw(4, rows, HIDDEN)
+    weight = draw(HIDDEN).abs()
+    gate, inner = draw(2, rows, INNER)
     up = 1 + torch.exp(-gate)  # in place, gate stays what it is: silu(z) (1 + exp(-z)) = z
-    heads, rotated = put(torch.randn(2, rows, HEADS, HEAD_SIZE))
-    head_weight, positions = put(torch.rand(HEAD_SIZE)), torch.arange(rows, dtype=torch.int32, device=device)
+    heads, rotated = draw(2, rows, HEADS, HEAD_SIZE)
+    head_weight, positions = draw(HEAD_SIZE).abs(), torch.arange(rows, dtype=torch.int32, device=device)
     angles = torch.arange(rows)[:, None] / 1e6 ** torch.linspace(0, 1, HEAD_SIZE // 2)
     cos, sin = angles.cos().float().to(device), angles.sin().float().to(device)
 
@@ -93,7 +94,7 @@ def cases(rows: int, device: torch.device = CPU, dtype: torch.dtype = torch.floa
 def bench(
     name: str, case: Case, rows: int, repeats: int, device: torch.device, dtype: torch.dtype
 ) -> list[dict[str, object]]:
-    source, target = torch.randn(2, rows, case.size).to(device, dtype)
+    source, target = torch.randn(2, rows, case.size, device=device).to(dtype)
     providers = keep_working(case.providers, lambda name, result: None)
     timings = time_side_by_side({**providers, "copy": lambda: target.copy_(source)}, repeats, 2, device)
     rates = {p: (2 if p == "copy" else case.arrays) * source.nbytes / timings[p].median / 1e9 for p in timings}
@@ -122,11 +123,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_arguments(parser)
     options = parser.parse_args(arguments)
     rows, device, dtype = 64 if options.quick else options.rows, options.device, dtype_of(options)
-    table = [
-        row
-        for name, case in cases(rows, device, dtype).items()
-        for row in bench(name, case, rows, options.repeats, device, dtype)
-    ]
+    table = []
+    for name, case in cases(rows, device, dtype).items():
+        table += bench(name, case, rows, options.repeats, device, dtype)
+        if options.name:
+            write_csv(options.name, table, options.folder, device)
     if options.name:
         drawing = {"x": "case", "y": "share_of_copy", "panel": "rows"}
         write_results(options.name, table, **drawing, folder=options.folder, device=device)

@@ -27,6 +27,7 @@ from harness import (
     print_row,
     sgemm,
     time_side_by_side,
+    write_csv,
     write_results,
 )
 from torch import Tensor
@@ -205,8 +206,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for r in rows:
                 table += bench_device(r, vocabulary, hidden_size, options.repeats, device, dtype)
                 if options.name:
-                    drawing = {"x": "rows", "y": "share_of_gemm", "panel": "shape"}
-                    write_results(options.name, table, **drawing, folder=options.folder, device=device)
+                    write_csv(options.name, table, options.folder, device)
+        if options.name:
+            drawing = {"x": "rows", "y": "share_of_gemm", "panel": "shape"}
+            write_results(options.name, table, **drawing, folder=options.folder, device=device)
         return
     rows = options.rows or ROWS
     table = [row for d in options.hidden_sizes for r in rows for row in bench(r, d, options.repeats)]

@@ -11,10 +11,10 @@ FLOPs: 4 Hq Dh for each pair of a query and a key that it sees, in each provider
 is a provider's time in times of psykern's. Sharing half of 8 sequences leaves 0.78 of the pairs, so 1.28 is what it can
 gain at an equal rate.
 
-On a GPU (bf16, heads of 128) SDPA is torch's flash attention, and beside it stand FlexAttention (compiled, with a block
-mask made beforehand) and psykern's other backends. The sequences of `shared` are one batch for SDPA (sdpa_batch), and
-`branches` has them as a user without branches computes them: each option a sequence of its own, with all of its
-transcript up to there, the four of a place as one batch (sdpa_sequences).
+On a GPU (bf16, heads of 128) SDPA is torch's flash attention, and beside it stand psykern's other backends and, for
+the first heads, FlexAttention (compiled, with a block mask made beforehand). The sequences of `shared` are one batch
+for SDPA (sdpa_batch), and `branches` has them as a user without branches computes them: each option a sequence of its
+own, with all of its transcript up to there, the four of a place as one batch (sdpa_sequences).
 
     python benchmarks/bench_prefix_attention.py [--cases causal shared] [--repeats 5] [--name prefix_attention_cpu]
     python benchmarks/bench_prefix_attention.py --device cuda --name prefix_attention_gpu
@@ -39,6 +39,7 @@ from harness import (
     matrix_gflops,
     print_row,
     time_side_by_side,
+    write_csv,
     write_results,
 )
 from torch import Tensor
@@ -65,6 +66,7 @@ class Place(NamedTuple):
     device: torch.device = CPU
     dtype: torch.dtype = torch.float32
     beside: bool = False  # whatever else a user of a GPU would pick
+    flex: bool = False  # FlexAttention too, which takes many seconds to compile
 
 
 class Provider(NamedTuple):
@@ -175,23 +177,24 @@ def flex(segments: Segments) -> Callable[[], Tensor]:
 def draw(heads: Heads, lengths: list[int], paths: list[list[tuple[int, int]]], place: Place) -> Segments:
     torch.manual_seed(0)
     rows = max(b for path in paths for _, b in path)
-    k, v = torch.randn(2, rows, heads.keys, heads.size).to(place.device, place.dtype)
-    q = torch.randn(sum(lengths), heads.queries, heads.size).to(place.device, place.dtype)
+    k, v = torch.randn(2, rows, heads.keys, heads.size, device=place.device).to(place.dtype)
+    q = torch.randn(sum(lengths), heads.queries, heads.size, device=place.device).to(place.dtype)
     return Segments(q, k, v, lengths, paths)
 
 
 def with_others(providers: Providers, segments: Segments, place: Place) -> Providers:
-    """On a GPU also FlexAttention, and each backend by its name."""
+    """On a GPU also each backend by its name, and FlexAttention."""
     if not place.beside:
         return providers
     for backend in available(("triton", "cuda") if place.device.type == "cuda" else ("reference",), place.device):
         providers[f"psykern:{backend}"] = Provider(
             lambda backend=backend: segments.attend(backend=backend), segments.pairs
         )
-    try:
-        providers["flex_attention"] = Provider(flex(segments), segments.pairs)
-    except Exception as error:
-        print(f"not measured: flex_attention: {error!s:.200}")
+    if place.flex:
+        try:
+            providers["flex_attention"] = Provider(flex(segments), segments.pairs)
+        except Exception as error:
+            print(f"not measured: flex_attention: {error!s:.200}")
     return providers
 
 
@@ -257,7 +260,7 @@ def whole(option: Segments) -> Segments:
     """An option as a sequence: queries for its path too, drawn anew, for nobody reads what becomes of them."""
     (path,) = option.paths
     k, v = (torch.cat([x[a:b] for a, b in path]) for x in (option.k, option.v))
-    front = torch.randn(len(k) - len(option.q), *option.q.shape[1:]).to(k)
+    front = torch.randn(len(k) - len(option.q), *option.q.shape[1:], device=k.device).to(k.dtype)
     return Segments(torch.cat([front, option.q]), k, v, [len(k)], [[(0, len(k))]])
 
 
@@ -268,10 +271,11 @@ def window(heads: Heads, tokens: int, place: Place) -> Providers:
     return {"psykern": Provider(lambda: one.attend(width), pairs), "no_window": Provider(one.attend, one.pairs)}
 
 
+# First what psykern is for, as a run may be cut.
 CASES: dict[str, tuple[Callable[[Heads, int, Place], Providers], Sequence[int]]] = {
-    "causal": (causal, (1024, 4096, 16_384)),
-    "shared": (shared, (1024,)),
     "branches": (branches, (4096,)),
+    "shared": (shared, (1024,)),
+    "causal": (causal, (1024, 4096, 16_384)),
     "window": (window, (16_384,)),
 }
 
@@ -321,11 +325,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     table = []
     for case in options.cases:
         for heads in some_heads:
+            at = place._replace(flex=place.beside and heads == some_heads[0])
             for tokens in (128,) if options.quick else CASES[case][1]:
-                table += bench(case, heads, tokens, options.repeats, place)
-        if options.name:
-            drawing = {"x": "case", "y": "psykern_times", "panel": "heads"}
-            write_results(options.name, table, **drawing, folder=options.folder, device=options.device)
+                table += bench(case, heads, tokens, options.repeats, at)
+                if options.name:
+                    write_csv(options.name, table, options.folder, options.device)
+    if options.name:
+        drawing = {"x": "case", "y": "psykern_times", "panel": "heads"}
+        write_results(options.name, table, **drawing, folder=options.folder, device=options.device)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """What the benchmarks share: timing, memory, and rows for the CSV files in ``results/``.
 
 On a CUDA device runs are timed by events between which lies nothing but the run, after a write that clears the L2
-cache; the host goes ahead meanwhile, so that its launches count only where they are slower than the device.
+cache and a pause in which the host goes ahead, so that its launches count only where they take longer than the pause
+and the device.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 import ctypes
+import io
 import json
 import os
 import platform
@@ -36,6 +38,7 @@ RESULTS = Path(__file__).parent / "results"
 CPU = torch.device("cpu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _FLUSH_BYTES = 256 * 2**20  # more than any L2 cache
+_PAUSE_CYCLES = 2_000_000  # of the device's clock, about a millisecond: dozens of launches
 
 
 def machine(device: torch.device = CPU) -> dict[str, object]:
@@ -118,16 +121,22 @@ def _cpu_name() -> str:
 def write_csv(
     name: str, rows: Sequence[Mapping[str, object]], folder: Path = RESULTS, device: torch.device = CPU
 ) -> Path:
-    """Write ``rows`` (equal keys), the machine's columns behind them, to ``name``.csv; those of a GPU as JSON too."""
+    """Write ``rows`` (equal keys), the machine's columns behind them, to ``name``.csv; those of a GPU as JSON too. A
+    run that is cut leaves whole files."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name.removesuffix('.csv')}.csv"
     columns = machine(device)
+    table = io.StringIO()
+    writer = csv.DictWriter(table, [*rows[0], *columns], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**row, **columns} for row in rows)
+    texts = {path: table.getvalue()}
     if device.type == "cuda" or folder != RESULTS:
-        path.with_suffix(".json").write_text(json.dumps({"machine": columns, "rows": list(rows)}, indent=1))
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *columns], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({**row, **columns} for row in rows)
+        texts[path.with_suffix(".json")] = json.dumps({"machine": columns, "rows": list(rows)}, indent=1)
+    for file, text in texts.items():
+        temporary = file.with_suffix(".part")
+        temporary.write_text(text)
+        os.replace(temporary, file)
     return path
 
 
@@ -178,6 +187,7 @@ def _time_on_gpu(
         for name, provider in providers.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             cache_lines.zero_()
+            torch.cuda._sleep(_PAUSE_CYCLES)
             start.record()
             provider()
             end.record()
