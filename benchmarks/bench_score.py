@@ -8,15 +8,19 @@
 Random weights at the shape of Qwen2.5-0.5B, with 4 layers unless ``--layers 24`` asks for all, and Qwen3's tokenizer.
 The weights are numbers that bf16 holds, so that the checkpoint in bf16 is the same model.
 
-``--shape Qwen3-8B --device cuda`` takes another shape (``shapes.py``) and runs all in bf16 on a GPU. Weights are drawn
-there, all layers different, and saved with the shape's tokenizer, one shard a layer. First the shortest transcript of
-each study is compared with ``transformers`` in fp32 on the same device: the RMS of differences of log-probabilities
-must stay within 0.035 nats (0.003 where psykern computes in fp32). There GFLOP/s are compared with a square bf16
-product, psykern:streamed holds two layers at a time, and a second run must give the same bytes.
+``--shape Qwen3-8B --device cuda`` takes another shape (``shapes.py``) and runs all studies together, in bf16 on a GPU.
+Weights are drawn there, all layers different, and saved with the shape's tokenizer, one shard a layer; the drawn model
+is the one that the others run, and a copy of it in fp32 is the oracle. First the shortest transcript of each study, of
+6,000 tokens at most, is compared with the oracle on the same device: the RMS of differences of log-probabilities must
+stay within 0.035 nats (0.003 where psykern computes in fp32). Then the others are warmed with these transcripts and
+timed once; psykern runs once and is timed ``--repeats`` times, the last of which must give the first run's bytes.
+psykern:streamed holds two layers at a time, and GFLOP/s are compared with a square bf16 product. ``idle_share`` is
+``engine.DeviceClock``'s; ``kernel_idle_share`` is what torch's profiler saw of one more run on CUDA: the share of the
+time from the first kernel to the last in which none ran. The file is written after each provider.
 
-Tokens per second count the
-tokens of the transcripts, not those computed; GFLOP/s count what psykern computed (``engine.cost``), over the whole
-time, and ``share_of_sgemm`` compares them with a square product just before. Needs the shared transcripts.
+Tokens per second count the tokens of the transcripts, not those computed; GFLOP/s count what psykern computed
+(``engine.cost``), over the whole time, and ``share_of_sgemm`` compares them with a square product just before. Needs
+the shared transcripts.
 
     python benchmarks/bench_score.py --device cuda --shape Qwen3-8B --mix gpu --name score_gpu_qwen3-8b
     python benchmarks/bench_score.py [--layers 4] [--mix full|medium|small|many|longest] [--repeats 1] [--name FILE]
@@ -25,6 +29,7 @@ time, and ``share_of_sgemm`` compares them with a square product just before. Ne
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import json
 import shutil
@@ -32,6 +37,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -48,8 +54,10 @@ from harness import (
     sgemm_gflops,
     write_csv,
 )
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from shapes import SHAPES
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from psykern import demo, engine
@@ -96,6 +104,7 @@ MIXES = {
 }
 TOLERANCE = 1e-4  # nats per response
 RMS_TOLERANCE = {torch.float32: 0.003, torch.bfloat16: 0.035}  # nats per token, against transformers in fp32
+ORACLE_TOKENS = 6000  # of a transcript that is scored in fp32 on a GPU, at most
 CHECKPOINTS = {"psykern:bf16": torch.bfloat16}  # of the other providers: fp32
 
 
@@ -162,10 +171,11 @@ def run_study_procedure(model: PreTrainedModel, study: Study) -> np.ndarray:
     """[tokens] log-probabilities of all scored tokens."""
     scores = []
     for t in study.encoded:
-        ids = torch.from_numpy(t.token_ids.astype(np.int64))[None].to(model.device)
-        labels = torch.full_like(ids[0], -100)
+        ids = torch.from_numpy(t.token_ids.astype(np.int64))
+        labels = torch.full_like(ids, -100)
         for start, end in t.spans_tok.tolist():
-            labels[start:end] = ids[0, start:end]
+            labels[start:end] = ids[start:end]
+        ids, labels = ids[None].to(model.device), labels.to(model.device)
         logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
         # Cross-entropy makes a second array of all logits; where that cannot fit, it is spared the copy.
         step = len(logits) if logits.is_cuda or logits.nbytes * 1.1 < available_bytes() else 1024
@@ -195,10 +205,10 @@ def run_psykern(
     study: Study,
     min_share: int,
     backend: Backend = "auto",
+    budgets: engine.Budgets = engine.CPU_BUDGETS,
     clock: engine.DeviceClock | None = None,
 ) -> tuple[TargetScores, Plan]:
     encoded = Encoder(tokenizer).encode(study.transcripts, lambda error: None)
-    budgets = engine.budgets(model.config, model.device, model.dtype)
     planned = plan(encoded, wave_tokens=budgets.wave_tokens, batch_tokens=budgets.batch_tokens, min_share=min_share)
     (scores,) = engine.stream([(planned, lambda share: None)], model, backend=backend, clock=clock)
     return scores, planned
@@ -225,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--mix", choices=MIXES, default="full")
     parser.add_argument(
-        "--repeats", type=int, default=1, help="of careful and psykern; the study's procedure runs once"
+        "--repeats", type=int, default=1, help="of psykern and, without --shape, of careful; others are timed once"
     )
     parser.add_argument("--providers", nargs="+", default=["study", "careful", "psykern"])
     parser.add_argument("--studies", nargs="+", help="only these of the mix")
@@ -256,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def bench_shape(options: argparse.Namespace) -> None:
-    """One of the study's shapes on a device: exactness first, then every provider on each study and over all."""
+    """One of the study's shapes on a device: exactness first, then every provider over all studies."""
     device, dtype = options.device, dtype_of(options)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -265,31 +275,25 @@ def bench_shape(options: argparse.Namespace) -> None:
             data, mix = demo.SAMPLE, dict(MIXES["demo"])
         mix = {name: n for name, n in mix.items() if not options.studies or name in options.studies}
         start = time.perf_counter()
-        make_shape(folder, options, dtype)
+        user = make_shape(folder, options, dtype)
         tokenizer = Tokenizer.load(folder)
         studies = load_studies(mix, tokenizer, data)
         print(f"checkpoint and {sum(s.num_tokens for s in studies):,} tokens in {time.perf_counter() - start:.1f} s")
-        oracle = load_shape(folder, device, torch.float32)
-        shortest = [shortest_of(study) for study in studies]
-        expected = [run_careful_user(oracle, study) for study in shortest]
-        del oracle
+        short = together("short", [one for one in map(shortest_of, studies) if one.num_tokens <= ORACLE_TOKENS])
+        expected = run_careful_user(copy.deepcopy(user).float(), short)
         release(device)
         model = Model(folder, device=device, dtype=dtype)
-        got = [run_psykern(model, tokenizer, study, MIN_SHARE)[0].logprob for study in shortest]
-        rms = float(np.sqrt(np.mean((np.concatenate(got) - np.concatenate(expected)) ** 2.0)))
-        print(f"RMS of differences from transformers in fp32: {rms:.5f} nats, {len(np.concatenate(got))} tokens")
+        budgets = engine.budgets(model.config, device, dtype)
+        got = run_psykern(model, tokenizer, short, MIN_SHARE, budgets=budgets)[0].logprob
+        rms = float(np.sqrt(np.mean((got - expected) ** 2.0)))
+        print(f"RMS of differences from transformers in fp32: {rms:.5f} nats, {len(expected)} tokens", flush=True)
         if rms > RMS_TOLERANCE[dtype]:
             raise SystemExit(f"RMS: expected at most {RMS_TOLERANCE[dtype]}, got {rms:.5f}: refused")
-        user = load_shape(folder, device, dtype)
-        rows: list[dict[str, object]] = []
-        for study in [*studies, Study("all", *([x for s in studies for x in getattr(s, n)] for n in FIELDS))]:
-            rows += bench_shape_study(study, folder, user, model, tokenizer, options, rms)
-            if options.name:
-                write_csv(options.name, rows, options.folder, device)
-    print_totals([row for row in rows if row["study"] != "all"], options.providers)
+        bench_providers(together("all", studies), short, folder, user, model, budgets, tokenizer, options, rms)
 
 
-FIELDS = ("transcripts", "encoded")
+def together(name: str, studies: Sequence[Study]) -> Study:
+    return Study(name, [t for s in studies for t in s.transcripts], [t for s in studies for t in s.encoded])
 
 
 def release(device: torch.device) -> None:
@@ -305,8 +309,8 @@ def shortest_of(study: Study) -> Study:
     return Study(study.name, [study.transcripts[index]], [study.encoded[index]])
 
 
-def make_shape(folder: Path, options: argparse.Namespace, dtype: torch.dtype) -> None:
-    """Random weights of a shape, drawn on the device by ``transformers``, a shard a layer; and its tokenizer."""
+def make_shape(folder: Path, options: argparse.Namespace, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of a shape, drawn on the device; ``folder`` gets it, a shard a layer, and its tokenizer."""
     config = dict(SHAPES[options.shape])
     name = {"llama": "llama-3.1", "olmo3": "olmo-dolma2"}.get(config["model_type"], "qwen3")
     tokenizer = options.data / "tokenizers" / name
@@ -320,63 +324,73 @@ def make_shape(folder: Path, options: argparse.Namespace, dtype: torch.dtype) ->
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=dtype)
     model.config.save_pretrained(folder)
     shards: dict[str, dict[str, torch.Tensor]] = {}
-    places = {}
     for key, tensor in model.state_dict().items():
-        if key == "lm_head.weight" and config["tie_word_embeddings"]:
-            continue
-        part = key.split(".")[2] if ".layers." in key else "outside"
-        places[key] = f"model-{part}.safetensors"
-        shards.setdefault(places[key], {})[key] = tensor.detach().contiguous().cpu()
+        if key != "lm_head.weight" or not config["tie_word_embeddings"]:
+            part = key.split(".")[2] if ".layers." in key else "outside"
+            shards.setdefault(f"model-{part}.safetensors", {})[key] = tensor
     for file, tensors in shards.items():
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-    index = {"metadata": {}, "weight_map": places}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def load_shape(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """``transformers``' model on the device, without a copy of all weights on the host."""
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
-    weights = model.state_dict()
-    for file in folder.glob("*.safetensors"):
-        for key, tensor in load_file(file).items():
-            weights[key].copy_(tensor.to(device))
+        on_host = {key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
+        save_file(on_host, folder / file, metadata={"format": "pt"})
+    places = {key: file for file, tensors in shards.items() for key in tensors}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
     return model.eval()
 
 
-def bench_shape_study(
+def kernel_idle_share(run: Callable[[], object]) -> float | None:
+    """``idle_share`` of the kernels that a run starts on a GPU, as torch's profiler saw them."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        run()
+    kernels = [
+        (event.time_range.start, event.time_range.end)
+        for event in profiler.events()
+        if event.device_type == DeviceType.CUDA and not event.name.startswith(("Memcpy", "Memset"))
+    ]
+    return idle_share(np.array(kernels)) if kernels else None
+
+
+def idle_share(spans: np.ndarray) -> float:
+    """The share of the time from the first start to the last end that lies in none of the spans [n, 2]."""
+    starts, ends = spans[spans[:, 0].argsort()].T
+    ends = np.maximum.accumulate(ends)
+    return float((starts[1:] - ends[:-1]).clip(min=0).sum() / (ends[-1] - starts[0]))
+
+
+def bench_providers(
     study: Study,
+    short: Study,
     folder: Path,
     user: PreTrainedModel,
     model: Model,
+    budgets: engine.Budgets,
     tokenizer: Tokenizer,
     options: argparse.Namespace,
     rms: float,
-) -> list[dict[str, object]]:
-    """One row per provider. Scores far from the careful user's, or other bytes in a second run, are refused."""
+) -> None:
+    """One row per provider. Scores far from the first provider's, or other bytes in a further run, are refused."""
     device, dtype, config = options.device, dtype_of(options), model.config
     used: list[tuple[Plan, float | None]] = []
 
     def psykern_logprobs(decoder: Model) -> np.ndarray:
         clock = engine.DeviceClock()
-        scores, planned = run_psykern(decoder, tokenizer, study, options.min_share, clock=clock)
+        scores, planned = run_psykern(decoder, tokenizer, study, options.min_share, budgets=budgets, clock=clock)
         used[:] = [(planned, clock.idle_share)]
         return scores.logprob
 
-    streamed = Model(folder, device=device, dtype=dtype, num_slots=2)
-    providers: dict[str, Callable[[], np.ndarray]] = {
-        "study": lambda: run_study_procedure(user, study),
-        "careful": lambda: run_careful_user(user, study),
-        "psykern:streamed": lambda: psykern_logprobs(streamed),
-        "psykern": lambda: psykern_logprobs(model),
-    }
+    baselines = {"study": run_study_procedure, "careful": run_careful_user}
+    models = {"psykern": model}
+    if "psykern:streamed" in options.providers:
+        models["psykern:streamed"] = Model(folder, device=device, dtype=dtype, num_slots=2)
     rows: list[dict[str, object]] = []
     scored: dict[str, np.ndarray] = {}
     for name in options.providers:
-        providers[name]()  # compiles, allocates, reads
+        is_own = name in models
+        run = partial(psykern_logprobs, models[name]) if is_own else partial(baselines[name], user, study)
+        release(device)
+        first = run() if is_own else baselines[name](user, short)  # compiles, allocates, reads
         rate = matrix_gflops(device, dtype)
-        scores, seconds, peak = measure(providers[name], options.repeats, device)
-        if name.startswith("psykern") and scores.tobytes() != providers[name]().tobytes():
+        repeats = options.repeats if is_own else 1
+        scores, seconds, peak = measure(run, repeats, device)
+        if is_own and scores.tobytes() != first.tobytes():
             raise SystemExit(f"{study.name}: {name}: two runs give different bytes: refused")
         scored[name] = scores
         difference = float(np.sqrt(np.mean((scores - next(iter(scored.values()))) ** 2.0)))
@@ -384,37 +398,40 @@ def bench_shape_study(
             raise SystemExit(
                 f"{study.name}: {name} differs from {options.providers[0]} by {difference:.3f} RMS: refused"
             )
-        timing, computed = Timing.of(seconds), study.num_tokens
-        gflops: float | str = ""
-        idle: float | str = ""
-        if name.startswith("psykern"):
-            planned, idle_share = used[0]
+        timing = Timing.of(seconds)
+        row: dict[str, object] = {
+            "shape": options.shape,
+            "study": study.name,
+            "provider": name,
+            "dtype": str(dtype).removeprefix("torch."),
+            "transcripts": len(study.transcripts),
+            "responses": study.num_responses,
+            "tokens": study.num_tokens,
+            "computed_tokens": study.num_tokens,
+            **timing.columns(),
+            "repeats": repeats,
+            "tokens_per_second": round(study.num_tokens / timing.median, 1),
+            "peak_mb": round(peak / 1e6),
+            "rms_against_fp32": round(rms, 6),
+            "matrix_gflops": round(rate, 1),
+            **dict.fromkeys(("gflops", "share_of_matrix", "idle_share", "kernel_idle_share"), ""),
+        }
+        if is_own:
+            planned, idle = used[0]
             work = engine.cost(planned, config, dtype)
             gflops = (work.flops_body + work.flops_attention + work.flops_head) / timing.median / 1e9
-            computed, idle = planned.num_computed, "" if idle_share is None else round(idle_share, 4)
-        rows.append(
-            {
-                "shape": options.shape,
-                "study": study.name,
-                "provider": name,
-                "dtype": str(dtype).removeprefix("torch."),
-                "transcripts": len(study.transcripts),
-                "responses": study.num_responses,
-                "tokens": study.num_tokens,
-                "computed_tokens": computed,
-                **timing.columns(),
-                "repeats": options.repeats,
-                "tokens_per_second": round(study.num_tokens / timing.median, 1),
-                "peak_mb": round(peak / 1e6),
-                "rms_against_fp32": round(rms, 6),
-                "matrix_gflops": round(rate, 1),
-                "gflops": gflops and round(float(gflops), 1),
-                "share_of_matrix": gflops and round(float(gflops) / rate, 3),
-                "idle_share": idle,
-            }
-        )
-        print_row(rows[-1])
-    return rows
+            row |= {"computed_tokens": planned.num_computed, "gflops": round(gflops, 1)}
+            row |= {"share_of_matrix": round(gflops / rate, 3), "idle_share": "" if idle is None else round(idle, 4)}
+        rows.append(row)
+        print_row(row)
+        if options.name:
+            write_csv(options.name, rows, options.folder, device)
+    if device.type == "cuda" and "psykern" in options.providers:  # last, as a profiler may stay attached
+        share = kernel_idle_share(partial(psykern_logprobs, model))
+        rows[options.providers.index("psykern")]["kernel_idle_share"] = "" if share is None else round(share, 4)
+        print(f"share of the time in which no kernel ran: {share}")
+        if options.name:
+            write_csv(options.name, rows, options.folder, device)
 
 
 def bench_study(

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from torch import Tensor
 
@@ -48,9 +49,16 @@ def test_kernels_with_tiny_shapes(tmp_path: Path) -> None:
 
 def test_end_to_end_with_a_tiny_shape_and_the_packages_own_sample(tmp_path: Path) -> None:
     options = ["--shape", "Qwen3-0.6B", "--data", str(tmp_path), "--folder", str(tmp_path), "--name", "s"]
-    names = ["study", "careful", "psykern:streamed", "psykern"]
+    names = ["study", "psykern", "careful", "psykern:streamed"]
     bench_score.main([*QUICK, *options, "--studies", "guenther2024substitutions", "--providers", *names])
     assert providers(tmp_path, "s") == set(names)
+
+
+def test_the_idle_share_counts_what_no_kernel_covers() -> None:
+    """Kernels of 0 to 4, 1 to 2 and 3 to 5 leave no gap; that of 7 to 10, launched first, leaves 2 of 10 before it."""
+    spans = np.array([[7, 10], [0, 4], [1, 2], [3, 5]], np.float64)
+    assert bench_score.idle_share(spans) == pytest.approx(0.2)
+    assert bench_score.idle_share(spans[1:]) == 0.0
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
