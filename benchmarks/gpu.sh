@@ -5,17 +5,18 @@
 #     bash benchmarks/gpu.sh [FOLDER] [DATA]          # default: .gpu-results, and ../shared/data, else .gpu-data
 #     DEVICE=cpu QUICK=1 bash benchmarks/gpu.sh /tmp/r # the same commands with tiny shapes, on any machine
 #
-# Each part has a time limit of its own, and what is left of LIMIT seconds is all that the last may take. A part that
-# fails loses no other. FOLDER holds CSV, JSON, PNG and a log for each part; summary.txt says what passed, and what was
-# reached of the numbers to reach. If OUT is set, summary and a bundle of all go there after each part.
-# pack_gpu_data.sh makes .gpu-data. Exit status: 0, or 1 if a part failed.
+# What matters most comes first. Each part has a time limit of its own, and what is left of LIMIT seconds is all that the
+# last may take; one that is cut is interrupted, and keeps what it has written. A part that fails loses no other. FOLDER
+# holds CSV, JSON, PNG and a log for each part; summary.txt says what passed, and what was reached of the numbers to
+# reach. If OUT is set, summary and a bundle of all go there after each part. pack_gpu_data.sh makes .gpu-data.
+# PYTHON, MIX (of transcripts), REPEATS (end to end) and SKIP_BUILD are for trials. Exit status: 0, or 1 if a part failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:-.gpu-results} device=${DEVICE:-cuda} python=${PYTHON:-python3} limit=${LIMIT:-530}
 data=${2:-${PSYKERN_DATA:-../shared/data}}
 [ -d "$data" ] || data=.gpu-data
-quick=()
-[ -z "${QUICK:-}" ] || quick=(--quick)
+quick=() mix=${MIX:-gpu}
+[ -z "${QUICK:-}" ] || quick=(--quick) mix=${MIX:-small}
 mkdir -p "$folder"
 folder=$(realpath "$folder")
 rm -f "$folder"/{status.tsv,quick,*.json}
@@ -23,6 +24,10 @@ rm -f "$folder"/{status.tsv,quick,*.json}
 started=$SECONDS failed=0
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=true
 export OMP_WAIT_POLICY=PASSIVE
+[ ! -d /usr/local/cuda/bin ] || export PATH="$PATH:/usr/local/cuda/bin" # nvcc, compute-sanitizer
+command -v make >/dev/null || export CMAKE_GENERATOR=Ninja
+free=$(df --output=avail -B1G /dev/shm 2>/dev/null | tail -n 1) # GiB
+((${free:-0} <= 24)) || export TMPDIR=/dev/shm                  # for checkpoints: 16 GB at 8B
 
 part() { # NAME SECONDS COMMAND…
     local name=$1 most=$2 left=$((limit - (SECONDS - started))) begin=$SECONDS status=0
@@ -33,7 +38,7 @@ part() { # NAME SECONDS COMMAND…
         echo "no time was left" >"$folder/$name.log"
     else
         echo "== $name (at most $most s)"
-        timeout --kill-after=5 "$most" "$@" >"$folder/$name.log" 2>&1 || status=$?
+        timeout --signal=INT --kill-after=10 "$most" "$@" >"$folder/$name.log" 2>&1 || status=$?
         tail -n 3 "$folder/$name.log" | cut -c1-300
     fi
     ((status == 0)) || failed=1
@@ -56,25 +61,31 @@ bench() { # NAME SECONDS SCRIPT ARGUMENTS…
 }
 
 score() { # SHAPE SECONDS
-    bench "score_${1,,}" "$2" score --shape "$1" --data "$data" --mix "${MIX:-gpu}" --repeats "${REPEATS:-2}" \
-        --providers study careful psykern:streamed psykern
+    bench "score_${1,,}" "$2" score --shape "$1" --data "$data" --mix "$mix" --repeats "${REPEATS:-2}" \
+        --providers study psykern careful psykern:streamed
+}
+
+pytest() { # NAME SECONDS ARGUMENTS…
+    local name=$1 most=$2
+    shift 2
+    part "$name" "$most" env OMP_NUM_THREADS=1 "$python" -m pytest -q -p no:cacheprovider "$@"
 }
 
 [ -n "${SKIP_BUILD:-}" ] || part build 90 "$python" setup.py --quiet build_ext --inplace
-[ "$device" = cpu ] || wheels || echo "wheels: not installed"
-mark=gpu
-[ "$device" != cpu ] || mark="not gpu"
-tests=tests
-[ "$device" != cpu ] || tests=tests/test_gpu.py
-parallel=()
-[ "$device" = cpu ] || ! "$python" -c "import xdist" 2>/dev/null || parallel=(-n 4)
-part tests 140 "$python" -m pytest -q -m "$mark" -p no:cacheprovider ${parallel[@]+"${parallel[@]}"} "$tests"
+if [ "$device" = cpu ]; then
+    pytest tests 140 -m "not gpu" tests/test_gpu.py
+else
+    wheels || echo "wheels: not installed"
+    pytest tests 110 -m gpu -k "not sanitizer" -n 12 \
+        tests/test_{gpu,kernels,elementwise,option_logprobs,prefix_attention}.py
+fi
+score Qwen3-8B 150
 bench option_logprobs_gpu 70 option_logprobs
 bench prefix_attention_gpu 80 prefix_attention
-score Qwen3-8B 130
-score Qwen3-0.6B 60
-score Llama-3.2-1B 60
+score Qwen3-0.6B 50
+score Llama-3.2-1B 50
 bench elementwise_gpu 40 elementwise
+pytest sanitizer 60 -m gpu -k sanitizer tests/test_gpu.py
 rm -rf "$folder/site"
 cat "$folder/summary.txt"
 exit $failed

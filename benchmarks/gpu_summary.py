@@ -1,5 +1,6 @@
 """What passed of gpu.sh, and what was reached of the numbers that issue 4 asks for on an H100. Reads a folder that
 gpu.sh fills, while it does; a number that no file holds is "not measured", and so is what a CPU or tiny shapes gave.
+Of a part that did not end well, what it wrote counts, and is marked "partial".
 
     python benchmarks/gpu_summary.py FOLDER
 """
@@ -7,6 +8,7 @@ gpu.sh fills, while it does; a number that no file holds is "not measured", and 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,17 +29,22 @@ class Target:
     at_most: bool = False
 
     def measured(self, folder: Path) -> float | None:
-        path = folder / f"{self.file}.json"
-        if not path.is_file() or (folder / "quick").exists():
-            return None
-        found = json.loads(path.read_text())
-        if "cuda" not in found["machine"]:
+        found = read(folder, self.file)
+        if (folder / "quick").exists() or "cuda" not in found["machine"]:
             return None
         values = list(self.values(found["rows"]))
         return (max if self.at_most else min)(values) if values else None
 
     def is_reached(self, value: float) -> bool:
         return value <= self.limit if self.at_most else value >= self.limit
+
+
+def read(folder: Path, name: str) -> dict[str, Any]:
+    """Machine and rows of a file; of one that is not there, or not whole, none."""
+    try:
+        return json.loads((folder / f"{name}.json").read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {"machine": {}, "rows": []}
 
 
 def column(name: str, **where: object) -> Callable[[list[Row]], Iterator[float]]:
@@ -102,31 +109,45 @@ TARGETS = (
 
 
 def summary(folder: Path) -> dict[str, Any]:
-    """Parts with status and seconds; targets with what was measured; the machine, as the first file has it."""
+    """Parts with status, seconds and what they measured; targets with what was reached; the machine, as the first file
+    has it."""
     lines = (folder / "status.tsv").read_text().splitlines()
-    names = ("part", "status", "seconds")
-    parts = [dict(zip(names, line.split("\t"), strict=True)) for line in lines]
+    parts: list[Row] = [dict(zip(("part", "status", "seconds"), line.split("\t"), strict=True)) for line in lines]
+    files = {part["part"]: read(folder, part["part"]) for part in parts}
+    for part in parts:
+        rows = files[part["part"]]["rows"]
+        part |= {"rows": len(rows), "providers": list(dict.fromkeys(row["provider"] for row in rows))}
+        ended = {"0": "passed", "124": "ran out of time", "137": "ran out of time"}
+        part["state"] = ended.get(part["status"], f"failed ({part['status']})")
+    partial = {part["part"] for part in parts if part["status"] != "0"}
     targets = []
     for target in TARGETS:
         value = target.measured(folder)
         reached = "not measured" if value is None else "yes" if target.is_reached(value) else "no"
         limit = f"{'<=' if target.at_most else '>='} {target.limit:g}"
-        targets.append({"target": target.text, "limit": limit, "measured": value, "reached": reached})
-    machines = [json.loads(path.read_text()).get("machine") for path in sorted(folder.glob("*_gpu.json"))]
+        is_partial = value is not None and target.file in partial
+        targets.append(
+            {"target": target.text, "limit": limit, "measured": value, "reached": reached, "partial": is_partial}
+        )
+    machines = [file["machine"] for file in files.values() if file["machine"]]
     return {"machine": machines[0] if machines else None, "parts": parts, "targets": targets}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     folder = Path((arguments if arguments is not None else sys.argv[1:])[0])
     found = summary(folder)
-    (folder / "summary.json").write_text(json.dumps(found, indent=1))
+    temporary = folder / "summary.part"
+    temporary.write_text(json.dumps(found, indent=1))
+    os.replace(temporary, folder / "summary.json")
     print(found["machine"] or "no file says on which machine")
     for part in found["parts"]:
-        state = {"0": "passed", "124": "ran out of time"}.get(part["status"], f"failed ({part['status']})")
-        print(f"{part['part']:24} {state:16} {part['seconds']:>4} s")
+        partial = ", partial" if part["rows"] and part["status"] != "0" else ""
+        measured = f"  {part['rows']} rows{partial}: {', '.join(part['providers'])}" if part["rows"] else ""
+        print(f"{part['part']:24} {part['state']:16} {part['seconds']:>4} s{measured}")
     for target in found["targets"]:
+        partial = ", partial" if target["partial"] else ""
         value = "" if target["measured"] is None else f"{target['measured']:.3g}"
-        print(f"{target['target']:60} {target['limit']:>8}  {value:>8}  {target['reached']}")
+        print(f"{target['target']:60} {target['limit']:>8}  {value:>8}  {target['reached']}{partial}")
 
 
 if __name__ == "__main__":
