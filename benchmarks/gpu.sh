@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# The proof with a GPU, in one command and under 9 minutes: build, tests on the device, kernels, end to end. Needs Python
-# with torch, triton, transformers, pybind11 and cmake, and nvcc; no network.
+# The proof with a GPU, in one command and under 9 minutes: build, tests on the device, end to end, kernels. Needs
+# Python with torch, triton, transformers, pybind11 and cmake, and nvcc; no network.
 #
 #     bash benchmarks/gpu.sh [FOLDER] [DATA]          # default: .gpu-results, and ../shared/data, else .gpu-data
 #     DEVICE=cpu QUICK=1 bash benchmarks/gpu.sh /tmp/r # the same commands with tiny shapes, on any machine
 #
-# What matters most comes first. Each part has a time limit of its own, and what is left of LIMIT seconds is all that the
-# last may take; one that is cut is interrupted, and keeps what it has written. A part that fails loses no other. FOLDER
-# holds CSV, JSON, PNG and a log for each part; summary.txt says what passed, and what was reached of the numbers to
-# reach. If OUT is set, summary and a bundle of all go there after each part. pack_gpu_data.sh makes .gpu-data.
-# PYTHON, MIX (of transcripts), REPEATS (end to end) and SKIP_BUILD are for trials. Exit status: 0, or 1 if a part failed.
+# What matters most comes first. Each part has a time limit of its own, and what is left of LIMIT seconds is all that
+# the last may take; one that is cut is interrupted, and keeps what it has written. A part that fails loses no other.
+# FOLDER holds CSV, JSON, PNG and a log for each part; summary.txt says what passed, and what was reached of the numbers
+# to reach. If OUT is set, summary and a bundle of all go there after each part. pack_gpu_data.sh makes .gpu-data.
+# PYTHON, MIX (of transcripts), REPEATS (end to end) and SKIP_BUILD are for trials. Exit status: 0, or 1 if a part
+# failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:-.gpu-results} device=${DEVICE:-cuda} python=${PYTHON:-python3} limit=${LIMIT:-530}

@@ -47,6 +47,21 @@ def test_kernels_with_tiny_shapes(tmp_path: Path) -> None:
     assert providers(tmp_path, "e") == {"psykern", "torch", "copy"}
 
 
+@pytest.mark.slow
+def test_alternatives_to_the_tables_with_tiny_shapes(tmp_path: Path) -> None:
+    """Under Triton's interpreter, which a process must choose before it imports the kernels."""
+    pytest.importorskip("triton")
+    command = [sys.executable, str(ROOT / "benchmarks" / "tune.py"), *QUICK, "--folder", str(tmp_path), "--name", "t"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    ops = ["option_logprobs", "prefix_attention"]
+    subprocess.run([*command, "--ops", *ops], env=environment, capture_output=True, check=True, timeout=300)
+    rows = json.loads((tmp_path / "t.json").read_text())["rows"]
+    assert {row["op"] for row in rows} == set(ops)
+    for case in {row["case"] for row in rows}:
+        alternatives = [row["alternative"] for row in rows if row["case"] == case]
+        assert {"table", "loads"} < set(alternatives) and len(alternatives) == len(set(alternatives)) > 6
+
+
 def test_end_to_end_with_a_tiny_shape_and_the_packages_own_sample(tmp_path: Path) -> None:
     options = ["--shape", "Qwen3-0.6B", "--data", str(tmp_path), "--folder", str(tmp_path), "--name", "s"]
     names = ["study", "psykern", "careful", "psykern:streamed"]
