@@ -12,9 +12,9 @@ is a provider's time in times of psykern's. Sharing half of 8 sequences leaves 0
 gain at an equal rate.
 
 On a GPU (bf16, heads of 128) SDPA is torch's flash attention, and beside it stand psykern's other backends and, for
-the first heads, FlexAttention (compiled, with a block mask made beforehand). The sequences of `shared` are one batch
-for SDPA (sdpa_batch), and `branches` has them as a user without branches computes them: each option a sequence of its
-own, with all of its transcript up to there, the four of a place as one batch (sdpa_sequences).
+the first heads and the longest sequence, FlexAttention (compiled, with a block mask made beforehand). The sequences of
+`shared` are one batch for SDPA (sdpa_batch), and `branches` has them as a user without branches computes them: each
+option a sequence of its own, with all of its transcript up to there, the four of a place as one batch (sdpa_sequences).
 
     python benchmarks/bench_prefix_attention.py [--cases causal shared] [--repeats 5] [--name prefix_attention_cpu]
     python benchmarks/bench_prefix_attention.py --device cuda --name prefix_attention_gpu
@@ -325,8 +325,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     table = []
     for case in options.cases:
         for heads in some_heads:
-            at = place._replace(flex=place.beside and heads == some_heads[0])
-            for tokens in (128,) if options.quick else CASES[case][1]:
+            sizes = (128,) if options.quick else CASES[case][1]
+            for tokens in sizes:
+                at = place._replace(flex=place.beside and (heads, tokens) == (some_heads[0], sizes[-1]))
                 table += bench(case, heads, tokens, options.repeats, at)
                 if options.name:
                     write_csv(options.name, table, options.folder, options.device)

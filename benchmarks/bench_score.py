@@ -13,10 +13,10 @@ Weights are drawn there, all layers different, and saved with the shape's tokeni
 is the one that the others run, and a copy of it in fp32 is the oracle. First the shortest transcript of each study, of
 6,000 tokens at most, is compared with the oracle on the same device: the RMS of differences of log-probabilities must
 stay within 0.035 nats (0.003 where psykern computes in fp32). Then the others are warmed with these transcripts and
-timed once; psykern runs once and is timed ``--repeats`` times, the last of which must give the first run's bytes.
-psykern:streamed holds two layers at a time, and GFLOP/s are compared with a square bf16 product. ``idle_share`` is
-``engine.DeviceClock``'s; ``kernel_idle_share`` is what torch's profiler saw of one more run on CUDA: the share of the
-time from the first kernel to the last in which none ran. The file is written after each provider.
+timed once; psykern runs once and is timed ``--repeats`` times, and so is, but once, psykern:streamed, which holds two
+layers at a time: the last run must give the first one's bytes. GFLOP/s are compared with a square bf16 product.
+``idle_share`` is ``engine.DeviceClock``'s; ``kernel_idle_share`` is what torch's profiler saw of one more run on CUDA:
+the share of the time from the first kernel to the last in which none ran. The file is written after each provider.
 
 Tokens per second count the tokens of the transcripts, not those computed; GFLOP/s count what psykern computed
 (``engine.cost``), over the whole time, and ``share_of_sgemm`` compares them with a square product just before. Needs
@@ -388,7 +388,7 @@ def bench_providers(
         release(device)
         first = run() if is_own else baselines[name](user, short)  # compiles, allocates, reads
         rate = matrix_gflops(device, dtype)
-        repeats = options.repeats if is_own else 1
+        repeats = options.repeats if name == "psykern" else 1
         scores, seconds, peak = measure(run, repeats, device)
         if is_own and scores.tobytes() != first.tobytes():
             raise SystemExit(f"{study.name}: {name}: two runs give different bytes: refused")

@@ -80,7 +80,7 @@ else
     pytest tests 110 -m gpu -k "not sanitizer" -n 12 \
         tests/test_{gpu,kernels,elementwise,option_logprobs,prefix_attention}.py
 fi
-score Qwen3-8B 150
+score Qwen3-8B 170
 bench option_logprobs_gpu 70 option_logprobs
 bench prefix_attention_gpu 80 prefix_attention
 score Qwen3-0.6B 50
