@@ -45,7 +45,8 @@ part() { # NAME SECONDS COMMAND…
     ((status == 0)) || failed=1
     printf '%s\t%s\t%s\n' "$name" "$status" "$((SECONDS - begin))" >>"$folder/status.tsv"
     "$python" benchmarks/gpu_summary.py "$folder" >"$folder/summary.txt" 2>&1 || true
-    [ -z "${OUT:-}" ] || { cp "$folder/summary.txt" "$OUT/" && tar -czf "$OUT/gpu-results.tar.gz" -C "$folder" .; }
+    [ -z "${OUT:-}" ] ||
+        { cp "$folder/summary.txt" "$OUT/" && tar -czf "$OUT/gpu-results.tar.gz" --exclude=./site -C "$folder" .; }
 }
 
 wheels() { # of other libraries to compare with, where they were packed
