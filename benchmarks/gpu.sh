@@ -9,8 +9,8 @@
 # the last may take; one that is cut is interrupted, and keeps what it has written. A part that fails loses no other.
 # FOLDER holds CSV, JSON, PNG and a log for each part; summary.txt says what passed, and what was reached of the numbers
 # to reach. If OUT is set, summary and a bundle of all go there after each part. pack_gpu_data.sh makes .gpu-data.
-# PYTHON, MIX (of transcripts), REPEATS (end to end) and SKIP_BUILD are for trials. Exit status: 0, or 1 if a part
-# failed.
+# PARTS names the parts to run, if not all; PYTHON, MIX (of transcripts), REPEATS (end to end) and SKIP_BUILD are for
+# trials. Exit status: 0, or 1 if a part failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:-.gpu-results} device=${DEVICE:-cuda} python=${PYTHON:-python3} limit=${LIMIT:-530}
@@ -33,6 +33,7 @@ free=$(df --output=avail -B1G /dev/shm 2>/dev/null | tail -n 1) # GiB
 part() { # NAME SECONDS COMMAND…
     local name=$1 most=$2 left=$((limit - (SECONDS - started))) begin=$SECONDS status=0
     shift 2
+    [[ -z "${PARTS:-}" || " $PARTS " == *" $name "* ]] || return 0
     ((most < left)) || most=$left
     if ((most < 5)); then
         status=124
@@ -49,7 +50,7 @@ part() { # NAME SECONDS COMMAND…
         { cp "$folder/summary.txt" "$OUT/" && tar -czf "$OUT/gpu-results.tar.gz" --exclude=./site -C "$folder" .; }
 }
 
-wheels() { # of other libraries to compare with, where they were packed
+wheels() { # of setuptools and of other libraries to compare with, where they were packed
     compgen -G "$PWD/.gpu-data/wheels/*.whl" >/dev/null || return 0
     "$python" -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$folder/site" \
         .gpu-data/wheels/*.whl && export PYTHONPATH="$PYTHONPATH:$folder/site"
@@ -73,11 +74,11 @@ pytest() { # NAME SECONDS ARGUMENTS…
     part "$name" "$most" env OMP_NUM_THREADS=1 "$python" -m pytest -q -p no:cacheprovider "$@"
 }
 
+[ "$device" = cpu ] || wheels || echo "wheels: not installed"
 [ -n "${SKIP_BUILD:-}" ] || part build 90 "$python" setup.py --quiet build_ext --inplace
 if [ "$device" = cpu ]; then
     pytest tests 140 -m "not gpu" tests/test_gpu.py
 else
-    wheels || echo "wheels: not installed"
     pytest tests 110 -m gpu -k "not sanitizer" -n 12 \
         tests/test_{gpu,kernels,elementwise,option_logprobs,prefix_attention}.py
 fi
