@@ -88,7 +88,7 @@ bench prefix_attention_gpu 80 prefix_attention
 score Qwen3-0.6B 50
 score Llama-3.2-1B 50
 bench elementwise_gpu 40 elementwise
-pytest sanitizer 60 -n 2 -m gpu -k sanitizer tests/test_gpu.py
+pytest sanitizer 120 -n 2 -m gpu -k sanitizer tests/test_gpu.py
 rm -rf "$folder/site"
 cat "$folder/summary.txt"
 exit $failed

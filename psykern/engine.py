@@ -28,6 +28,7 @@ from psykern.core import NonFiniteError, OutOfMemoryError, TargetScores, Wave
 from psykern.model import Batch, Model, ModelConfig, Workspace, decoder_layer
 from psykern.pipeline import ahead
 from psykern.plan import Plan
+from psykern.weights import free_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,7 @@ CPU_BUDGETS = Budgets(wave_tokens=32_768, batch_tokens=2048)
 
 _DEVICE_BATCH = 16_384  # rows: a launch costs the host more than the smallest model's product of fewer
 _DEVICE_WAVE = (16_384, 131_072)  # rows at least, where memory is short, and at most
+_CARRIED = 45_056  # rows from wave to wave: a tenth more than the longest transcript of the 15 studies, 41,002 tokens
 _WAVE_SHARE = 0.6  # of a device's free memory; the rest is for fragments and for what others take
 
 _HEAD_TILES = 3 * 32 * 2**20  # bytes that option_logprobs holds in the reference backend
@@ -87,14 +89,14 @@ def cost(plan: Plan, config: ModelConfig, dtype: torch.dtype) -> Cost:
 
 def budgets(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Budgets:
     """Budgets that fit ``device`` as it is now: on a device with memory of its own, waves as large as that allows when
-    a transcript as long as the model's context is carried from wave to wave."""
+    one of the longest transcripts is carried from wave to wave."""
     if device.type == "cpu":
         return CPU_BUDGETS
     size = torch.empty(0, dtype=dtype).element_size()
     key_value = 2 * config.num_kv_heads * config.head_dim
-    longest = min(config.max_positions, 2 * 32_768)
+    longest = min(config.max_positions, _CARRIED)
     fixed = _DEVICE_BATCH * _batch_values(config) + 2 * longest * key_value * (config.num_layers + 1)
-    free = _WAVE_SHARE * (_free_bytes(device) or 0) - _HEAD_TILES
+    free = _WAVE_SHARE * (free_bytes(device) or 0) - _HEAD_TILES
     rows = int((free / size - fixed) // (2 * config.hidden_size + key_value))
     least, most = _DEVICE_WAVE
     rows = max(least, min(rows - rows % _DEVICE_BATCH, most))
@@ -406,24 +408,13 @@ def _raise_non_finite(model: Model, layer: int, name: str) -> None:
 
 def _check_memory(plan: Plan, model: Model) -> None:
     """Refuses, before the first forward pass, a wave that cannot fit the memory that is free now."""
-    needed, free = cost(plan, model.config, model.dtype).wave_bytes, _free_bytes(model.device)
+    needed, free = cost(plan, model.config, model.dtype).wave_bytes, free_bytes(model.device)
     if free is not None and needed > free:
         raise OutOfMemoryError(
             f"a wave needs about {needed / 2**20:,.0f} MiB beyond the weights and {free / 2**20:,.0f} MiB are free; "
             f"lower --wave-tokens (the largest wave has {plan.max_wave_rows:,} rows, and carries "
             f"{plan.max_carried_rows:,}) or --batch-tokens ({plan.batch_tokens:,})"
         )
-
-
-def _free_bytes(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for what comes
-        return torch.cuda.mem_get_info(device)[0] + kept
-    try:
-        with open("/proc/meminfo") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return None  # not Linux: the allocator will say
 
 
 @contextmanager

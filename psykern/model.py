@@ -20,7 +20,7 @@ from torch import Tensor
 from psykern import kernels
 from psykern.checkpoint import Checkpoint, read_config, widen
 from psykern.core import CheckpointError
-from psykern.weights import Layout, Slots
+from psykern.weights import Layout, Slots, free_bytes
 
 _RESIDENT_SHARE = 0.7  # of the free memory: weights beyond that are streamed, the rest is for waves
 _STREAMED_SLOTS = 2  # one is computed with while the other is filled
@@ -406,10 +406,10 @@ class Model:
             num_slots = 1
         elif num_slots is None:
             outside = ("model.embed_tokens.weight", "lm_head.weight")
-            size = torch.empty(0, dtype=self.dtype).element_size()
-            needed = sum(self._checkpoint.tensor(name).nbytes for name in outside if name in self._checkpoint.names)
-            needed += layout.size * size * self.config.num_layers
-            free = torch.cuda.mem_get_info(self.device)[0]
+            stored = (self._checkpoint.tensor(name) for name in outside if name in self._checkpoint.names)
+            needed = sum(tensor.numel() * self._dtype_on_device(tensor).itemsize for tensor in stored)
+            needed += layout.size * self.dtype.itemsize * self.config.num_layers
+            free = free_bytes(self.device) or 0
             num_slots = self.config.num_layers if needed <= _RESIDENT_SHARE * free else _STREAMED_SLOTS
         # No method as the source: slots that hold their model keep a device's memory until a garbage collection.
         return Slots(
@@ -447,7 +447,7 @@ class Model:
         return kernels.add_rms_norm(hidden, None, weight, self.config.rms_norm_eps, backend=backend)[0]
 
     def head(self) -> Tensor:
-        """The head's weight [V, D] in the checkpoint's own dtype: ``option_logprobs`` widens it tile by tile."""
+        """The head's weight [V, D], on a CPU in the checkpoint's own dtype: ``option_logprobs`` widens it by tiles."""
         return self._on_device("model.embed_tokens.weight" if self.config.tied_head else "lm_head.weight")
 
     def non_finite_tensors(self, layer: int) -> list[str]:
@@ -459,13 +459,18 @@ class Model:
         return [n for n in names if not torch.isfinite(self._checkpoint.tensor(n)).all()]
 
     def _on_device(self, name: str) -> Tensor:
-        """A tensor outside the layers as it is stored, copied to the device once."""
+        """A tensor outside the layers: on a CPU as it is stored, to a device copied once."""
         stored = self._checkpoint.tensor(name)
         if self.device.type == "cpu":
             return stored
         if name not in self._outside:
-            self._outside[name] = stored.to(self.device)
+            self._outside[name] = stored.to(self.device, self._dtype_on_device(stored))
         return self._outside[name]
+
+    def _dtype_on_device(self, stored: Tensor) -> torch.dtype:
+        """Of a tensor outside the layers. Tensor cores multiply half precision with its like alone; fp32 takes either,
+        and a head in half precision is half the bytes."""
+        return stored.dtype if self.dtype == torch.float32 else self.dtype
 
     def _rotary_tables(self, rope: Rope, num_positions: int) -> tuple[Tensor, Tensor]:
         tables = self._tables.get(rope)

@@ -170,3 +170,15 @@ class Slots:
     def _fill(self, target: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
         for name in self._layout.names:
             target[name].copy_(tensors[name])
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Of the device's memory, what torch keeps for what comes included; None: unknown."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None  # not Linux: the allocator will say

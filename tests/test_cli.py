@@ -611,7 +611,7 @@ def test_a_folder_that_cannot_be_written(toy: Toy, tmp_path: Path, capsys: pytes
 def test_too_little_memory_says_which_budget_to_lower(
     toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "_free_bytes", lambda device: 2**20)
+    monkeypatch.setattr(engine, "free_bytes", lambda device: 2**20)
     status = score(toy.model, toy.data, tmp_path / "run")
     assert_error(capsys, status, "MiB are free", "lower --wave-tokens", "--batch-tokens")
 

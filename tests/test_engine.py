@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -16,6 +17,10 @@ from psykern.core import EncodedTranscript, NonFiniteError, OutOfMemoryError, Ta
 from psykern.kernels import Backend
 from psykern.model import Model, ModelConfig
 from psykern.plan import Plan, plan
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+from shapes import model_config
 
 TOLERANCE = 1e-4  # nats, against fp32 transformers
 INVARIANCE = 1e-5  # nats, between budgets and batch mates
@@ -225,7 +230,7 @@ def test_a_wave_that_cannot_fit_is_refused_before_it_starts(
     tmp_path: Path, group: list[EncodedTranscript], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_model(tmp_path, **CONFIGS["llama"])
-    monkeypatch.setattr(engine, "_free_bytes", lambda device: 1000)
+    monkeypatch.setattr(engine, "free_bytes", lambda device: 1000)
     with pytest.raises(OutOfMemoryError, match=r"lower --wave-tokens .* or --batch-tokens"):
         score(group, tmp_path)
 
@@ -264,3 +269,20 @@ def test_memory_of_a_wave_counts_everything_that_grows_with_it(tmp_path: Path) -
     assert planned.max_carried_rows == 900
     expected = 4 * (hidden + store + carried + head + batch)
     assert engine.cost(planned, config, torch.float32).wave_bytes == expected + 3 * 32 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("shape", "free_gib", "wave_tokens"),
+    [
+        ("Qwen3-8B", 60, 131_072),  # resident on an H100
+        ("Llama-3.1-70B", 72, 131_072),  # streamed: what is free beside two layers
+        ("OLMo-3-7B", 60, 16_384),  # 32 key heads: a carried transcript takes 24 GB, twice
+        ("Qwen3-8B", 1, 16_384),  # at least: a wave that does not fit is refused before it starts
+    ],
+)
+def test_waves_are_as_large_as_a_device_has_memory_for(
+    shape: str, free_gib: int, wave_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "free_bytes", lambda device: free_gib * 2**30)
+    got = engine.budgets(model_config(shape), torch.device("cuda"), torch.bfloat16)
+    assert (got.wave_tokens, got.batch_tokens) == (wave_tokens, 16_384)

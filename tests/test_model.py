@@ -275,6 +275,25 @@ def test_an_absent_head_size_means_what_transformers_takes_it_for(model_type: st
     assert config.num_heads * config.head_dim == model.model.layers[0].self_attn.q_proj.out_features
 
 
+@pytest.mark.parametrize(
+    ("stored", "dtype", "expected"),
+    [
+        (torch.float32, torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32, torch.bfloat16),  # as it is: widened tile by tile, without loss
+    ],
+    ids=["fp32-in-bf16", "bf16-in-bf16", "bf16-in-fp32"],
+)
+def test_the_head_of_a_device_is_in_half_precision_where_its_rows_are(
+    stored: torch.dtype, dtype: torch.dtype, expected: torch.dtype, tmp_path: Path
+) -> None:
+    make_model(tmp_path, dtype=stored, **CONFIGS["llama"])
+    model = Model(tmp_path, device=CPU, dtype=dtype)
+    assert model.head().dtype == stored
+    model.device = torch.device("meta")
+    assert model.head().dtype == expected
+
+
 # --- what is refused
 
 
