@@ -223,7 +223,10 @@ def attend(
     return acc, maximum, total
 
 
-@triton.jit(do_not_specialize=["window"])
+@triton.jit(
+    do_not_specialize=["window"],
+    do_not_specialize_on_alignment=["table_ptr", "key_ranges_ptr", "limits_ptr", "tails_ptr", "positions_ptr"],
+)
 def attention_kernel(
     q_ptr,
     k_ptr,
