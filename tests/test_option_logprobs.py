@@ -241,6 +241,22 @@ def test_a_weight_that_is_nan_shows_in_every_row(place: Place, token: int) -> No
 
 
 @each_place
+@each_dtype
+def test_rows_of_larger_arrays(place: Place, dtype: torch.dtype) -> None:
+    """What stands between the rows is no part of them."""
+    hidden, weight, *wanted = problem(5, 127, 33, dtype)
+
+    def run_strided(p: Place) -> OptionLogprobs:
+        wide = [torch.full((len(x), 40), math.nan, dtype=x.dtype, device=p.device) for x in (hidden, weight)]
+        for target, x in zip(wide, p.put(hidden, weight), strict=True):
+            target[:, :33] = x
+        rows = [x[:, :33] for x in wide]
+        return OptionLogprobs(*(t.cpu() for t in kernels.option_logprobs(*rows, *p.put(*wanted), backend=p.backend)))
+
+    check(place, run_strided, fp64(hidden, weight, *wanted), TOLERANCES[dtype])
+
+
+@each_place
 def test_inputs_are_not_changed_and_two_runs_give_the_same_bits(place: Place) -> None:
     inputs = place.put(*problem(5, 127, 33))
     copies = [t.clone() for t in inputs]
