@@ -45,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     "weights": set(),
     "model": {"core", "kernels", "checkpoint", "weights"},
     "pipeline": set(),
-    "engine": {"core", "plan", "model", "kernels", "pipeline"},
+    "engine": {"core", "plan", "model", "kernels", "pipeline", "weights"},
     "storage": {"core"},
     "units": {"core", "transcripts"},
     "token_cache": {"core", "storage"},
