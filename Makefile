@@ -44,7 +44,7 @@ test: build
 # Every case of the Triton kernels under Triton's interpreter, which a process must choose before it imports them.
 interpret: build
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -k triton -W ignore --numprocesses auto \
-	    $(addprefix tests/test_,triton_kernels.py kernels.py elementwise.py option_logprobs.py prefix_attention.py)
+	    $(addprefix tests/kernels/test_,triton_kernels.py dispatch.py elementwise.py option_logprobs.py prefix_attention.py)
 
 format: setup
 	$(PY) -m ruff check --fix .
@@ -62,8 +62,8 @@ asan: setup
 	$(VENV)/bin/cmake --build $(ASAN) --parallel 2
 	cp -r psykern $(ASAN) && $(VENV)/bin/cmake --install $(ASAN) --prefix $(ASAN)/psykern
 	cd $(ASAN) && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	    ASAN_OPTIONS=detect_leaks=0 $(CURDIR)/$(PY) -m pytest $(CURDIR)/tests/test_plan.py \
-	    $(addprefix $(CURDIR)/tests/test_,cpu_kernels.py option_logprobs.py prefix_attention.py elementwise.py)
+	    ASAN_OPTIONS=detect_leaks=0 $(CURDIR)/$(PY) -m pytest $(CURDIR)/tests/engine/test_plan.py \
+	    $(addprefix $(CURDIR)/tests/kernels/test_,cpu_kernels.py option_logprobs.py prefix_attention.py elementwise.py)
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks psykern/*.so $(VENV)/.built

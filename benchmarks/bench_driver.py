@@ -28,10 +28,11 @@ from harness import RESULTS, Timing, print_row, write_csv
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import psykern
-from psykern import Settings, demo, engine
-from psykern.core import TargetScores
-from psykern.encode import Tokenizer
-from psykern.plan import Plan
+from psykern import Settings, demo
+from psykern.core.types import TargetScores
+from psykern.data.encode import Tokenizer
+from psykern.engine import engine
+from psykern.engine.plan import Plan
 
 PHASES = ("hash", "scan", "read", "encode", "plan", "run", "write")  # of the manifest; they overlap
 MADE_LOGPROB = -1.0  # nats per token

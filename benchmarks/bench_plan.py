@@ -22,11 +22,11 @@ import torch
 from bench_score import load_studies, make_checkpoint
 from harness import time_side_by_side, write_csv
 
-from psykern import engine
-from psykern.core import EncodedTranscript, Source, TargetScores
-from psykern.encode import Tokenizer
-from psykern.model import Model
-from psykern.plan import Plan, plan
+from psykern.core.types import EncodedTranscript, Source, TargetScores
+from psykern.data.encode import Tokenizer
+from psykern.engine import engine
+from psykern.engine.plan import Plan, plan
+from psykern.models.model import Model
 
 MINIMA = (1, 8, 32, 128, 10**9)
 STUDIES = {"guenther2024substitutions": 12, "thoma2025riskychoice": 16, "franke2024bayesian": 12}

@@ -33,9 +33,11 @@ from scipy.optimize import root
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import psykern
-from psykern import Settings, engine, records
-from psykern.core import TargetScores
-from psykern.plan import Plan
+from psykern import Settings
+from psykern.core.types import TargetScores
+from psykern.engine import engine
+from psykern.engine.plan import Plan
+from psykern.runs import folder as records
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 TRANSCRIPTS, RESPONSES, TOKENS = 208_021, 25_906_599, 1.0e9  # of Psych-201

@@ -61,13 +61,14 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from psykern import demo, engine
-from psykern.core import EncodedTranscript, RowError, TargetScores, Transcript
-from psykern.encode import Encoder, Tokenizer
+from psykern import demo
+from psykern.core.types import EncodedTranscript, RowError, TargetScores, Transcript
+from psykern.data.encode import Encoder, Tokenizer
+from psykern.data.rows import find_data, read
+from psykern.engine import engine
+from psykern.engine.plan import MIN_SHARE, Plan, plan
 from psykern.kernels import Backend
-from psykern.model import Model
-from psykern.plan import MIN_SHARE, Plan, plan
-from psykern.transcripts import find_data, read
+from psykern.models.model import Model
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 MIXES = {

@@ -2,7 +2,8 @@
 
     make build && python benchmarks/cuda_resources.py      # writes benchmarks/results/cuda_resources.csv
 
-The report is kept beside the objects by csrc/cuda/keep_ptxas_report.py. ``tests/test_cuda_build.py`` fails on a spill.
+The report is kept beside the objects by csrc/cuda/keep_ptxas_report.py. A test (``tests/kernels/test_cuda_build.py``)
+fails on a spill.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Feeds rows, files and manifests of any content to psykern for minutes; ``tests/fuzzing.py`` says what must hold.
+"""Feeds rows, files and manifests of any content to psykern for minutes; tests/support/fuzzing.py says what must hold.
 
     python benchmarks/fuzz.py --minutes 10            # hypothesis alone
     python benchmarks/fuzz.py --minutes 10 --atheris  # guided by coverage (pip install atheris)
@@ -23,10 +23,10 @@ from harness import print_row, write_csv
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-import fuzzing
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
-from test_score import make_toy, toy_rows, write_rows
+from support import fuzzing
+from support.toy import make_toy, toy_rows, write_rows
 
 SECONDS_AT_MOST = 10  # of one input
 EXAMPLES = 200  # of one rule, before the next one's turn

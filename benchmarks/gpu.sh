@@ -77,10 +77,10 @@ pytest() { # NAME SECONDS ARGUMENTS…
 [ "$device" = cpu ] || wheels || echo "wheels: not installed"
 [ -n "${SKIP_BUILD:-}" ] || part build 90 "$python" setup.py --quiet build_ext --inplace
 if [ "$device" = cpu ]; then
-    pytest tests 140 -m "not gpu" tests/test_gpu.py
+    pytest tests 140 -m "not gpu" tests/engine/test_gpu.py
 else
     pytest tests 110 -m gpu -k "not sanitizer" -n 12 \
-        tests/test_{gpu,kernels,elementwise,option_logprobs,prefix_attention}.py
+        tests/engine/test_gpu.py tests/kernels/test_{dispatch,elementwise,option_logprobs,prefix_attention}.py
 fi
 score Qwen3-8B 170
 bench option_logprobs_gpu 70 option_logprobs
@@ -88,7 +88,7 @@ bench prefix_attention_gpu 80 prefix_attention
 score Qwen3-0.6B 50
 score Llama-3.2-1B 50
 bench elementwise_gpu 40 elementwise
-pytest sanitizer 120 -n 2 -m gpu -k sanitizer tests/test_gpu.py
+pytest sanitizer 120 -n 2 -m gpu -k sanitizer tests/engine/test_gpu.py
 rm -rf "$folder/site"
 cat "$folder/summary.txt"
 exit $failed

@@ -1,7 +1,7 @@
 """The shapes of the published study's models: what their ``config.json`` say, for random weights and for the roofline.
 
-Sizes are those of the checkpoints' own configs; ``tests/test_roofline.py`` holds the weights that they come to against
-the published counts.
+Sizes are those of the checkpoints' own configs; ``tests/benchmarks/test_roofline.py`` holds the weights that they come
+to against the published counts.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from psykern.model import ModelConfig, expected_tensors, parse_config
+from psykern.models.model import ModelConfig, expected_tensors, parse_config
 
 QWEN_VOCABULARY, LLAMA_VOCABULARY, OLMO_VOCABULARY = 151_936, 128_256, 100_278
 

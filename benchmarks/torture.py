@@ -30,10 +30,11 @@ import torch
 from harness import print_row, write_csv
 
 import psykern
-from psykern import Settings, demo, storage
+from psykern import Settings, demo
+from psykern.core import folder as storage
 
 SETTINGS = Settings(device="cpu", studies=("guenther2024substitutions",), unit_tokens=300)
-STAGES = ("time", "open", "fsync", "replace", "link")  # the last four: calls by which psykern.storage writes a file
+STAGES = ("time", "open", "fsync", "replace", "link")  # the last four: calls by which psykern.core.folder writes a file
 MOST_KILLS = 3  # in one round
 
 

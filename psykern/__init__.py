@@ -5,9 +5,7 @@
 >>> print(run.summary.mean_nll)
 """
 
-from psykern.cluster import Workers, score_on_cluster
-from psykern.compare import Comparison
-from psykern.core import (
+from psykern.core.types import (
     CheckpointError,
     ComparisonError,
     DataError,
@@ -20,10 +18,12 @@ from psykern.core import (
     Source,
 )
 from psykern.kernels import BackendError
-from psykern.metrics import StudySummary, Summary, format_summary
-from psykern.records import Manifest, read_run
-from psykern.report import compare_runs, format_comparison
-from psykern.score import Estimate, Run, Settings, Shard, StudyPlan, estimate, score, score_conditions
+from psykern.runs.cluster import Workers, score_on_cluster
+from psykern.runs.folder import Manifest, read_run
+from psykern.runs.run import Estimate, Run, Settings, Shard, StudyPlan, estimate, score, score_conditions
+from psykern.study.compare import Comparison
+from psykern.study.metrics import StudySummary, Summary, format_summary
+from psykern.study.page import compare_runs, format_comparison
 from psykern.version import __version__
 
 __all__ = [

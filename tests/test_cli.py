@@ -18,17 +18,19 @@ from typing import Any, get_args, get_type_hints
 import numpy as np
 import pytest
 import torch
-from models import CONFIGS, make_model
 from safetensors.torch import load_file, save_file
-from test_score import CONTEXT, Row, Toy, fitting, make_toy, make_toy_data, responses, write_rows
+from support.checkpoints import CONFIGS, make_model
+from support.toy import CONTEXT, Row, Toy, fitting, make_toy, make_toy_data, responses, write_rows
 
 import psykern
-from psykern import Settings, demo, engine, kernels, runs
+from psykern import Settings, demo, kernels
 from psykern.cli import main
-from psykern.plan import MIN_SHARE
+from psykern.engine import engine
+from psykern.engine.plan import MIN_SHARE
+from psykern.study import finished as runs
 
 ROOT = Path(__file__).resolve().parents[1]
-pipeline = importlib.import_module("psykern.score")  # the package's attribute of that name is the function
+pipeline = importlib.import_module("psykern.runs.run")  # the package's attribute of that name is the function
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,7 @@ struct Interval {
   int64_t begin, end;  // rows, half open
 };
 
-// The arrays of psykern.core.Wave that depend on the trie.
+// The arrays of psykern.core.types.Wave that depend on the trie.
 struct WaveArrays {
   std::vector<int32_t> token_ids, positions, batch_offsets, batch_segments, segment_offsets, range_offsets, key_ranges;
   std::vector<int64_t> keep_rows;

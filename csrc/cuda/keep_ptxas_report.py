@@ -2,7 +2,8 @@
 
     python keep_ptxas_report.py nvcc -Xptxas -v … -o OBJECT
 
-The lines of ptxas's report go to that file, all others where they would have gone. tests/test_cuda_build.py reads it.
+The lines of ptxas's report go to that file, all others where they would have gone. It is read by
+tests/kernels/test_cuda_build.py.
 """
 
 from __future__ import annotations

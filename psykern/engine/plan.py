@@ -1,0 +1,163 @@
+"""Plans a group of transcripts: what is computed, in which rows, waves and batches, and which row predicts what.
+
+The trie itself (sorting, common prefixes, rows, waves, carried prefixes) is C++: ``csrc/cpu/prefix_trie.h`` says how it
+works. This module gives it the transcripts, and finds the row of every target. **The shift happens here and nowhere
+else: the row at position p - 1 predicts the token at position p.**
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from psykern import _cpu
+from psykern.core.types import EncodedTranscript, Wave
+
+# Measured (benchmarks/results/plan_cpu.csv): 1 to 32 run equally fast within the noise, 128 forgoes real shares. A
+# share of very few tokens saves nothing and makes paths of more ranges.
+MIN_SHARE = 8
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """The waves of a group of transcripts. ``wave(i)`` builds one wave's arrays on demand, so a plan stays small."""
+
+    num_transcripts: int
+    num_responses: int
+    num_tokens: int  # of the transcripts up to their last scored token, before sharing
+    num_computed: int  # rows after sharing, branches included
+    num_branches: int  # options of several tokens that are not one token only
+    num_targets: int
+    batch_tokens: int
+    _trie: _cpu.PrefixTrie
+    _target_rows: np.ndarray  # [targets] int64, ascending
+    _target_ids: np.ndarray  # [targets] int64, in order of their rows
+    _target_token_ids: np.ndarray  # [targets] int32, likewise
+
+    @property
+    def num_waves(self) -> int:
+        return self._trie.num_waves
+
+    @property
+    def num_response_rows(self) -> int:
+        """Distinct rows that predict a target: what the last layer and the head compute."""
+        return int((np.diff(self._target_rows, prepend=-1) != 0).sum())
+
+    @property
+    def max_wave_rows(self) -> int:
+        return self._trie.max_wave_rows
+
+    @property
+    def max_carried_rows(self) -> int:
+        return self._trie.max_carried_rows
+
+    @property
+    def max_response_rows(self) -> int:
+        """The most response rows of one wave."""
+        rows = np.unique(self._target_rows)
+        return int(np.diff(np.searchsorted(rows, self._trie.wave_starts)).max(initial=0))
+
+    def visible_keys(self, window: int | None) -> int:
+        """Keys that all rows see together, under a sliding window or without: what a layer's attention costs."""
+        return self._trie.visible_keys(window or np.iinfo(np.int32).max)
+
+    def visible_keys_of_responses(self, window: int | None) -> int:
+        """The same of the response rows only: what the last layer's attention costs."""
+        keys = self._trie.positions_of(np.unique(self._target_rows)).astype(np.int64) + 1
+        return int(np.minimum(keys, window or np.iinfo(np.int32).max).sum())
+
+    def wave(self, index: int) -> Wave:
+        arrays = self._trie.wave(index, self.batch_tokens)
+        start, end = self._trie.wave_starts[index : index + 2]
+        first, last = np.searchsorted(self._target_rows, [start, end])
+        rows, counts = np.unique(self._target_rows[first:last], return_counts=True)
+        return Wave(
+            index=index,
+            response_rows=(rows - start).astype(np.int32),
+            target_offsets=np.concatenate(([0], np.cumsum(counts))).astype(np.int64),
+            target_token_ids=self._target_token_ids[first:last],
+            target_ids=self._target_ids[first:last],
+            **arrays,
+        )
+
+    def waves(self) -> Iterator[Wave]:
+        return (self.wave(index) for index in range(self.num_waves))
+
+
+def plan(
+    transcripts: Sequence[EncodedTranscript],
+    *,
+    wave_tokens: int,
+    batch_tokens: int,
+    min_share: int = MIN_SHARE,
+) -> Plan:
+    """Plan ``transcripts``, which should be of one study: prefixes are shared among them.
+
+    A wave computes at most ``wave_tokens`` rows, a batch at most ``batch_tokens``; a prefix is shared from
+    ``min_share`` tokens on. Raises ``ValueError`` for budgets below 1.
+    """
+    if batch_tokens < 1:
+        raise ValueError(f"batch_tokens: expected at least 1, got {batch_tokens}")
+    spans = _concatenate([t.spans_tok for t in transcripts], np.int32).reshape(-1, 2)
+    span_sequence = np.repeat(np.arange(len(transcripts)), [len(t.spans_tok) for t in transcripts])
+    branch_sequence = np.repeat(np.arange(len(transcripts)), [len(t.branch_parent_tok) for t in transcripts])
+    branch_parent = _concatenate([t.branch_parent_tok for t in transcripts], np.int32)
+    branch_scored = _concatenate([t.branch_scored_tok for t in transcripts], np.int32)
+    branch_token_ids = _concatenate([t.branch_token_ids for t in transcripts], np.int32)
+    branch_offsets = _offsets(_concatenate([np.diff(t.branch_offsets) for t in transcripts], np.int64))
+    token_ids = _concatenate([t.token_ids for t in transcripts], np.int32)
+    offsets = _offsets(np.array([len(t.token_ids) for t in transcripts], np.int64))
+
+    lengths = np.zeros(len(transcripts), np.int64)  # tokens that something scored comes after
+    np.maximum.at(lengths, span_sequence, np.where(spans[:, 1] > spans[:, 0], spans[:, 1] - 1, 0))
+    np.maximum.at(lengths, branch_sequence, branch_parent)
+    trie = _cpu.PrefixTrie(
+        token_ids=token_ids,
+        offsets=offsets,
+        lengths=lengths,
+        branch_sequence=branch_sequence,
+        branch_parent=branch_parent,
+        branch_scored=branch_scored,
+        branch_offsets=branch_offsets,
+        branch_token_ids=branch_token_ids,
+        min_share=min_share,
+        wave_tokens=wave_tokens,
+    )
+    span_index, position = _members(spans[:, 0], spans[:, 1])
+    sequence = span_sequence[span_index]
+    branch_index, branch_tok = _members(branch_scored, np.diff(branch_offsets))
+    target_rows = np.concatenate((trie.locate(sequence, position.astype(np.int32)), trie.branch_target_rows))
+    target_token_ids = np.concatenate(
+        (token_ids[offsets[sequence] + position], branch_token_ids[branch_offsets[branch_index] + branch_tok])
+    )
+    order = np.argsort(target_rows, kind="stable")
+    return Plan(
+        num_transcripts=len(transcripts),
+        num_responses=len(spans),
+        num_tokens=len(token_ids),
+        num_computed=trie.num_rows,
+        num_branches=int((np.diff(branch_offsets) > 1).sum()),
+        num_targets=len(target_rows),
+        batch_tokens=batch_tokens,
+        _trie=trie,
+        _target_rows=target_rows[order],
+        _target_ids=order,
+        _target_token_ids=target_token_ids[order],
+    )
+
+
+def _concatenate(arrays: Sequence[np.ndarray], dtype: type) -> np.ndarray:
+    return np.concatenate([np.empty((0, *arrays[0].shape[1:]), dtype), *arrays]) if arrays else np.empty(0, dtype)
+
+
+def _offsets(counts: np.ndarray) -> np.ndarray:
+    return np.concatenate((np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)))
+
+
+def _members(starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Every member of the spans [start, end), in order: the span it is of, and itself."""
+    counts = (ends - starts).astype(np.int64)
+    index = np.repeat(np.arange(len(counts)), counts)
+    return index, np.arange(counts.sum()) - _offsets(counts)[index] + starts[index]

@@ -1,0 +1,1 @@
+"""Checkpoints as layers: config, families, weights, and the computation of one layer."""

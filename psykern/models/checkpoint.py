@@ -1,0 +1,243 @@
+"""A model folder: its config and its safetensors weights, memory-mapped and strictly checked.
+
+The rule: a folder is data. Only JSON and safetensors files are read; pickled weights, Python files and custom code
+that a config names are never loaded. A tensor that is missing, unused, wrongly shaped or quantised is an error that
+names it. Weights stay in the files' private mapping until they are touched; :func:`widen` copies one to another dtype.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from psykern.core.types import CheckpointError
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_UNSUPPORTED = "quantised weights are not supported, expected float32, bfloat16 or float16"
+_PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+_HUB_FILES = ["*.json", "chat_template.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_MAX_NAMED = 8  # problems spelled out in one message
+_HASH_BYTES = 1 << 20  # read at a time
+
+
+def resolve_model(model: str | Path, weights: bool = True) -> Path:
+    """The folder of ``model``: a local folder, or a hub id ``owner/name`` that is downloaded to the hub's cache.
+
+    A :class:`Path` is always a local folder. ``weights=False`` leaves the weight files out of the download.
+    Raises :class:`CheckpointError`.
+    """
+    if os.path.isdir(model):
+        return Path(model)
+    if os.path.lexists(model):
+        raise CheckpointError(f"{model}: expected a model folder, got something that is not a folder")
+    if isinstance(model, Path) or not _HUB_ID.fullmatch(model):
+        raise CheckpointError(f"{str(model)!r}: no such model folder, and not a hub id (owner/name)")
+    return _download(model, weights)
+
+
+def _download(hub_id: str, weights: bool) -> Path:
+    import huggingface_hub
+
+    allowed = [*_HUB_FILES, "*.safetensors"] if weights else _HUB_FILES
+    try:
+        # A hub pattern's * matches "/" too; "*/*" keeps to the top folder, the only one that is read.
+        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=allowed, ignore_patterns=["*/*"]))
+    except Exception as error:  # the hub's client raises its own, its HTTP library's and the system's errors
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise CheckpointError(
+            f"{hub_id}: not a folder here, and the hub could not be reached or did not give it: {reason}; "
+            "download it first and give its folder"
+        ) from error
+
+
+def read_config(folder: Path) -> dict[str, object]:
+    """The object in the folder's ``config.json``, as it stands there. Raises :class:`CheckpointError`."""
+    return _read_object(folder / "config.json")
+
+
+def _read_object(path: Path) -> dict[str, object]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file; a model folder needs it") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Checkpoint:
+    """The weights of a model folder, by name. Made by :meth:`open`; tensors are views of the mapped files."""
+
+    folder: Path
+    _tensors: dict[str, torch.Tensor]
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Maps ``model.safetensors``, or the shards of its index. Raises :class:`CheckpointError`."""
+        tensors: dict[str, torch.Tensor] = {}
+        for path, indexed in _weight_files(folder).items():
+            shard = _map_file(path)
+            if indexed is not None and shard.keys() != indexed:
+                raise CheckpointError(
+                    f"{path}: does not hold the tensors that {_INDEX} places there: "
+                    f"absent: {_listed(sorted(indexed - shard.keys()))}; "
+                    f"not in the index: {_listed(sorted(shard.keys() - indexed))}"
+                )
+            tensors.update(shard)
+        return cls(folder, tensors)
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(self._tensors)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors as they are stored."""
+        return sum(tensor.nbytes for tensor in self._tensors.values())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._get(name).shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """One of :data:`DTYPES`."""
+        return self._get(name).dtype
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor on the CPU, in its stored dtype, mapped and not copied: not to be written to."""
+        tensor = self._get(name)
+        # The format does not align data; kernels may take an element's natural alignment for granted.
+        return tensor if tensor.data_ptr() % tensor.element_size() == 0 else tensor.clone()
+
+    def check(self, expected: Mapping[str, tuple[int, ...]], optional: Collection[str] = ()) -> None:
+        """Raises :class:`CheckpointError` unless the tensors are exactly the ``expected`` ones, with their shapes.
+
+        ``optional`` holds names or patterns (``*.rotary_emb.inv_freq``) that may be absent, or present and unused.
+        """
+        counted = {n: t for n, t in self._tensors.items() if n in expected or not _matches(n, optional)}
+        unsupported = [f"{name} is {tensor.dtype}" for name, tensor in counted.items() if tensor.dtype not in DTYPES]
+        missing = [name for name in expected if name not in counted and not _matches(name, optional)]
+        unused = [name for name in counted if name not in expected]
+        misshaped = [
+            f"{name} (expected {list(shape)}, got {list(counted[name].shape)})"
+            for name, shape in expected.items()
+            if name in counted and counted[name].shape != shape
+        ]
+        problems = {
+            _UNSUPPORTED: unsupported,
+            "missing tensors": missing,
+            "unused tensors": unused,
+            "wrongly shaped tensors": misshaped,
+        }
+        found = [f"{what}: {_listed(names)}" for what, names in problems.items() if names]
+        if found:
+            raise CheckpointError(f"{self.folder}: weights do not fit the config: {'; '.join(found)}")
+
+    def _get(self, name: str) -> torch.Tensor:
+        if name not in self._tensors:
+            raise CheckpointError(f"{self.folder}: no tensor named {name}")
+        tensor = self._tensors[name]
+        if tensor.dtype not in DTYPES:
+            raise CheckpointError(f"{self.folder}: {name} is {tensor.dtype}: {_UNSUPPORTED}")
+        return tensor
+
+
+def hash_model(folder: Path) -> str:
+    """``sha256:…`` over ``config.json`` and the weight files: the content, size and name of each."""
+    total = hashlib.sha256()
+    for path in sorted([folder / "config.json", *_weight_files(folder)]):
+        digest = hashlib.sha256()
+        size = 0
+        try:
+            with path.open("rb", buffering=0) as file:
+                while block := file.read(_HASH_BYTES):
+                    digest.update(block)
+                    size += len(block)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error}") from error
+        total.update(f"{digest.hexdigest()} {size} {path.name}\n".encode())
+    return f"sha256:{total.hexdigest()}"
+
+
+def widen(tensor: torch.Tensor, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+    """``tensor`` in ``dtype``: itself when it has that dtype and no ``out`` is given, else a copy (in ``out``)."""
+    if out is None:
+        return tensor.to(dtype)
+    if out.shape != tensor.shape or out.dtype != dtype:
+        raise ValueError(f"out: expected {dtype} {list(tensor.shape)}, got {out.dtype} {list(out.shape)}")
+    return out.copy_(tensor)
+
+
+def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
+    """Weight files, each with the tensors that the index places in it (None: there is no index)."""
+    try:
+        present = sorted(os.listdir(folder))
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read as a model folder: {error}") from error
+    if _SINGLE in present:
+        return {folder / _SINGLE: None}
+    if _INDEX in present:
+        return _indexed_files(folder)
+    pickled = [name for name in present if _matches(name, _PICKLED)]
+    if pickled:
+        raise CheckpointError(
+            f"{folder}: pickled weights are refused, because loading them can run code: {_listed(pickled)}; "
+            "convert them to safetensors"
+        )
+    others = [name for name in present if name.endswith(".safetensors")]
+    raise CheckpointError(
+        f"{folder}: no weights: looked for {_SINGLE} or {_INDEX}; other safetensors: {_listed(others)}"
+    )
+
+
+def _indexed_files(folder: Path) -> dict[Path, set[str] | None]:
+    path = folder / _INDEX
+    places = _read_object(path).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise CheckpointError(f"{path}: expected weight_map to be an object of tensor names, got {places!r:.80}")
+    files: dict[Path, set[str] | None] = {}
+    for file in sorted(set(map(str, places.values()))):
+        if re.search(r"[/\\\0]", file) or not file.endswith(".safetensors"):
+            raise CheckpointError(f"{path}: expected the plain name of a .safetensors file, got {file!r}")
+        files[folder / file] = {name for name, place in places.items() if place == file}
+    absent = [shard.name for shard in files if not shard.is_file()]
+    if absent:
+        raise CheckpointError(f"{folder}: shards of {_INDEX} are missing: {_listed(absent)}")
+    return files
+
+
+def _map_file(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        file: Any = safe_open(path, framework="pt", device="cpu")
+        # A CPU tensor of safe_open is a view of one private (copy-on-write) mapping, so no weights are read here.
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, the handle is no mapping
+    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+        # Beside SafetensorError: no access, sizes that overflow, dtypes that this torch does not have.
+        raise CheckpointError(f"{path}: damaged or not a safetensors file: {error}") from error
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _listed(names: list[str]) -> str:
+    if not names:
+        return "none"
+    more = len(names) - _MAX_NAMED
+    return ", ".join(names[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,1 @@
+"""Finished runs compared: metrics, pairs, tables, figures, the page. Reads records only."""

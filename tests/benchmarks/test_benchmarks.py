@@ -1,0 +1,185 @@
+"""The benchmarks: each runs with tiny shapes on the CPU, wrong results are refused, the summary counts right."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import bench_elementwise  # noqa: E402
+import bench_option_logprobs  # noqa: E402
+import bench_prefix_attention  # noqa: E402
+import bench_scale  # noqa: E402
+import bench_score  # noqa: E402
+import gpu_summary  # noqa: E402
+import harness  # noqa: E402
+
+QUICK = ["--quick", "--repeats", "1"]
+
+
+def providers(folder: Path, name: str) -> set[str]:
+    with (folder / f"{name}.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert json.loads((folder / f"{name}.json").read_text())["machine"]["device"] == rows[0]["device"]
+    assert all(float(row["seconds"]) > 0 for row in rows)
+    return {row["provider"] for row in rows}
+
+
+def test_kernels_with_tiny_shapes(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    common = [*QUICK, "--folder", str(tmp_path), "--name"]
+    bench_option_logprobs.main([*common, "o"])
+    assert providers(tmp_path, "o") == {"psykern", "psykern:reference", "torch", "torch_compiled", "gemm"}
+    bench_prefix_attention.main([*common, "p", "--cases", "shared", "branches"])
+    shared = {"psykern", "psykern:reference", "flex_attention", "psykern_apart", "sdpa_apart", "sdpa_batch"}
+    assert providers(tmp_path, "p") == shared | {"sdpa_sequences"}
+    bench_elementwise.main([*common, "e"])
+    assert providers(tmp_path, "e") == {"psykern", "torch", "copy"}
+
+
+@pytest.mark.slow
+def test_alternatives_to_the_tables_with_tiny_shapes(tmp_path: Path) -> None:
+    """Under Triton's interpreter, which a process must choose before it imports the kernels."""
+    pytest.importorskip("triton")
+    command = [sys.executable, str(ROOT / "benchmarks" / "tune.py"), *QUICK, "--folder", str(tmp_path), "--name", "t"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    ops = ["option_logprobs", "prefix_attention"]
+    subprocess.run([*command, "--ops", *ops], env=environment, capture_output=True, check=True, timeout=300)
+    rows = json.loads((tmp_path / "t.json").read_text())["rows"]
+    assert {row["op"] for row in rows} == set(ops)
+    for case in {row["case"] for row in rows}:
+        alternatives = [row["alternative"] for row in rows if row["case"] == case]
+        assert {"table", "loads"} < set(alternatives) and len(alternatives) == len(set(alternatives)) > 6
+
+
+def test_end_to_end_with_a_tiny_shape_and_the_packages_own_sample(tmp_path: Path) -> None:
+    options = ["--shape", "Qwen3-0.6B", "--data", str(tmp_path), "--folder", str(tmp_path), "--name", "s"]
+    names = ["study", "psykern", "careful", "psykern:streamed"]
+    bench_score.main([*QUICK, *options, "--studies", "guenther2024substitutions", "--providers", *names])
+    assert providers(tmp_path, "s") == set(names)
+
+
+def test_the_idle_share_counts_what_no_kernel_covers() -> None:
+    """Kernels of 0 to 4, 1 to 2 and 3 to 5 leave no gap; that of 7 to 10, launched first, leaves 2 of 10 before it."""
+    spans = np.array([[7, 10], [0, 4], [1, 2], [3, 5]], np.float64)
+    assert bench_score.idle_share(spans) == pytest.approx(0.2)
+    assert bench_score.idle_share(spans[1:]) == 0.0
+
+
+def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = bench_option_logprobs.scored
+
+    def wrong(*arguments: object) -> Tensor:
+        return right(*arguments) + 0.01
+
+    monkeypatch.setattr(bench_option_logprobs, "scored", wrong)
+    with pytest.raises(AssertionError, match="not close"):
+        bench_option_logprobs.main(QUICK)
+
+
+def test_a_provider_of_others_that_fails_loses_only_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    def fails() -> int:
+        raise RuntimeError("no kernel image")
+
+    kept = harness.keep_working({"psykern": lambda: 1, "flash": fails}, lambda name, result: None)
+    assert list(kept) == ["psykern"]
+    assert "not measured: flash: RuntimeError: ['no kernel image']" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        harness.keep_working({"psykern": fails}, lambda name, result: None)
+
+
+def row(**values: object) -> dict[str, object]:
+    return {"rows": 2048, "share_of_gemm": 0.95, "psykern_times": 1.0, "peak_mb": 50.0, **values}
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """As gpu.sh leaves them: one part passed, one failed; numbers by hand."""
+    (tmp_path / "status.tsv").write_text("build\t0\t31\ntests\t1\t12\n")
+    rows = [
+        row(provider="psykern"),
+        row(provider="psykern", rows=128, share_of_gemm=0.5, peak_mb=101.0),  # few rows: its share is not asked for
+        row(provider="liger", psykern_times=3.0),
+        row(provider="torch_compiled", psykern_times=0.9),
+        row(provider="gemm", psykern_times=0.8),
+    ]
+    found = {"machine": {"device": "a GPU", "cuda": "13.0"}, "rows": rows}
+    (tmp_path / "option_logprobs_gpu.json").write_text(json.dumps(found))
+    return tmp_path
+
+
+def test_the_summary_takes_the_worst_number_of_each_target(results: Path) -> None:
+    targets = {t["target"].partition(":")[2].strip(): t for t in gpu_summary.summary(results)["targets"]}
+    share = targets["share of the plain GEMM's rate, R >= 2048"]
+    assert (share["measured"], share["reached"]) == (0.95, "yes")
+    assert (targets["times the others"]["measured"], targets["times the others"]["reached"]) == (0.9, "no")
+    assert (targets["extra memory, MB"]["measured"], targets["extra memory, MB"]["reached"]) == (101.0, "no")
+    assert targets["idle share of the device"]["reached"] == "not measured"
+
+
+def test_numbers_of_tiny_shapes_or_of_a_cpu_are_not_measured(results: Path) -> None:
+    (results / "quick").touch()
+    assert {t["reached"] for t in gpu_summary.summary(results)["targets"]} == {"not measured"}
+    (results / "quick").unlink()
+    path = results / "option_logprobs_gpu.json"
+    path.write_text(path.read_text().replace('"cuda"', '"other"'))
+    assert {t["reached"] for t in gpu_summary.summary(results)["targets"]} == {"not measured"}
+
+
+def test_what_a_part_wrote_before_it_was_cut_counts_as_partial(
+    results: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (results / "status.tsv").write_text("option_logprobs_gpu\t124\t70\nscore_qwen3-8b\t137\t150\n")
+    (results / "score_qwen3-8b.json").write_text('{"machine": {"device": "a G')
+    gpu_summary.main([str(results)])
+    printed = capsys.readouterr().out
+    assert "ran out of time    70 s  5 rows, partial: psykern, liger, torch_compiled, gemm" in printed
+    assert "score_qwen3-8b           ran out of time   150 s\n" in printed
+    assert "0.95  yes, partial" in printed
+    assert json.loads((results / "summary.json").read_text())["machine"]["device"] == "a GPU"
+
+
+def test_a_part_that_fails_loses_no_other(tmp_path: Path) -> None:
+    """With a Python that fails in all parts but one, and leaves one no time."""
+    python = tmp_path / "python"
+    summary = f'*gpu_summary*) exec {sys.executable} "$@"'
+    python.write_text(f'#!/bin/sh\ncase "$*" in {summary};; *elementwise*) echo done;; *) exit 7;; esac\n')
+    python.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(python), "DEVICE": "cpu", "QUICK": "1", "OUT": str(tmp_path / "out")}
+    (tmp_path / "out").mkdir()
+    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), str(tmp_path / "results")]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert found.returncode == 1, found.stderr
+    states = [line.split()[:2] for line in found.stdout.splitlines() if line.endswith(" s")]
+    parts = ["build", "tests", "score_qwen3-8b", "option_logprobs_gpu", "prefix_attention_gpu", "score_qwen3-0.6b"]
+    parts += ["score_llama-3.2-1b", "elementwise_gpu", "sanitizer"]
+    assert states == [[part, "passed" if part == "elementwise_gpu" else "failed"] for part in parts]
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"summary.txt", "gpu-results.tar.gz"}
+    late = subprocess.run(command, env={**environment, "LIMIT": "1"}, capture_output=True, text=True, check=False)
+    assert late.returncode == 1
+    assert "elementwise_gpu          ran out of time" in late.stdout
+
+
+def test_the_rehearsal_has_the_means_of_psych_201(shared: Path, tmp_path: Path) -> None:
+    """And a tiny part of it runs through everything but the model."""
+    sources = bench_scale.load_sources(shared / "psych")
+    shares = bench_scale.weights_of(sources)
+    assert shares.min() > 0 and shares.sum() == pytest.approx(1)
+    responses = sum(share * source.responses for share, source in zip(shares, sources, strict=True))
+    assert responses == pytest.approx(25_906_599 / 208_021, rel=1e-6)
+    studies = 12
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench_scale, "STUDIES", studies)
+        rows = bench_scale.rehearse(1e-9, 2, 0, 2**17, tmp_path)
+    assert [(row["piece"], row["way"]) for row in rows] == [(0, "text"), (0, "cache"), (1, "text"), (1, "cache")]
+    assert sum(row["transcripts"] for row in rows if row["way"] == "cache") == studies

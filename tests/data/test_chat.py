@@ -1,0 +1,246 @@
+"""Chat templates: where responses stand, what is refused, and the study's rule by a few lines of its own."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.tiny import branches, build_tiny, fail, scored, transcript, words
+from transformers import AutoTokenizer
+
+from psykern.core.types import CheckpointError, RowError, Transcript
+from psykern.data.chat import ChatTemplate
+from psykern.data.encode import Encoder, Tokenizer
+from psykern.data.protocol import study_text
+from psykern.data.rows import find_data, read
+
+PLAIN = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+TRIMS = PLAIN.replace("m.content", "m.content | trim")
+BOS = "<bos>" + PLAIN
+TEXT = "You press <<J>>. You win.\nYou press <<>> and <<J>>, then<<a b>>"
+RESPONSES = ["J", "", "J", "a b"]
+
+
+def folder_with(path: Path, template: str | None, file: str = "tokenizer_config.json", bos: bool = False) -> Path:
+    """A tokenizer's folder whose chat template stands in ``file``."""
+    path.mkdir(exist_ok=True)
+    tokenizer = build_tiny(bos=bos)
+    tokenizer.add_special_tokens(["<|user|>", "<|assistant|>", "<|end|>"])
+    tokenizer.save(str(path / "tokenizer.json"))
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if template is not None and file == "tokenizer_config.json":
+        config["chat_template"] = template
+    elif template is not None:
+        (path / file).write_text(template if file.endswith("jinja") else json.dumps({"chat_template": template}))
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.fixture
+def chat(tmp_path: Path) -> Callable[[str], ChatTemplate]:
+    return lambda template: ChatTemplate.load(folder_with(tmp_path, template))
+
+
+@pytest.fixture(scope="module")
+def qwen(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The real tokenizer and template of Qwen3 or Qwen2.5."""
+
+    def folder(name: str) -> Path:
+        path = tmp_path_factory.mktemp(name)
+        shutil.copyfile(shared / "tokenizers" / "qwen3" / "tokenizer.json", path / "tokenizer.json")
+        config = {"qwen3": "qwen3/tokenizer_config.json", "qwen2.5": "qwen2/qwen2.5-instruct_tokenizer_config.json"}
+        shutil.copyfile(shared / "tokenizers" / config[name], path / "tokenizer_config.json")
+        return path
+
+    return folder
+
+
+def at_marks(rendered: Transcript) -> list[str]:
+    return [rendered.text[a:b] for a, b in rendered.responses_char.tolist()]
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "chat_template.jinja", "chat_template.json"])
+def test_the_template_is_found_in(file: str, tmp_path: Path) -> None:
+    rendered = ChatTemplate.load(folder_with(tmp_path, PLAIN, file)).render(transcript("a <<b>>"))
+    assert rendered.text == "<|user|>a <|end|><|assistant|>b<|end|>"
+    assert at_marks(rendered) == ["b"]
+
+
+def test_repeated_and_empty_responses_are_located(chat: Callable[[str], ChatTemplate]) -> None:
+    rendered = chat(PLAIN).render(transcript(TEXT))
+    assert at_marks(rendered) == RESPONSES
+    starts = rendered.responses_char[:, 0].tolist()
+    assert all(rendered.text[:start].endswith("<|assistant|>") for start in starts)
+    assert starts == sorted(set(starts))
+
+
+def test_text_outside_the_marks_may_be_trimmed(chat: Callable[[str], ChatTemplate]) -> None:
+    rendered = chat(TRIMS).render(transcript(TEXT))
+    assert rendered.text.startswith("<|user|>You press<|end|><|assistant|>J<|end|><|user|>. You win.\nYou press<|end|>")
+    assert at_marks(rendered) == RESPONSES
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "message"),
+    [
+        (TRIMS, "a << b>>", "strips white space from a response"),
+        (PLAIN.replace("messages", "messages[:2]"), "a <<b>> c", "drops turn 3 of 3"),
+        (PLAIN.replace("messages", "messages | reverse"), "a <<b>> c", "repeats or reorders the turns of 3"),
+        (
+            PLAIN.replace("m.content", "m.content | replace('b', 'x')"),
+            "a <<b>> c",
+            r"turn 2 \(assistant\): .* 'b', got 'x'",
+        ),
+        (PLAIN.replace("m.content", "m.content[:20]"), f"a <<{'b' * 21}>>", r"changes a content: turn 2 \(assistant\)"),
+        ("{{ raise_exception('roles must alternate') }}", "a <<b>>", "refuses the turns: roles must alternate"),
+    ],
+    ids=["strips", "drops", "reorders", "replaces", "cuts", "raises"],
+)
+def test_a_template_that_changes_contents_is_refused(
+    chat: Callable[[str], ChatTemplate], tmp_path: Path, template: str, text: str, message: str
+) -> None:
+    with pytest.raises(RowError, match=f"file.jsonl:1: the chat template of {tmp_path} .*{message}"):
+        chat(template).render(transcript(text))
+
+
+def test_thinking_is_off_where_the_template_knows_it(chat: Callable[[str], ChatTemplate]) -> None:
+    template = "{% if enable_thinking is not defined or enable_thinking %}think!{% endif %}" + PLAIN
+    assert chat(template).render(transcript("a <<b>>")).text.startswith("<|user|>a ")
+
+
+def test_no_template_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="condition chat needs a chat template"):
+        ChatTemplate.load(folder_with(tmp_path, None))
+
+
+def test_the_templates_own_special_tokens_are_not_doubled(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, BOS, bos=True)
+    chat, tokenizer = ChatTemplate.load(folder), Tokenizer.load(folder)
+    of = transcript("a <<b>> c")
+    (exact,) = Encoder(tokenizer, condition="chat", chat=chat).encode([of], fail)
+    assert words(tokenizer, exact.token_ids) == ["<bos>", "<|user|>", "a", " ", "<|end|>", "<|assistant|>", "b"]
+    (study,) = Encoder(tokenizer, condition="chat", chat=chat, protocol="study").encode([of], fail)
+    assert words(tokenizer, study.token_ids)[:3] == ["<bos>", "<bos>", "<|user|>"]  # as the study has it
+
+
+def test_options_stand_in_the_responses_place(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, PLAIN)
+    tokenizer = Tokenizer.load(folder)
+    for protocol in ("exact", "study"):
+        encoder = Encoder(tokenizer, condition="chat", chat=ChatTemplate.load(folder), protocol=protocol)  # type: ignore[arg-type]
+        (encoded,) = encoder.encode([transcript("say <<1>> or <<12>>.", ("1", "12"))], fail)
+        assert encoded.flags == ("closing_mark", "closing_mark")
+        for r, parent, first, ids in branches(encoded):
+            before = words(tokenizer, encoded.token_ids[:parent])
+            assert before[-1] == "<|assistant|>" and first == 0
+            assert "".join(words(tokenizer, ids)) in ("1<|end|>", "12<|end|>")
+            assert parent == encoded.spans_tok[r, 0]
+
+
+def test_the_encoder_needs_a_template_for_chat_alone(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(folder_with(tmp_path, PLAIN))
+    with pytest.raises(ValueError, match="chat: expected a template for condition chat"):
+        Encoder(tokenizer, condition="chat")
+    with pytest.raises(ValueError, match="condition: expected one of plain, chat, persona, got 'talk'"):
+        Encoder(tokenizer, condition="talk")  # type: ignore[arg-type]
+
+
+STUDIES = (
+    "alsobay2025publicGoodsGame",
+    "haridi2024memory",
+    "little2024functionestimation",
+    "guenther2024substitutions",
+)
+STUDIES += ("schiekiera2025metascience", "vantiel2021probabilistic_pragmatics")
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen2.5"])
+def test_real_transcripts_in_real_templates(shared: Path, qwen: Callable[[str], Path], name: str) -> None:
+    """Turn by turn by hand: these two templates put a header in front of a content and a mark behind it."""
+    folder = qwen(name)
+    chat, tokenizer = ChatTemplate.load(folder), Tokenizer.load(folder)
+    encoder = Encoder(tokenizer, condition="chat", chat=chat)
+    system = "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+    for of in some(shared, STUDIES):
+        own = re.split("<<|>>", of.text)
+        roles = [("assistant" if i % 2 else "user", text) for i, text in enumerate(own)]
+        turns = [(role, text) for role, text in roles if text or role == "assistant"]
+        whole = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns)
+        if name == "qwen3" and not own[-1]:
+            head, tail = whole.rsplit("<|im_start|>assistant\n", 1)
+            whole = f"{head}<|im_start|>assistant\n<think>\n\n</think>\n\n{tail}"
+        expected = tokenizer.backend.encode((system if name == "qwen2.5" else "") + whole, add_special_tokens=False).ids
+        (encoded,) = encoder.encode([of], fail)
+        assert encoded.token_ids.tolist() == expected[: len(encoded.token_ids)]
+        assert ["".join(parts) for parts in scored(tokenizer, encoded)] == own[1::2]
+
+
+def test_a_last_response_stands_behind_the_empty_thought(qwen: Callable[[str], Path]) -> None:
+    folder = qwen("qwen3")
+    tokenizer = Tokenizer.load(folder)
+    encoder = Encoder(tokenizer, condition="chat", chat=ChatTemplate.load(folder))
+    (encoded,) = encoder.encode([transcript("a <<b>> c <<think>>")], fail)
+    assert scored(tokenizer, encoded) == [["b"], ["think"]]
+    start = int(encoded.spans_tok[1, 0])
+    assert words(tokenizer, encoded.token_ids[start - 4 : start]) == ["<think>", "\n\n", "</think>", "\n\n"]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen2.5"])
+def test_the_studys_rule_on_real_transcripts(shared: Path, qwen: Callable[[str], Path], name: str) -> None:
+    folder = qwen(name)
+    tokenizer, theirs = Tokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
+    encoder = Encoder(tokenizer, condition="chat", chat=ChatTemplate.load(folder), protocol="study")
+    rng = np.random.default_rng(0)
+    odd = "Start <<-5>> then <<skip>>, <<>> and <<More Details >> again <<a>>\n<<b>><<c >> <<think>>"
+    every = [*some(shared, STUDIES), transcript(odd), transcript("".join(rng.choice(["<<a>>", " x", "\n"], 40)))]
+    for of in every:
+        ids, runs = by_the_studys_rule(theirs, of.text)
+        (encoded,) = encoder.encode([of], fail)
+        assert encoded.token_ids.tolist() == ids[: len(encoded.token_ids)]
+        assert [list(range(a, b)) for a, b in encoded.spans_tok.tolist()] == runs
+
+
+def by_the_studys_rule(tokenizer: Any, text: str) -> tuple[list[int], list[list[int]]]:
+    """Tokens and scored runs: turns change at every mark, and the header and what ends a turn are known by sight."""
+    turns: list[dict[str, str]] = []
+    role = "user"
+    for piece in re.findall("<<|>>|(?:(?!<<|>>).)+", f"{study_text(text)}.", re.DOTALL):
+        if piece == "<<":
+            if turns and turns[-1].get("open"):  # a response whose closing mark a patch took is said by the user
+                turns[-1]["role"] = "user"
+            role = "assistant"
+        elif piece == ">>":
+            turns = [{k: v for k, v in turn.items() if k != "open"} for turn in turns]
+            role = "user"
+        else:
+            turns.append({"role": role, "content": piece} | ({"open": "yes"} if role == "assistant" else {}))
+    messages = [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+    ids = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False)).input_ids
+    begin = tokenizer("<|im_start|>assistant\n").input_ids
+    end = tokenizer("<|im_end|>\n<|im_start|>user\n").input_ids
+    runs, place = [], 0
+    while place < len(ids):
+        if ids[place : place + len(begin)] != begin:
+            place += 1
+            continue
+        place += len(begin)
+        run = []
+        while place < len(ids) and ids[place : place + len(end)] != end:
+            run.append(place)
+            place += 1
+        place += len(end)
+        if run:
+            runs.append(run)
+    return ids, runs
+
+
+def some(shared: Path, studies: tuple[str, ...], count: int = 2) -> Iterator[Transcript]:
+    for study in studies:
+        files = find_data([shared / "psych" / f"{study}.jsonl.gz"])
+        yield from read(files, limit=count, reject=fail)

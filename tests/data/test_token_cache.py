@@ -1,0 +1,185 @@
+"""The token cache gives back what was put in, and nothing else: whatever is damaged or foreign is absent."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.groups import assert_equal
+
+from psykern.core.types import EncodedTranscript, EncodedUnit, RowError, Source, UnitInfo
+from psykern.data.encode import Encoder, Tokenizer
+from psykern.data.rows import find_data, read
+from psykern.data.token_cache import TokenCache
+
+INFO = UnitInfo(3, "study", "k" * 64, 1000)
+DEPENDS_ON = {"tokenizer_hash": "t", "protocol": "exact", "data": [["study", "d"]]}
+
+
+def transcript(file: str = "a.jsonl", **changes: Any) -> EncodedTranscript:
+    made = EncodedTranscript(
+        study="study",
+        experiment="é",
+        participant="7",
+        source=Source(file, 4),
+        token_ids=np.arange(9, dtype=np.int32),
+        responses=("A", "", "two words"),
+        spans_tok=np.array([[2, 3], [4, 4], [5, 9]], np.int32),
+        flags=(None, "empty;closing_mark", None),
+        options=(("A", "B"), None, ("two words", "ü")),
+        option_index=np.array([0, -1, 0], np.int32),
+        branch_response=np.array([0, 0, 2, 2], np.int32),
+        branch_parent_tok=np.array([2, 2, 5, 4], np.int32),
+        branch_scored_tok=np.array([0, 0, 0, 1], np.int32),
+        branch_offsets=np.array([0, 1, 2, 6, 8], np.int64),
+        branch_token_ids=np.arange(8, dtype=np.int32),
+        num_dropped=0,
+    )
+    return replace(made, **changes)
+
+
+def without_responses() -> EncodedTranscript:
+    empty = np.empty(0, np.int32)
+    return transcript(
+        token_ids=empty,
+        responses=(),
+        spans_tok=empty.reshape(0, 2),
+        flags=(),
+        options=(),
+        option_index=empty,
+        branch_response=empty,
+        branch_parent_tok=empty,
+        branch_scored_tok=empty,
+        branch_offsets=np.zeros(1, np.int64),
+        branch_token_ids=empty,
+    )
+
+
+def unit(transcripts: Sequence[EncodedTranscript], info: UnitInfo = INFO) -> EncodedUnit:
+    rejects = (RowError(Source("b.zip!prompts.jsonl", 5), 'text: missing "x"'),)
+    return EncodedUnit(info, tuple(transcripts), rejects, 2)
+
+
+def open_cache(
+    folder: Path, files: Sequence[str] = ("a.jsonl", "b.zip"), depends_on: dict[str, Any] = DEPENDS_ON
+) -> TokenCache:
+    return TokenCache.open(folder, files, depends_on)
+
+
+def the_file(folder: Path) -> Path:
+    (path,) = folder.glob("*/*.arrow")
+    return path
+
+
+@pytest.mark.parametrize(
+    "transcripts",
+    [[transcript(), transcript(participant="8"), without_responses()], [without_responses()], []],
+    ids=["several", "without responses", "none"],
+)
+def test_a_unit_comes_back_as_it_was(transcripts: list[EncodedTranscript], tmp_path: Path) -> None:
+    cache = open_cache(tmp_path)
+    assert cache.read(INFO) is None
+    cache.write(unit(transcripts))
+    got = open_cache(tmp_path).read(INFO)
+    assert got is not None
+    assert (got.info, got.without_metadata, len(got.transcripts)) == (INFO, 2, len(transcripts))
+    for one, two in zip(got.transcripts, transcripts, strict=True):
+        assert_equal(one, two)
+    assert [(e.source, e.reason) for e in got.rejects] == [(Source("b.zip!prompts.jsonl", 5), 'text: missing "x"')]
+
+
+def test_arrays_are_views_of_the_file(tmp_path: Path) -> None:
+    cache = open_cache(tmp_path)
+    cache.write(unit([transcript()]))
+    got = cache.read(INFO)
+    assert got is not None
+    ids = got.transcripts[0].token_ids
+    assert not ids.flags.owndata and not ids.flags.writeable
+
+
+def test_data_that_moved_are_named_where_they_are_now(tmp_path: Path) -> None:
+    open_cache(tmp_path).write(unit([transcript()]))
+    got = open_cache(tmp_path, ("/new/a.jsonl", "/new/b.zip")).read(INFO)
+    assert got is not None
+    assert got.transcripts[0].source == Source("/new/a.jsonl", 4)
+    assert got.rejects[0].source == Source("/new/b.zip!prompts.jsonl", 5)
+
+
+@pytest.mark.parametrize("place", [0, 10, 20, 47, 60, 64, 100, 0.3, 0.5, 0.9, -1])
+def test_a_flipped_bit_anywhere_is_seen(place: float, tmp_path: Path) -> None:
+    cache = open_cache(tmp_path)
+    cache.write(unit([transcript()]))
+    path = the_file(tmp_path)
+    content = bytearray(path.read_bytes())
+    at = int(place * len(content)) if isinstance(place, float) else place
+    content[at] ^= 4
+    path.write_bytes(content)
+    assert cache.read(INFO) is None
+    cache.write(unit([transcript()]))  # written anew
+    assert cache.read(INFO) is not None
+
+
+@pytest.mark.parametrize("size", [0, 10, 64, 65, 500])
+def test_a_truncated_file_is_seen(size: int, tmp_path: Path) -> None:
+    cache = open_cache(tmp_path)
+    cache.write(unit([transcript()]))
+    path = the_file(tmp_path)
+    path.write_bytes(path.read_bytes()[:size])
+    assert cache.read(INFO) is None
+
+
+def test_a_foreign_file_is_seen(tmp_path: Path) -> None:
+    """Whole, but of another unit, under this unit's name; or no file of ours at all."""
+    other = UnitInfo(4, "study", "o" * 64, 10)
+    cache = open_cache(tmp_path)
+    cache.write(unit([transcript()], other))
+    name = the_file(tmp_path).with_name(f"{INFO.index:06d}-{INFO.key[:32]}.arrow")
+    the_file(tmp_path).rename(name)
+    assert cache.read(INFO) is None
+    name.write_bytes(b"x" * 1000)
+    assert cache.read(INFO) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"tokenizer_hash": "u"}, {"protocol": "study"}, {"data": [["study", "e"]]}, {"data": [["other", "d"]]}],
+    ids=["tokenizer", "protocol", "content", "study's name"],
+)
+def test_what_depends_on_something_else_is_not_found(change: dict[str, Any], tmp_path: Path) -> None:
+    cache = open_cache(tmp_path)
+    cache.write(unit([transcript()]))
+    cache.write_units([INFO])
+    other = open_cache(tmp_path, depends_on=DEPENDS_ON | change)
+    assert other.read(INFO) is None
+    assert other.read_units() is None
+    assert cache.read_units() == [INFO]
+
+
+def test_a_damaged_list_of_units_is_seen(tmp_path: Path) -> None:
+    cache = open_cache(tmp_path)
+    units = [replace(INFO, index=i) for i in range(3)]
+    cache.write_units(units)
+    assert cache.read_units() == units
+    (path,) = tmp_path.glob("*/units.json")
+    path.write_text(json.dumps([[0, "study", "key", 1]]))
+    assert cache.read_units() is None
+
+
+@pytest.mark.parametrize("name", ["frey2017mpl", "guenther2024substitutions", "haridi2024memory"])
+def test_real_transcripts_come_back_as_they_were(name: str, shared: Path, tmp_path: Path) -> None:
+    files = find_data([shared / "psych" / f"{name}.jsonl.gz"])
+    rows = list(read(files, limit=4, reject=pytest.fail))
+    encoder = Encoder(Tokenizer.load(shared / "tokenizers" / "qwen3"), options="observed", max_options=100)
+    encoded = encoder.encode(rows, pytest.fail)
+    cache = open_cache(tmp_path, [str(files[0].path)])
+    cache.write(EncodedUnit(INFO, tuple(encoded), (), 0))
+    got = cache.read(INFO)
+    assert got is not None
+    assert sum(len(t.branch_response) for t in encoded) > 0 or name == "haridi2024memory"
+    for one, two in zip(got.transcripts, encoded, strict=True):
+        assert_equal(one, two)

@@ -1,0 +1,199 @@
+"""The whole engine on a device, against ``transformers`` in fp32 on the same one.
+
+Each test runs on a CPU too, where the code is the same, so that it is known to run before a GPU is at hand.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.backends import Place, missing, short
+from support.checkpoints import CONFIGS, make_model, oracle_logprobs
+from support.groups import random_group, wanted
+
+from psykern.core.types import EncodedTranscript, OutOfMemoryError, TargetScores
+from psykern.engine import engine
+from psykern.engine.plan import plan
+from psykern.models.model import Model
+
+RMS = {torch.float32: 0.003, torch.bfloat16: 0.035, torch.float16: 0.01}  # nats; fp16 has 8 times bf16's resolution
+SHAPE = {  # of the kind of Qwen3; a vocabulary that no tile divides
+    "model_type": "qwen3",
+    "vocab_size": 4099,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "head_dim": 128,
+    "initializer_range": 0.05,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return torch.device(request.param)
+
+
+@pytest.fixture(scope="module")
+def group() -> list[EncodedTranscript]:
+    """Transcripts of up to 120 tokens that share prefixes, with responses and options of several tokens."""
+    return random_group(np.random.default_rng(5), 10, 320, 3)
+
+
+def score(
+    folder: Path,
+    group: Sequence[EncodedTranscript],
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    *,
+    wave_tokens: int = 4096,
+    num_slots: int | None = None,
+    clock: engine.DeviceClock | None = None,
+) -> TargetScores:
+    model = Model(folder, device=device, dtype=dtype, num_slots=num_slots)
+    planned = plan(group, wave_tokens=wave_tokens, batch_tokens=512, min_share=4)
+    (scores,) = engine.stream([(planned, lambda share: None)], model, clock=clock)
+    return scores
+
+
+def rms_from_transformers(
+    scores: TargetScores, group: Sequence[EncodedTranscript], oracle: torch.nn.Module, device: torch.device
+) -> float:
+    """Root of the mean squared difference of log-probabilities; one pass of the oracle for each context."""
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    oracle = oracle.to(device)
+    tables: dict[tuple[int, ...], torch.Tensor] = {}
+    expected = []
+    for context, token in wanted(group):
+        if (known := tuple(context)) not in tables:
+            tables[known] = oracle_logprobs(oracle, np.array(context))[-1].cpu()
+        expected.append(float(tables[known][token]))
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    return float(np.sqrt(np.mean((scores.logprob - np.array(expected)) ** 2)))
+
+
+def assert_same_bytes(one: TargetScores, two: TargetScores) -> None:
+    for field in ("logprob", "entropy", "is_argmax"):
+        assert getattr(one, field).tobytes() == getattr(two, field).tobytes()
+
+
+@pytest.mark.parametrize("dtype", RMS, ids=short)
+def test_scores_are_those_of_transformers_in_fp32(
+    dtype: torch.dtype, device: torch.device, tmp_path: Path, group: list[EncodedTranscript]
+) -> None:
+    oracle = make_model(tmp_path, dtype=dtype, **SHAPE)
+    scores = score(tmp_path, group, device, dtype)
+    assert rms_from_transformers(scores, group, oracle, device) <= RMS[dtype]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_family_in_fp32(name: str, device: torch.device, tmp_path: Path, group: list[EncodedTranscript]) -> None:
+    oracle = make_model(tmp_path, **CONFIGS[name])
+    scores = score(tmp_path, group[:4], device)
+    assert rms_from_transformers(scores, group[:4], oracle, device) <= RMS[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
+def test_equal_runs_give_equal_bytes_streamed_or_resident(
+    dtype: torch.dtype, device: torch.device, tmp_path: Path, group: list[EncodedTranscript]
+) -> None:
+    """Waves of 64 rows carry prefixes; 2 slots stream the 3 layers, as many slots as layers keep them."""
+    make_model(tmp_path, dtype=dtype, **CONFIGS["qwen3"])
+    one, two, streamed = (score(tmp_path, group, device, dtype, wave_tokens=64, num_slots=slots) for slots in (3, 3, 2))
+    assert_same_bytes(one, two)
+    assert_same_bytes(one, streamed)
+
+
+def test_carried_prefixes_give_the_scores_of_one_wave(
+    device: torch.device, tmp_path: Path, group: list[EncodedTranscript]
+) -> None:
+    make_model(tmp_path, **CONFIGS["olmo3"])
+    planned = plan(group, wave_tokens=50, batch_tokens=512, min_share=4)
+    assert planned.num_waves > 5 and planned.max_carried_rows > 0
+    one, carried = (score(tmp_path, group, device, wave_tokens=tokens) for tokens in (4096, 50))
+    assert np.abs(one.logprob - carried.logprob).max() <= 1e-5
+
+
+def test_the_idle_share_is_told(device: torch.device, tmp_path: Path, group: list[EncodedTranscript]) -> None:
+    make_model(tmp_path, **CONFIGS["qwen3"])
+    clock = engine.DeviceClock()
+    score(tmp_path, group, device, wave_tokens=64, clock=clock)
+    if device.type == "cpu":
+        assert clock.idle_share is None
+    else:
+        assert clock.idle_share is not None and 0.0 <= clock.idle_share < 1.0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_device_that_is_full_says_which_budget_to_lower(
+    tmp_path: Path, group: list[EncodedTranscript], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The check before the first wave is told that all is well; then the allocator fails."""
+    make_model(tmp_path, **CONFIGS["qwen3"])
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    monkeypatch.setattr(engine, "free_bytes", lambda device: None)
+    taken = torch.empty(64 * 2**20, dtype=torch.int8, device="cuda")
+    try:
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 8 * 2**20) / total)
+        longer = random_group(np.random.default_rng(6), 400, 320, 3)
+        with pytest.raises(OutOfMemoryError, match="lower --wave-tokens"):
+            score(tmp_path, longer, torch.device("cuda"), wave_tokens=2**20)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        del taken
+
+
+SANITIZED = """
+import torch
+from psykern import kernels
+from support.ops import OPS, call
+from support.backends import Place
+place = Place("cuda", torch.device("cuda"))
+for op in OPS:
+    if op != "prefix_attention":  # Triton's
+        call(op, "cuda", place)
+for rows in (1, 7, 130):  # no tile divides these
+    hidden, weight = torch.randn(rows, 72, device="cuda"), torch.randn(517, 72, device="cuda")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        offsets = torch.arange(rows + 1, device="cuda")
+        ids = torch.full((rows,), 516, dtype=torch.int32, device="cuda")
+        kernels.option_logprobs(hidden.to(dtype), weight.to(dtype), offsets, ids, backend="cuda")
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_the_sanitizer_finds_nothing_in_the_cuda_kernels(tool: str) -> None:
+    if (reason := missing(Place("cuda", torch.device("cuda")))) is not None:
+        pytest.skip(reason)
+    if (sanitizer := shutil.which("compute-sanitizer")) is None:
+        pytest.skip("compute-sanitizer: not on PATH")
+    tests = Path(__file__).resolve().parents[1]
+    own = "--kernel-name=kns=psykern"  # not the vendor's matrix products
+    options = [f"--tool={tool}", own, "--report-api-errors=no", "--error-exitcode=9"]
+    found = subprocess.run(
+        [sanitizer, *options, sys.executable, "-c", SANITIZED],
+        cwd=tests,
+        env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # so that a tensor's end is an allocation's end
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    told = found.stdout + found.stderr
+    if "Device not supported" in told:
+        pytest.skip("compute-sanitizer: does not know this device")
+    assert found.returncode == 0, told[-3000:]

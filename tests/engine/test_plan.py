@@ -1,0 +1,185 @@
+"""The plan against a brute-force reading of what it must mean: every target is predicted by a row whose visible keys,
+read in order, are exactly the tokens before the target; and nothing that is shared is computed twice."""
+
+from __future__ import annotations
+
+import time
+import tracemalloc
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from support.groups import encoded, random_group, wanted
+
+from psykern.core.types import EncodedTranscript
+from psykern.engine.plan import Plan, plan
+
+
+def predicted(p: Plan) -> dict[int, tuple[list[int], int]]:
+    """The same as the waves say it, following their key ranges through a store that only carries what they name."""
+    out: dict[int, tuple[list[int], int]] = {}
+    carried: list[int] = []
+    for wave in p.waves():
+        assert wave.num_carried == len(carried)
+        store = carried + wave.token_ids.tolist()
+        assert wave.batch_offsets[0] == 0
+        assert wave.batch_offsets[-1] == len(wave.token_ids)
+        assert (wave.segment_offsets[wave.batch_segments] == wave.batch_offsets).all()
+        assert (np.diff(wave.batch_offsets) <= p.batch_tokens).all()
+        paths: list[list[int]] = []
+        for s in range(len(wave.segment_offsets) - 1):
+            ranges = wave.key_ranges[wave.range_offsets[s] : wave.range_offsets[s + 1]].tolist()
+            assert all(a[1] != b[0] for a, b in pairwise(ranges)), "adjacent ranges are merged"
+            path = [row for begin, end in ranges for row in range(begin, end)]
+            first, last = wave.segment_offsets[s : s + 2].tolist()
+            assert path[-(last - first) :] == [wave.num_carried + r for r in range(first, last)]
+            for row in range(first, last):
+                position = int(wave.positions[row])
+                assert position == len(path) - (last - row)
+                assert max(path) < wave.num_carried + last, "a key is computed before or with its query's batch"
+                paths.append([store[k] for k in path[: position + 1]])
+        for r, row in enumerate(wave.response_rows.tolist()):
+            for i in range(wave.target_offsets[r], wave.target_offsets[r + 1]):
+                target = int(wave.target_ids[i])
+                assert target not in out
+                out[target] = (paths[row], int(wave.target_token_ids[i]))
+        carried = [store[k] for k in wave.keep_rows.tolist()]
+    assert not carried, "nothing is carried past the last wave"
+    return out
+
+
+def check(transcripts: Sequence[EncodedTranscript], **budgets: int) -> Plan:
+    p = plan(transcripts, **({"wave_tokens": 64, "batch_tokens": 16, "min_share": 1} | budgets))
+    expected = wanted(transcripts)
+    got = predicted(p)
+    assert p.num_targets == len(expected) == len(got)
+    assert [got[i] for i in range(len(expected))] == expected
+    return p
+
+
+def trie_nodes(transcripts: Sequence[EncodedTranscript]) -> int:
+    """Distinct contexts that anything wanted needs: the fewest rows possible."""
+    return len({tuple(context[:k]) for context, _ in wanted(transcripts) for k in range(1, len(context) + 1)})
+
+
+@pytest.mark.parametrize("options", [0, 3], ids=["no-options", "options"])
+@pytest.mark.parametrize("vocabulary", [2, 5, 1000])
+@pytest.mark.parametrize(("wave_tokens", "batch_tokens"), [(1, 1), (7, 3), (64, 64), (10_000, 16)])
+@pytest.mark.parametrize("min_share", [1, 4, 1_000_000])
+def test_random_groups_mean_what_was_asked(
+    options: int, vocabulary: int, wave_tokens: int, batch_tokens: int, min_share: int
+) -> None:
+    rng = np.random.default_rng([options, vocabulary, wave_tokens, min_share])
+    for _ in range(12):
+        group = random_group(rng, int(rng.integers(0, 9)), vocabulary, options)
+        p = check(group, wave_tokens=wave_tokens, batch_tokens=batch_tokens, min_share=min_share)
+        if min_share == 1:
+            assert p.num_computed == trie_nodes(group)
+
+
+def test_equal_transcripts_cost_one() -> None:
+    one = encoded(range(40), [(10, 12), (39, 40)])
+    assert check([one] * 5).num_computed == 39
+
+
+def test_a_prefix_of_another_costs_nothing() -> None:
+    assert check([encoded(range(40), [(39, 40)]), encoded(range(20), [(19, 20)])]).num_computed == 39
+
+
+def test_short_shares_are_not_taken() -> None:
+    group = [encoded([*range(10), 50 + i, *range(60, 80)], [(30, 31)]) for i in range(4)]
+    assert check(group, min_share=10).num_computed == 10 + 4 * 20
+    assert check(group, min_share=11).num_computed == 4 * 30
+
+
+def test_tokens_after_the_last_response_and_the_response_itself_need_no_row() -> None:
+    assert check([encoded(range(100), [(3, 5)])]).num_computed == 4
+
+
+def test_one_token_options_need_no_row() -> None:
+    branches = [(0, 8, [i], 0) for i in range(5)]
+    p = check([encoded(range(9), [(8, 9)], branches)])
+    assert (p.num_computed, p.num_response_rows, p.num_branches) == (8, 1, 0)
+
+
+def test_branches_share_with_each_other_and_with_every_transcript() -> None:
+    a = encoded(
+        [0, 1, 2, 20, 21, 9, 9], [(3, 5), (6, 7)], [(0, 3, [20, 21], 0), (0, 3, [30, 31], 0), (0, 3, [30, 32], 0)]
+    )
+    b = encoded(
+        [0, 1, 2, 30, 31, 8, 8], [(3, 5), (6, 7)], [(0, 3, [20, 21], 0), (0, 3, [30, 31], 0), (0, 3, [30, 32], 0)]
+    )
+    assert check([a, b]).num_computed == len([0, 1, 2]) + 3 + 3
+
+
+def test_a_transcript_longer_than_a_wave_is_split_and_carried() -> None:
+    p = check([encoded(range(1000), [(500, 502), (999, 1000)])], wave_tokens=64)
+    assert p.num_waves == 16
+    assert p.max_carried_rows == 15 * 64
+
+
+def test_only_what_later_waves_need_is_carried() -> None:
+    shared, group = list(range(20)), []
+    for i in range(30):
+        group.append(encoded([*shared, *range(100 * i + 100, 100 * i + 144)], [(63, 64)]))
+    p = check(group, wave_tokens=63)
+    assert p.max_carried_rows == 20
+    assert p.num_computed == 20 + 30 * 43
+
+
+def test_no_transcripts_and_no_responses() -> None:
+    assert check([]).num_waves == 0
+    assert check([encoded([], [])]).num_waves == 0
+    assert check([encoded([], []), encoded(range(5), [(4, 5)])]).num_computed == 4
+
+
+def test_visible_keys_count_what_attention_reads() -> None:
+    group = random_group(np.random.default_rng(3), 8, 4, 2)
+    p = check(group)
+    positions = np.concatenate([w.positions for w in p.waves()]) + 1
+    responses = np.concatenate([w.positions[w.response_rows] for w in p.waves()]) + 1
+    for window in (None, 1, 5):
+        assert p.visible_keys(window) == np.minimum(positions, window or 10**9).sum()
+        assert p.visible_keys_of_responses(window) == np.minimum(responses, window or 10**9).sum()
+    assert p.num_response_rows == len(responses)
+    assert p.max_response_rows == max(len(w.response_rows) for w in p.waves())
+
+
+def test_order_of_transcripts_does_not_change_the_rows() -> None:
+    group = random_group(np.random.default_rng(4), 9, 3, 0)
+    rows = [np.concatenate([w.token_ids for w in check(g).waves()]).tolist() for g in (group, group[::-1])]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("budget", ["wave_tokens", "batch_tokens", "min_share"])
+def test_budgets_below_one_are_refused(budget: str) -> None:
+    with pytest.raises(ValueError, match=budget):
+        check([encoded(range(5), [(4, 5)])], **{budget: 0})
+
+
+def test_a_branch_without_a_token_before_it_is_refused() -> None:
+    with pytest.raises(ValueError, match="parent: expected 1 to"):
+        check([encoded(range(5), [(0, 1)], [(0, 0, [3], 0)])])
+
+
+def test_100_000_transcripts_take_seconds_and_little_memory() -> None:
+    rng = np.random.default_rng(0)
+    instructions = rng.integers(150_000, size=300)
+    group = [
+        encoded(
+            np.concatenate((instructions, rng.integers(150_000, size=700))), [(p, p + 1) for p in range(350, 1000, 30)]
+        )
+        for _ in range(20_000)
+    ]
+    tracemalloc.start()
+    start = time.perf_counter()
+    p = plan(group * 5, wave_tokens=32_768, batch_tokens=2048)  # 100,000 transcripts, each five times
+    seconds = time.perf_counter() - start
+    assert p.num_computed == 300 + 20_000 * 680
+    first = p.wave(0)
+    assert len(first.token_ids) <= 32_768
+    _, peak = tracemalloc.get_traced_memory()  # numpy's share: the tokens once, and the targets
+    tracemalloc.stop()
+    assert peak < 4 * 100_000 * 980 * 4
+    assert seconds < 60

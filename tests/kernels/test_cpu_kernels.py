@@ -1,0 +1,159 @@
+"""What is special to the C++ backend: every instruction set that this machine has, any number of threads, and bindings
+that refuse what would read or write outside an array. The numbers themselves are in the tests of each operation."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from support.backends import assert_same_bits
+from torch import Tensor
+
+from psykern import _cpu, kernels
+
+OPS = ("option_logprobs", "prefix_attention", "add_rms_norm", "qk_norm_rope", "silu_mul")
+TOLERANCE = 2e-5  # between fp32 sums in different orders
+
+
+def run_all(backend: kernels.Backend) -> list[Tensor]:
+    """All five operations on odd sizes, with branches, a window and targets at the ends of the vocabulary."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(37, 83), torch.randn(4999, 83)
+    offsets = torch.arange(0, 38 * 2, 2)
+    ids = torch.tensor([0, 4998] * 37, dtype=torch.int32)
+    q, k, v = torch.randn(50, 6, 24), torch.randn(70, 2, 24), torch.randn(70, 2, 24)
+    # One sequence of 44 tokens behind 20 carried ones, then two branches of 3 tokens at its places 30 and 40.
+    positions = torch.tensor([*range(20, 64), 30, 31, 32, 40, 41, 42], dtype=torch.int32)
+    segments = torch.tensor([0, 44, 47, 50], dtype=torch.int32)
+    range_offsets = torch.tensor([0, 1, 3, 5], dtype=torch.int32)
+    ranges = torch.tensor([[0, 64], [0, 30], [64, 67], [0, 40], [67, 70]], dtype=torch.int32)
+    angles = torch.arange(64)[:, None] * torch.rand(12)
+    attend = partial(
+        kernels.prefix_attention,
+        q,
+        k,
+        v,
+        positions,
+        segments,
+        range_offsets,
+        ranges,
+        softmax_scale=0.2,
+        backend=backend,
+    )
+    return [
+        *kernels.option_logprobs(hidden, weight, offsets, ids, backend=backend),
+        kernels.option_logprobs(hidden, weight.bfloat16(), offsets, ids, backend=backend).lse,
+        attend(),
+        attend(window=7),
+        *kernels.add_rms_norm(hidden, torch.randn(37, 83), torch.randn(83), 1e-6, backend=backend),
+        kernels.qk_norm_rope(q, torch.randn(24), angles.cos(), angles.sin(), positions, 1e-6, backend=backend),
+        kernels.silu_mul(10 * hidden, torch.randn(37, 83), backend=backend),
+    ]
+
+
+@pytest.fixture(params=_cpu.instruction_sets())
+def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The C++ backend held to one instruction set."""
+    for op in OPS:
+        monkeypatch.setattr(_cpu, op, partial(getattr(_cpu, op), isa=request.param))
+    return str(request.param)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_every_instruction_set_equals_the_reference(instruction_set: str) -> None:
+    for got, expected in zip(run_all("cpu"), run_all("reference"), strict=True):
+        assert torch.allclose(got.double(), expected.double(), rtol=TOLERANCE, atol=TOLERANCE), instruction_set
+
+
+def test_threads_do_not_change_a_bit(instruction_set: str, threads: Callable[[int], None]) -> None:
+    threads(1)
+    one = run_all("cpu")
+    for count in (2, 5):
+        threads(count)
+        for got, expected in zip(run_all("cpu"), one, strict=True):
+            assert got.numpy().tobytes() == expected.numpy().tobytes(), (instruction_set, count)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_without_openmp_a_pool_of_its_own_does_the_same() -> None:
+    """In a process that has not loaded torch, and so no OpenMP runtime."""
+    program = f"""
+import importlib.util, os
+import numpy as np
+spec = importlib.util.spec_from_file_location("psykern._cpu", {_cpu.__file__!r})
+cpu = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(cpu)
+gate, up = np.random.default_rng(0).standard_normal((2, 3000, 1000), np.float32)
+outputs = [np.empty_like(gate) for _ in range(3)]
+for out, num_threads in zip(outputs, (1, 2, 4)):
+    cpu.silu_mul(gate, up, out, num_threads=num_threads)
+    assert np.array_equal(out, outputs[0]), num_threads
+assert np.allclose(outputs[0], gate / (1 + np.exp(-gate)) * up, atol=1e-5)
+assert "libgomp" not in open("/proc/self/maps").read()
+print(len(os.listdir("/proc/self/task")))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    )
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) == 4  # threads alive: the three of the pool, and the caller
+
+
+@pytest.mark.parametrize("size", [1024, 1020], ids=["whole vectors", "a rest"])
+def test_what_is_written_past_the_caches_has_the_same_bits(instruction_set: str, size: int) -> None:
+    """Of a large new array all rows at once, and in runs that are small enough to stay in the caches."""
+    torch.manual_seed(0)
+    rows = 6 * 2**20 // size + 7
+    x, y = torch.randn(2, rows, 1024)[:, :, :size]
+    weight, positions = torch.randn(size), torch.arange(rows, dtype=torch.int32) % 50
+    angles = torch.rand(50, size // 4)
+    heads = x.unflatten(1, (2, size // 2))
+
+    def run(part: slice) -> list[Tensor]:
+        outputs = list(torch.full((4, len(positions[part]), 1024), torch.nan)[:, :, :size])
+        kernels.silu_mul(x[part], y[part], out=outputs[0], backend="cpu")
+        kernels.add_rms_norm(x[part], None, weight, 1e-6, normed=outputs[1], backend="cpu")
+        kernels.add_rms_norm(x[part], y[part], weight, 1e-6, normed=outputs[2], backend="cpu")
+        out = outputs[3].unflatten(1, heads.shape[1:])
+        kernels.qk_norm_rope(
+            heads[part], weight, angles.cos(), angles.sin(), positions[part], 1e-6, out=out, backend="cpu"
+        )
+        return outputs
+
+    parts = [run(slice(first, first + 1000)) for first in range(0, rows, 1000)]
+    for whole, cut in zip(run(slice(None)), zip(*parts, strict=True), strict=True):
+        assert_same_bits(whole, torch.cat(cut))
+
+
+def test_an_instruction_set_that_is_not_there_is_named() -> None:
+    x = np.zeros((2, 4), np.float32)
+    with pytest.raises(ValueError, match="does not have 'sse9'"):
+        _cpu.silu_mul(x, x, x, num_threads=1, isa="sse9")
+
+
+def test_the_binding_refuses_what_is_outside_its_arrays() -> None:
+    hidden, weight = np.zeros((1, 4), np.float32), np.zeros((5, 4), np.float32)
+    out = [np.zeros(1, np.float32), np.zeros(1, np.float32), np.zeros(1, np.int64), np.zeros(1, np.float32)]
+    offsets, ids = np.array([0, 1]), np.array([5], np.int32)
+    with pytest.raises(ValueError, match="token_ids: expected 0 to 4, got 5 to 5"):
+        _cpu.option_logprobs(hidden, weight, offsets, ids, *out, num_threads=1)
+    with pytest.raises(ValueError, match="token_offsets"):
+        _cpu.option_logprobs(hidden, weight, np.array([0, 2]), ids - 1, *out, num_threads=1)
+    with pytest.raises(ValueError, match=r"weight: expected \[V, 4\] like hidden"):
+        _cpu.option_logprobs(hidden, weight[:, :3].copy(), offsets, ids - 1, *out, num_threads=1)
+    read_only = np.zeros((1, 4), np.float32)
+    read_only.flags.writeable = False
+    with pytest.raises(ValueError, match="out: expected an array to write to"):
+        _cpu.silu_mul(hidden, hidden, read_only, num_threads=1)

@@ -1,0 +1,57 @@
+"""What the compiler says of the Triton kernels, without a GPU: no spilled registers, and tiles that fit.
+
+Some configurations of the tables, those nearest to the limits; benchmarks/triton_resources.py compiles all of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import triton_resources as resources
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
+
+CASES = {case.config: case for case in resources.cases()}
+HARDEST = [  # configuration, architecture, the tensor core instruction of its product
+    ("R64-V50281-D2045-bf16", 90, "wgmma"),  # masked loads
+    ("R1024-V151936-D2048-bf16", 80, "mma"),
+    ("R1024-V151936-D2048-bf16", 90, "wgmma"),  # the copy engine's tiles, 255 registers
+    ("Dh64-full-bf16", 90, "wgmma"),
+    ("Dh80-full-bf16", 80, "mma"),
+    ("Dh128-full-bf16", 80, "mma"),
+    ("Dh128-full-bf16", 90, "wgmma"),
+    ("Dh128-window-bf16", 90, "wgmma"),
+    ("Dh128-window-fp32", 80, ""),
+    ("Dh256-window-bf16", 80, "mma"),
+    ("D5120-norm-first-bf16", 90, ""),
+    ("H40-Dh128-projection-bf16", 90, ""),
+    ("F4864-bf16", 90, ""),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("config", "arch", "mma"), HARDEST, ids=[f"{c}-sm_{a}" for c, a, _ in HARDEST])
+def test_nothing_spills_and_tiles_fit(config: str, arch: int, mma: str) -> None:
+    launches = list(resources.compiled(CASES[config], arch))
+    assert launches
+    for launch, took in launches:
+        assert took.stack_bytes == 0, launch.kernel.__name__
+        assert took.shared_bytes <= resources.SHARED_BYTES[arch], launch.kernel.__name__
+    assert launches[0][1].mma == mma
+
+
+def test_a_spill_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check above can fail: one warp cannot hold 64 x 128 sums."""
+    module = importlib.import_module("psykern.kernels.triton.option_logprobs")
+    monkeypatch.setattr(module, "tiles_of", lambda *_: module.Tiles(64, 128, 32, 1, 1))
+    launch, took = next(resources.compiled(CASES["R64-V151936-D2048-bf16"], 80))
+    assert launch.options == {"num_warps": 1, "num_stages": 1}
+    assert took.stack_bytes > 0

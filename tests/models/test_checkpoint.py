@@ -1,0 +1,530 @@
+"""Model folders: what is read, that weights stay mapped, and that each kind of damage is refused by name."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import shutil
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+import transformers
+from huggingface_hub.utils import filter_repo_objects
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from psykern.core.types import CheckpointError
+from psykern.models.checkpoint import Checkpoint, hash_model, read_config, resolve_model, widen
+
+EMBEDDING = "model.embed_tokens.weight"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture(scope="module")
+def model() -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=199,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+    )
+    return transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def saved(model: transformers.PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The model in one file and in shards."""
+    folders = {kind: tmp_path_factory.mktemp(kind) for kind in ("single", "sharded")}
+    model.save_pretrained(folders["single"])
+    model.save_pretrained(folders["sharded"], max_shard_size="20KB")
+    assert (folders["single"] / SINGLE).is_file()
+    assert len(list(folders["sharded"].glob("*.safetensors"))) >= 3
+    return folders
+
+
+@pytest.fixture
+def single(saved: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy of the one-file model, to be damaged."""
+    return Path(shutil.copytree(saved["single"], tmp_path / "single"))
+
+
+@pytest.fixture
+def sharded(saved: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy of the sharded model, to be damaged."""
+    return Path(shutil.copytree(saved["sharded"], tmp_path / "sharded"))
+
+
+@pytest.fixture
+def shapes(model: transformers.PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def edit_index(folder: Path, edit: Callable[[dict[str, str]], object]) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    edit(index["weight_map"])
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def safetensors_bytes(header: dict[str, object], body: bytes) -> bytes:
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + body
+
+
+# Reading
+
+
+@pytest.mark.parametrize("kind", ["single", "sharded"])
+def test_tensors_are_those_saved(kind: str, saved: dict[str, Path], model: transformers.PreTrainedModel) -> None:
+    checkpoint = Checkpoint.open(saved[kind])
+    state = model.state_dict()
+    assert checkpoint.names == state.keys()
+    assert checkpoint.num_bytes == sum(tensor.nbytes for tensor in state.values())
+    for name, tensor in state.items():
+        assert checkpoint.dtype(name) == torch.bfloat16
+        assert checkpoint.shape(name) == tuple(tensor.shape)
+        assert torch.equal(checkpoint.tensor(name), tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_dtype_is_kept(dtype: torch.dtype, tmp_path: Path) -> None:
+    save_file({"a": torch.arange(6).to(dtype)}, tmp_path / SINGLE)
+    assert Checkpoint.open(tmp_path).tensor("a").dtype == dtype
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/maps")
+def test_tensors_stay_in_the_mapped_files(sharded: Path) -> None:
+    checkpoint = Checkpoint.open(sharded)
+    mapped = [
+        tuple(int(address, 16) for address in line.split()[0].split("-"))
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if f"{sharded}/" in line
+    ]
+    for name in checkpoint.names:
+        tensor = checkpoint.tensor(name)
+        first = tensor.data_ptr()
+        assert any(begin <= first and first + tensor.nbytes <= end for begin, end in mapped), name
+
+
+def test_writing_to_a_tensor_leaves_the_file_alone(single: Path) -> None:
+    before = hash_model(single)
+    Checkpoint.open(single).tensor(EMBEDDING).zero_()
+    assert hash_model(single) == before
+
+
+def test_misaligned_tensor_is_given_aligned(tmp_path: Path) -> None:
+    header = {
+        "pad": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
+        "a": {"dtype": "F32", "shape": [2], "data_offsets": [1, 9]},
+        "b": {"dtype": "F32", "shape": [1], "data_offsets": [9, 13]},
+    }
+    (tmp_path / SINGLE).write_bytes(safetensors_bytes(header, b"\0" + struct.pack("<3f", 1.5, -2, 7)))
+    with safe_open(tmp_path / SINGLE, framework="pt") as file:
+        assert file.get_tensor("a").data_ptr() % 4, "the case must be misaligned"
+    tensor = Checkpoint.open(tmp_path).tensor("a")
+    assert tensor.tolist() == [1.5, -2]
+    assert tensor.data_ptr() % 4 == 0
+
+
+def test_links_into_a_hub_cache_are_followed(saved: dict[str, Path], tmp_path: Path) -> None:
+    for number, file in enumerate(sorted(saved["sharded"].iterdir())):
+        (tmp_path / file.name).symlink_to(shutil.copy(file, tmp_path / f"blob{number}"))
+    assert Checkpoint.open(tmp_path).names == Checkpoint.open(saved["sharded"]).names
+    assert hash_model(tmp_path) == hash_model(saved["sharded"])
+
+
+def test_one_file_goes_before_an_index(single: Path) -> None:
+    (single / INDEX).write_text("{")
+    assert EMBEDDING in Checkpoint.open(single).names
+
+
+def test_unknown_name(single: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no tensor named model\.norm\.bias"):
+        Checkpoint.open(single).tensor("model.norm.bias")
+
+
+# Damaged weights
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda data: data[:-1], id="last-byte-missing"),
+        pytest.param(lambda data: data[: len(data) // 2], id="half"),
+        pytest.param(lambda data: data[:100], id="cut-in-header"),
+        pytest.param(lambda data: data[:5], id="cut-in-header-length"),
+        pytest.param(lambda data: b"", id="empty"),
+        pytest.param(lambda data: struct.pack("<Q", 1 << 62) + data[8:], id="header-length-too-large"),
+        pytest.param(lambda data: data[:8] + b"\xff" * 64 + data[72:], id="garbage-header"),
+        pytest.param(lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", id="git-lfs-pointer"),
+        pytest.param(lambda data: data + b"\0", id="trailing-byte"),
+        pytest.param(lambda data: data.replace(b"[199,32]", b"[199,64]"), id="header-claims-too-much"),
+        pytest.param(
+            lambda data: safetensors_bytes({"a": {"dtype": "F32", "shape": [0, 2**63], "data_offsets": [0, 0]}}, b""),
+            id="overflowing-shape",
+        ),
+        pytest.param(
+            lambda data: safetensors_bytes({"a": {"dtype": "Q4", "shape": [1], "data_offsets": [0, 1]}}, b"\0"),
+            id="unknown-dtype",
+        ),
+    ],
+)
+@pytest.mark.parametrize("kind", ["single", "sharded"])
+def test_damaged_file_is_named(
+    kind: str, damage: Callable[[bytes], bytes], saved: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(saved[kind], tmp_path / kind))
+    file = next(path for path in sorted(folder.glob("*.safetensors")) if b"[199,32]" in path.read_bytes())
+    data = file.read_bytes()
+    file.write_bytes(damage(data))
+    assert file.read_bytes() != data
+    with pytest.raises(CheckpointError, match=f"{re.escape(str(file))}: damaged or not a safetensors file"):
+        Checkpoint.open(folder)
+
+
+def test_folder_in_place_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / SINGLE).mkdir()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: damaged"):
+        Checkpoint.open(tmp_path)
+
+
+def test_link_to_nothing(tmp_path: Path) -> None:
+    (tmp_path / SINGLE).symlink_to(tmp_path / "gone")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: .*No such file"):
+        Checkpoint.open(tmp_path)
+
+
+# Shards
+
+
+def test_missing_shard_is_named(sharded: Path) -> None:
+    shard = sorted(sharded.glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=f"shards of .* are missing: {re.escape(shard.name)}"):
+        Checkpoint.open(sharded)
+
+
+def test_tensor_absent_from_its_shard(sharded: Path) -> None:
+    edit_index(sharded, lambda places: places.update({"model.extra.weight": places[EMBEDDING]}))
+    with pytest.raises(CheckpointError, match=r"absent: model\.extra\.weight; not in the index: none"):
+        Checkpoint.open(sharded)
+
+
+def test_tensor_not_in_the_index(sharded: Path) -> None:
+    edit_index(sharded, lambda places: places.pop("model.norm.weight"))
+    with pytest.raises(CheckpointError, match=r"absent: none; not in the index: model\.norm\.weight"):
+        Checkpoint.open(sharded)
+
+
+def test_tensor_in_another_shard(sharded: Path) -> None:
+    other = sorted(sharded.glob("*.safetensors"))[-1].name
+    index = json.loads((sharded / INDEX).read_text())["weight_map"]
+    assert index[EMBEDDING] != other
+    edit_index(sharded, lambda places: places.update({EMBEDDING: other}))
+    with pytest.raises(CheckpointError, match=re.escape(EMBEDDING)):
+        Checkpoint.open(sharded)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "../outside.safetensors",
+        "sub/a.safetensors",
+        "/etc/a.safetensors",
+        "a\\b.safetensors",
+        "..",
+        "",
+        "a.bin",
+        3,
+        None,
+    ],
+    ids=repr,
+)
+def test_shard_names_are_plain(place: str, sharded: Path) -> None:
+    (sharded / "sub").mkdir()
+    for target in (sharded.parent / "outside.safetensors", sharded / "sub" / "a.safetensors", sharded / "a.bin"):
+        save_file({EMBEDDING: torch.zeros(2)}, target)
+    edit_index(sharded, lambda places: places.update({EMBEDDING: place}))
+    with pytest.raises(CheckpointError, match=r"expected the plain name of a \.safetensors file, got"):
+        Checkpoint.open(sharded)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', "\0", "[" * 10**5],
+    ids=lambda text: repr(text[:20]),
+)
+def test_broken_index(text: str, sharded: Path) -> None:
+    (sharded / INDEX).write_text(text)
+    with pytest.raises(CheckpointError, match=re.escape(INDEX)):
+        Checkpoint.open(sharded)
+
+
+# No usable weights
+
+
+class Trap:
+    """Unpickling it creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "a.pt", "a.pth", "a.ckpt"])
+def test_pickled_weights_are_refused_unread(name: str, single: Path, tmp_path: Path) -> None:
+    sprung = tmp_path / "sprung"
+    (single / name).write_bytes(pickle.dumps(Trap(sprung)))
+    (single / "modeling.py").write_text(f"import os\nos.mkdir({str(sprung)!r})\n")
+    (single / "config.json").write_text(json.dumps({"auto_map": {"AutoModelForCausalLM": "modeling.Model"}}))
+    Checkpoint.open(single)  # beside safetensors they do no harm
+    (single / SINGLE).unlink()
+    for use in (Checkpoint.open, hash_model):
+        with pytest.raises(CheckpointError, match=f"loading them can run code: {re.escape(name)}; convert them"):
+            use(single)
+    assert read_config(single)["auto_map"] == {"AutoModelForCausalLM": "modeling.Model"}
+    assert not sprung.exists()
+    pickle.loads((single / name).read_bytes())
+    assert sprung.exists(), "the trap must work"
+
+
+def test_no_weights(single: Path) -> None:
+    (single / SINGLE).rename(single / "consolidated.safetensors")
+    expected = rf"no weights: looked for {SINGLE} or {INDEX}; other safetensors: consolidated\.safetensors"
+    with pytest.raises(CheckpointError, match=expected):
+        Checkpoint.open(single)
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot be read as a model folder"):
+        Checkpoint.open(tmp_path / "gone")
+
+
+# Strictness
+
+
+def test_check_accepts_exactly_the_model(saved: dict[str, Path], shapes: dict[str, tuple[int, ...]]) -> None:
+    for folder in saved.values():
+        Checkpoint.open(folder).check(shapes)
+
+
+def test_check_names_missing_unused_and_misshaped(single: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    shapes["model.layers.0.self_attn.q_norm.weight"] = (8,)
+    del shapes["lm_head.weight"]
+    shapes[EMBEDDING] = (200, 32)
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint.open(single).check(shapes)
+    assert str(caught.value) == (
+        f"{single}: weights do not fit the config: missing tensors: model.layers.0.self_attn.q_norm.weight; "
+        "unused tensors: lm_head.weight; "
+        "wrongly shaped tensors: model.embed_tokens.weight (expected [200, 32], got [199, 32])"
+    )
+
+
+def test_check_names_up_to_eight(single: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"and 22 more$") as caught:
+        Checkpoint.open(single).check({})
+    assert str(caught.value).count(".weight") == 8
+
+
+def test_check_compares_rank(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(4, 1)}, tmp_path / SINGLE)
+    with pytest.raises(CheckpointError, match=r"a \(expected \[4\], got \[4, 1\]\)"):
+        Checkpoint.open(tmp_path).check({"a": (4,)})
+
+
+OPTIONAL = ["lm_head.weight", "*.rotary_emb.inv_freq"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64], ids=str)
+def test_optional_may_be_present_and_unused(dtype: torch.dtype, tmp_path: Path) -> None:
+    tensors = {"a": torch.zeros(2), "lm_head.weight": torch.zeros(3)}
+    tensors["layers.1.rotary_emb.inv_freq"] = torch.zeros(5, dtype=dtype)
+    save_file(tensors, tmp_path / SINGLE)
+    checkpoint = Checkpoint.open(tmp_path)
+    checkpoint.check({"a": (2,)}, OPTIONAL)
+    with pytest.raises(CheckpointError, match=r"unused tensors: layers\.1\.rotary_emb\.inv_freq"):
+        checkpoint.check({"a": (2,)}, ["lm_head.weight"])
+
+
+def test_optional_may_be_absent(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2)}, tmp_path / SINGLE)
+    checkpoint = Checkpoint.open(tmp_path)
+    checkpoint.check({"a": (2,), "lm_head.weight": (3,)}, OPTIONAL)
+    with pytest.raises(CheckpointError, match=r"missing tensors: lm_head\.weight"):
+        checkpoint.check({"a": (2,), "lm_head.weight": (3,)})
+
+
+def test_optional_that_is_used_is_checked(tmp_path: Path) -> None:
+    save_file({"lm_head.weight": torch.zeros(3)}, tmp_path / SINGLE)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight \(expected \[4\], got \[3\]\)"):
+        Checkpoint.open(tmp_path).check({"lm_head.weight": (4,)}, OPTIONAL)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.int32, torch.float64], ids=str)
+def test_other_dtypes_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2), "b": torch.zeros(2).to(dtype)}, tmp_path / SINGLE)
+    checkpoint = Checkpoint.open(tmp_path)
+    refused = "quantised weights are not supported"
+    with pytest.raises(CheckpointError, match=f"{refused}, expected .*: b is {dtype}$"):
+        checkpoint.check({"a": (2,), "b": (2,)})
+    for use in (checkpoint.dtype, checkpoint.tensor):
+        with pytest.raises(CheckpointError, match=f"b is {dtype}: {refused}"):
+            use("b")
+
+
+# Config
+
+
+def test_config_is_read(single: Path) -> None:
+    assert read_config(single)["model_type"] == "llama"
+
+
+def test_config_missing(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json: no such file"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"\xff{}", b"{} {}", b"[" * 10**5], ids=lambda data: repr(data[:8]))
+def test_config_broken(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"config\.json: cannot be read as JSON"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize(("text", "kind"), [("[]", "list"), ("null", "NoneType"), ('"llama"', "str")])
+def test_config_is_an_object(text: str, kind: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=f"expected a JSON object, got {kind}"):
+        read_config(tmp_path)
+
+
+# Hash
+
+
+@pytest.mark.parametrize("kind", ["single", "sharded"])
+def test_hash_follows_the_content(kind: str, saved: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(saved[kind], tmp_path / kind))
+    first = hash_model(folder)
+    assert re.fullmatch(r"sha256:[0-9a-f]{64}", first)
+    assert hash_model(saved[kind]) == first, "neither the folder's place nor the files' times count"
+    (folder / "README.md").write_text("not part of the model")
+    assert hash_model(folder) == first
+    seen = {first}
+    for file in [folder / "config.json", *folder.glob("*.safetensors")]:
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+        seen.add(hash_model(folder))
+        data[-1] ^= 1
+        file.write_bytes(data)
+    assert len(seen) == 2 + len(list(folder.glob("*.safetensors")))
+    assert hash_model(folder) == first
+
+
+def test_hash_follows_the_names(sharded: Path) -> None:
+    first = hash_model(sharded)
+    old = sorted(sharded.glob("*.safetensors"))[-1]
+    new = old.rename(sharded / "z.safetensors").name
+    edit_index(
+        sharded, lambda places: places.update({name: new for name, place in places.items() if place == old.name})
+    )
+    assert hash_model(sharded) != first
+
+
+def test_hash_needs_a_config(single: Path) -> None:
+    (single / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json: cannot be read"):
+        hash_model(single)
+
+
+# Widening
+
+
+def test_widen_gives_the_tensor_itself_or_a_copy(single: Path) -> None:
+    tensor = Checkpoint.open(single).tensor(EMBEDDING)
+    assert widen(tensor, torch.bfloat16) is tensor
+    wide = widen(tensor, torch.float32)
+    assert wide.dtype == torch.float32 and torch.equal(wide.to(torch.bfloat16), tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_widen_into(dtype: torch.dtype, single: Path) -> None:
+    tensor = Checkpoint.open(single).tensor(EMBEDDING)
+    out = torch.full(tensor.shape, torch.nan, dtype=dtype)
+    assert widen(tensor, dtype, out) is out
+    assert torch.equal(out, tensor.to(dtype))
+
+
+@pytest.mark.parametrize(
+    "out",
+    [torch.empty(2, 3), torch.empty(3, dtype=torch.bfloat16), torch.empty(1)],
+    ids=["broadcast", "dtype", "shape"],
+)
+def test_widen_into_something_else(out: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"out: expected torch\.float32 \[3\], got"):
+        widen(torch.zeros(3, dtype=torch.bfloat16), torch.float32, out)
+
+
+# Finding the folder
+
+REPOSITORY = [
+    "chat_template.jinja",
+    *("config.json", "generation_config.json", "tokenizer.json", INDEX, "tokenizer.model", "merges.txt", "vocab.txt"),
+    *(SINGLE, "pytorch_model.bin", "modeling_x.py", "README.md", "original/params.json", "original/a.safetensors"),
+]
+
+
+@pytest.mark.parametrize("as_type", [str, Path])
+def test_local_folder(as_type: type, single: Path) -> None:
+    assert resolve_model(as_type(single)) == single
+
+
+@pytest.mark.parametrize("model", ["", "gone", "/gone", "./a/b", "../a", "a/b/c", "a/", Path("a/b"), "a\0/b"], ids=repr)
+def test_no_folder_and_no_hub_id(model: str | Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("went to the hub"))
+    with pytest.raises(CheckpointError, match="no such model folder"):
+        resolve_model(model)
+
+
+def test_file_in_place_of_a_folder(single: Path) -> None:
+    with pytest.raises(CheckpointError, match="expected a model folder"):
+        resolve_model(single / SINGLE)
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_hub_id_downloads_only_data(weights: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[str] = []
+
+    def download(repo_id: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        assert repo_id == "Qwen/Qwen2.5-0.5B"
+        fetched.extend(filter_repo_objects(REPOSITORY, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert resolve_model("Qwen/Qwen2.5-0.5B", weights) == tmp_path
+    assert fetched == REPOSITORY[: 9 if weights else 8]
+
+
+def test_hub_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(
+        CheckpointError, match="owner/name: not a folder here, and the hub could not be reached"
+    ) as caught:
+        resolve_model("owner/name")
+    assert str(caught.value).endswith("; download it first and give its folder")
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,116 @@
+"""Layers in slots: what is fused, what is streamed, and what happens out of turn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from support.checkpoints import CONFIGS, make_model
+from torch import Tensor
+
+from psykern.models.model import Model
+from psykern.models.slots import Layout, Slots
+
+SHAPES: dict[str, tuple[int, ...]] = {
+    "self_attn.q_proj.weight": (8, 6),
+    "self_attn.q_proj.bias": (8,),
+    "self_attn.k_proj.weight": (4, 6),
+    "self_attn.k_proj.bias": (4,),
+    "self_attn.v_proj.weight": (4, 6),
+    "self_attn.v_proj.bias": (4,),
+    "mlp.gate_proj.weight": (5, 6),
+    "mlp.up_proj.weight": (5, 6),
+    "mlp.down_proj.weight": (6, 5),
+    "input_layernorm.weight": (6,),
+}
+NUM_LAYERS = 5
+
+
+def source(index: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(index)
+    return {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in SHAPES.items()}
+
+
+def slots(num_slots: int) -> Slots:
+    return Slots(
+        source,
+        Layout.of(SHAPES),
+        num_layers=NUM_LAYERS,
+        num_slots=num_slots,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
+
+
+def test_projections_of_one_input_are_one_matrix() -> None:
+    layout = Layout.of(SHAPES)
+    flat = torch.arange(layout.size, dtype=torch.float32)
+    tensors = layout.tensors(flat)
+    for fused, parts in {"qkv_proj": "qkv", "kv_proj": "kv"}.items():
+        for kind in ("weight", "bias"):
+            apart = [tensors[f"self_attn.{part}_proj.{kind}"] for part in parts]
+            assert torch.equal(tensors[f"self_attn.{fused}.{kind}"], torch.cat(apart))
+    gate_up = torch.cat([tensors["mlp.gate_proj.weight"], tensors["mlp.up_proj.weight"]])
+    assert torch.equal(tensors["mlp.gate_up_proj.weight"], gate_up)
+    assert "mlp.gate_up_proj.bias" not in tensors
+
+
+def test_no_two_tensors_overlap_and_all_begin_aligned() -> None:
+    layout = Layout.of(SHAPES)
+    assert set(layout.names) == set(SHAPES)
+    taken = torch.zeros(layout.size)
+    for name in SHAPES:
+        layout.tensors(taken)[name].add_(1)
+    assert taken.max() == 1
+    for name in ("self_attn.q_proj.weight", "self_attn.q_proj.bias", "mlp.gate_proj.weight", "input_layernorm.weight"):
+        assert layout.views[name][0] % 128 == 0
+
+
+@pytest.mark.parametrize("num_slots", [1, 2, 3, NUM_LAYERS, NUM_LAYERS + 1])
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4] * 3, [3], [4, 0, 4, 0], [2, 2, 1, 0, 3], [0, 3, 1, 4, 4, 2]])
+def test_every_layer_is_the_one_asked_for(num_slots: int, order: list[int]) -> None:
+    held = slots(num_slots)
+    assert held.is_resident == (num_slots >= NUM_LAYERS)
+    for index in order:
+        tensors = held.layer(index)
+        for name, expected in source(index).items():
+            assert torch.equal(tensors[name], expected.float())
+
+
+def test_a_resident_layer_is_read_once() -> None:
+    read: list[int] = []
+
+    def counted(index: int) -> dict[str, Tensor]:
+        read.append(index)
+        return source(index)
+
+    held = Slots(counted, Layout.of(SHAPES), num_layers=3, num_slots=3, device=torch.device("cpu"), dtype=torch.float32)
+    for index in [0, 1, 2] * 4:
+        held.layer(index)
+    assert read == [0, 1, 2]
+
+
+def test_an_error_of_reading_is_raised_where_the_layer_is_asked_for() -> None:
+    def broken(index: int) -> dict[str, Tensor]:
+        if index == 1:
+            raise OSError("the disk is gone")
+        return source(index)
+
+    held = Slots(broken, Layout.of(SHAPES), num_layers=3, num_slots=2, device=torch.device("cpu"), dtype=torch.float32)
+    held.layer(0)
+    with pytest.raises(OSError, match="the disk is gone"):
+        held.layer(1)
+
+
+def test_a_cpu_maps_its_weights_and_copies_one_layer_only_to_widen_it(tmp_path: Path) -> None:
+    make_model(tmp_path, **CONFIGS["llama"])
+    mapped = Model(tmp_path, device=torch.device("cpu"), dtype=torch.float32)
+    assert mapped.is_resident and not mapped.is_fused
+    one, two = mapped.layer(0, 1).tensors, mapped.layer(0, 1).tensors
+    assert all(one[name].data_ptr() == two[name].data_ptr() for name in one)
+    make_model(tmp_path, dtype=torch.bfloat16, **CONFIGS["llama"])
+    widened = Model(tmp_path, device=torch.device("cpu"), dtype=torch.float32)
+    assert not widened.is_resident and not widened.is_fused
+    name = "mlp.up_proj.weight"
+    assert widened.layer(0, 1).tensors[name].data_ptr() == widened.layer(1, 1).tensors[name].data_ptr()

@@ -1,0 +1,58 @@
+"""A valid call of each operation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from support.backends import REFERENCE, Place
+
+from psykern import kernels
+
+OPS = ("option_logprobs", "prefix_attention", "add_rms_norm", "qk_norm_rope", "silu_mul", "gather_rows")
+
+
+def arguments(op: str, place: Place = REFERENCE) -> dict[str, Any]:
+    """A valid call of each operation, but for ``backend``: 3 rows, V = 5, D = 4; 2 heads of 8 on 1; P = 6."""
+    ids = torch.tensor([0, 4, 2], dtype=torch.int32)
+    positions = torch.arange(3, dtype=torch.int32)
+    offsets = torch.tensor([0, 3], dtype=torch.int32)
+    calls: dict[str, dict[str, Any]] = {
+        "option_logprobs": {
+            "hidden": torch.ones(3, 4),
+            "weight": torch.ones(5, 4),
+            "token_offsets": torch.tensor([0, 1, 1, 3]),
+            "token_ids": ids,
+        },
+        "prefix_attention": {
+            "q": torch.ones(3, 2, 8),
+            "k": torch.ones(7, 1, 8),
+            "v": torch.ones(7, 1, 8),
+            "positions": positions,
+            "query_offsets": offsets,
+            "range_offsets": torch.tensor([0, 1], dtype=torch.int32),
+            "key_ranges": torch.tensor([[0, 3]], dtype=torch.int32),
+            "softmax_scale": 0.5,
+        },
+        "add_rms_norm": {
+            "x": torch.ones(3, 4),
+            "residual": torch.ones(3, 4),
+            "weight": torch.ones(4),
+            "eps": 1e-5,
+        },
+        "qk_norm_rope": {
+            "x": torch.ones(3, 2, 8),
+            "weight": torch.ones(8),
+            "cos": torch.ones(6, 4),
+            "sin": torch.zeros(6, 4),
+            "positions": positions,
+            "eps": 1e-5,
+        },
+        "silu_mul": {"gate": torch.ones(3, 4), "up": torch.ones(3, 4)},
+        "gather_rows": {"source": torch.ones(2, 5, 4), "rows": torch.tensor([4, 0, 4])},
+    }
+    return {n: a.to(place.device) if isinstance(a, torch.Tensor) else a for n, a in calls[op].items()}
+
+
+def call(op: str, backend: kernels.Backend = "auto", place: Place = REFERENCE, **changed: Any) -> Any:
+    return getattr(kernels, op)(**(arguments(op, place) | changed), backend=backend)
