@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from harness import print_row, write_csv
 
-from psykern.runs.folder import SCHEMA
+from psykern.scoring.table import SCHEMA
 
 STUDIES = 160
 PARTICIPANTS = 208_021

@@ -22,7 +22,8 @@ import torch
 from bench_score import load_studies, make_checkpoint
 from harness import time_side_by_side, write_csv
 
-from psykern.core.types import EncodedTranscript, Source, TargetScores
+from psykern.core.errors import Source
+from psykern.core.types import EncodedTranscript, TargetScores
 from psykern.data.encode import Tokenizer
 from psykern.engine import engine
 from psykern.engine.plan import Plan, plan

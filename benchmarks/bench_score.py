@@ -62,11 +62,13 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from psykern import demo
-from psykern.core.types import EncodedTranscript, RowError, TargetScores, Transcript
+from psykern.core.errors import RowError
+from psykern.core.settings import MIN_SHARE
+from psykern.core.types import EncodedTranscript, TargetScores, Transcript
 from psykern.data.encode import Encoder, Tokenizer
 from psykern.data.rows import find_data, read
 from psykern.engine import engine
-from psykern.engine.plan import MIN_SHARE, Plan, plan
+from psykern.engine.plan import Plan, plan
 from psykern.kernels import Backend
 from psykern.models.model import Model
 

@@ -17,8 +17,8 @@ import torch
 from bench_score import MIXES, Study, load_studies, make_checkpoint, run_psykern
 from harness import print_row, write_csv
 
+from psykern.core.settings import MIN_SHARE
 from psykern.data.encode import Tokenizer
-from psykern.engine.plan import MIN_SHARE
 from psykern.models.model import Model
 
 LEAST_SHARE = 0.001  # of the run; less counts as "rest"

@@ -5,26 +5,48 @@
 >>> print(run.summary.mean_nll)
 """
 
-from psykern.core.types import (
-    CheckpointError,
-    ComparisonError,
-    DataError,
-    InterruptedRun,
-    NonFiniteError,
-    OutOfMemoryError,
-    PsykernError,
-    RowError,
-    RunFolderError,
-    Source,
-)
-from psykern.kernels import BackendError
-from psykern.runs.cluster import Workers, score_on_cluster
-from psykern.runs.folder import Manifest, read_run
-from psykern.runs.run import Estimate, Run, Settings, Shard, StudyPlan, estimate, score, score_conditions
-from psykern.study.compare import Comparison
-from psykern.study.metrics import StudySummary, Summary, format_summary
-from psykern.study.page import compare_runs, format_comparison
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from psykern.version import __version__
+
+if TYPE_CHECKING:
+    from psykern.core.errors import (
+        BackendError,
+        CheckpointError,
+        ComparisonError,
+        DataError,
+        InterruptedRun,
+        NonFiniteError,
+        OutOfMemoryError,
+        PsykernError,
+        RowError,
+        RunFolderError,
+        Source,
+    )
+    from psykern.core.settings import Settings, Shard
+    from psykern.runs.cluster import Workers, score_on_cluster
+    from psykern.runs.folder import Manifest, read_run
+    from psykern.runs.run import Estimate, Run, StudyPlan, estimate, score, score_conditions
+    from psykern.runs.summary import StudySummary, Summary, format_summary
+    from psykern.study.compare import Comparison
+    from psykern.study.page import compare_runs, format_comparison
+
+# Where the public names are. A name is loaded when it is first asked for: torch alone takes a second.
+_HOMES = {
+    "core.errors": "BackendError CheckpointError ComparisonError DataError InterruptedRun NonFiniteError "
+    "OutOfMemoryError PsykernError RowError RunFolderError Source",
+    "core.settings": "Settings Shard",
+    "runs.cluster": "Workers score_on_cluster",
+    "runs.folder": "Manifest read_run",
+    "runs.run": "Estimate Run StudyPlan estimate score score_conditions",
+    "runs.summary": "StudySummary Summary format_summary",
+    "study.compare": "Comparison",
+    "study.page": "compare_runs format_comparison",
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
 
 __all__ = [
     "BackendError",
@@ -58,3 +80,14 @@ __all__ = [
     "score_conditions",
     "score_on_cluster",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'psykern' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"psykern.{_HOME[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOME]

@@ -8,6 +8,7 @@ once; either way the same command goes on with the run.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import signal
 import sys
@@ -17,31 +18,22 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 import psykern
-from psykern import Estimate, Run, Settings, Shard, StudyPlan, demo
+from psykern import Settings, Shard, demo
+
+if TYPE_CHECKING:
+    from psykern import Estimate, Run, StudyPlan
 
 LETTER = "[A-Z]"  # the responses of the study's accuracy subset
 EXIT_ERROR, EXIT_REJECTS, EXIT_SIGNAL = 1, 3, 128  # a signal's number is added
 
-_HELP = {
-    "protocol": "exact: responses by character offsets; study: the published study's own rules",
-    "boundary": "joint: a text is tokenized as one string; split: around the marks, so that no token straddles",
-    "options": "answer options: none, as given on the row, or the distinct responses observed in the transcript or "
-    "in its experiment",
-    "max_options": "more observed options than this are none",
-    "over_length": "what to do with a transcript longer than the model's context",
-    "backend": "kernels to use",
-    "dtype": "arithmetic; auto: float32 on a CPU, bfloat16 on a GPU",
-    "device": "where to compute",
-    "wave_tokens": "tokens computed together, layer by layer: more need more memory; not given: as suits the device",
-    "batch_tokens": "tokens in one matrix product; likewise",
-    "min_share": "tokens from which on a common prefix of transcripts is computed once",
-    "unit_tokens": "about so many tokens are planned together and written as one part; likewise",
-    "limit": "take only the first N transcripts of each study",
+# What a setting's own help does not say: how the command line takes it.
+_FLAG_HELP = {
+    "condition": "; several share one load of the weights and go to RUN/NAME",
+    "discrete": "; without a pattern: one capital letter",
 }
-_NUMBERS = ("max_options", "wave_tokens", "batch_tokens", "min_share", "unit_tokens", "limit")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -130,45 +122,40 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
     """The model, the data and every setting, with its default."""
     parser.add_argument("model", metavar="MODEL", help="model folder or hub id")
     parser.add_argument("data", metavar="DATA", nargs="+", help="files, folders or hub dataset ids")
-    kinds, defaults = get_type_hints(Settings), Settings()
-    for name, text in _HELP.items():
-        default = getattr(defaults, name)
-        flag = f"--{name.replace('_', '-')}"
-        if name in _NUMBERS:
-            parser.add_argument(flag, type=int, default=default, metavar="N", help=text)
-        else:
-            parser.add_argument(flag, choices=get_args(kinds[name]), default=default, help=text)
-    parser.add_argument(
-        "--condition",
-        type=_conditions,
-        default="plain",
-        metavar="NAME[,NAME]",
-        help="plain, chat (turns in the tokenizer's chat template) or persona (what is known of a participant first); "
-        "several share one load of the weights and go to RUN/NAME",
-    )
-    parser.add_argument(
-        "--discrete",
-        nargs="?",
-        const=LETTER,
-        metavar="PATTERN",
-        help="score only responses that match this regular expression; without a pattern: one capital letter",
-    )
-    parser.add_argument("--studies", nargs="+", metavar="NAME", help="take only these studies")
-    parser.add_argument("--strict", action="store_true", help="stop at the first row that cannot be used")
+    defaults = Settings()
+    for name, hint in get_type_hints(Settings, include_extras=True).items():
+        kind, about = get_args(hint)
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            default=getattr(defaults, name),
+            help=about.help + _FLAG_HELP.get(name, ""),
+            **_taken(name, kind),
+        )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _taken(name: str, kind: Any) -> dict[str, Any]:
+    """How a flag takes its value, by the setting's type."""
+    if name == "condition":
+        return {"type": _conditions, "metavar": "NAME[,NAME]"}
+    if name == "discrete":
+        return {"nargs": "?", "const": LETTER, "metavar": "PATTERN"}
+    if get_origin(kind) is Literal:
+        return {"choices": get_args(kind)}
+    if kind is bool:
+        return {"action": "store_true"}
+    if int in (kind, *get_args(kind)):
+        return {"type": int, "metavar": "N"}
+    return {"nargs": "+", "metavar": "NAME"}
 
 
 def _settings(options: argparse.Namespace) -> Settings:
     if not hasattr(options, "protocol"):
         return Settings()
-    studies = tuple(options.studies) if options.studies else None
-    return Settings(
-        **{name: getattr(options, name) for name in _HELP},
-        condition=options.condition[0],
-        discrete=options.discrete,
-        studies=studies,
-        strict=options.strict,
-    )
+    values = {f.name: getattr(options, f.name) for f in dataclasses.fields(Settings)}
+    values["condition"] = options.condition[0]
+    values["studies"] = tuple(options.studies) if options.studies else None
+    return Settings(**values)
 
 
 def _conditions(text: str) -> list[str]:

@@ -25,8 +25,8 @@ from support.toy import CONTEXT, Row, Toy, fitting, make_toy, make_toy_data, res
 import psykern
 from psykern import Settings, demo, kernels
 from psykern.cli import main
+from psykern.core.settings import MIN_SHARE
 from psykern.engine import engine
-from psykern.engine.plan import MIN_SHARE
 from psykern.study import finished as runs
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,6 +9,8 @@ without of the outside.
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,7 +55,8 @@ def public_names(root: Path) -> set[str]:
     """What psykern/__init__.py defines or imports by name."""
     init = root / "psykern" / "__init__.py"
     names: set[str] = set()
-    for node in ast.parse(init.read_text(encoding="utf-8")).body:
+    body = ast.parse(init.read_text(encoding="utf-8")).body
+    for node in (inner for outer in body for inner in [outer, *getattr(outer, "body", [])]):  # an if's body too
         if isinstance(node, ast.ImportFrom):
             names.update(alias.asname or alias.name for alias in node.names)
         elif isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -171,3 +174,30 @@ def test_checker_catches_a_planted_import(tmp_path: Path, file: str, text: str, 
 def test_checker_asks_for_a_room_for_an_unknown_module(tmp_path: Path) -> None:
     (message,) = violations(plant(tmp_path, "helpers.py", "import numpy"), tmp_path)
     assert message.startswith("helpers: in no room") and "add a row" in message
+
+
+@pytest.mark.parametrize("room", WITHOUT)
+def test_a_room_loads_without_what_it_does_without(room: str) -> None:
+    """Also by way of others' imports: every module of the room in a process of its own."""
+    modules = [f"psykern.{module_name(path, ROOT)}" for path in SOURCES if path.is_relative_to(ROOT / "psykern" / room)]
+    code = f"import {', '.join(modules)}, sys; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert not WITHOUT[room] & set(loaded.stdout.split())
+
+
+def test_the_public_names_are_there_and_have_their_types() -> None:
+    """What is loaded when it is asked for, what a type checker reads, and what is documented as public are the same."""
+    import psykern
+
+    assert set(psykern.__all__) - {"__version__"} == set(psykern._HOME)
+    assert set(psykern.__all__) <= public_names(ROOT) & set(dir(psykern))
+    assert all(getattr(psykern, name) is not None for name in psykern.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = psykern.nothing
+
+
+@pytest.mark.parametrize("command", ["import psykern", "import psykern; psykern.BackendError, psykern.Settings"])
+def test_importing_psykern_loads_nothing_heavy(command: str) -> None:
+    code = f"{command}; import sys; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert not {"torch", "transformers", "pyarrow", "tokenizers", "psykern.runs"} & set(loaded.stdout.split())

@@ -15,7 +15,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
 
-from psykern.core.types import RunFolderError
+from psykern.core.errors import RunFolderError
 
 # Protocols whose writes are atomic: a reader sees the old object or the new one.
 _ATOMIC = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "memory"}

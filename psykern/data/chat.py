@@ -28,7 +28,8 @@ from typing import Any, Literal, NamedTuple, NoReturn
 import numpy as np
 import tokenizers
 
-from psykern.core.types import CheckpointError, RowError, Transcript
+from psykern.core.errors import CheckpointError, RowError
+from psykern.core.types import Transcript
 from psykern.data.protocol import study_text
 
 _STAND_IN = "\ue000{}\ue001"  # private-use characters, in no transcript

@@ -33,18 +33,9 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 import tokenizers
 
-from psykern.core.types import (
-    Boundary,
-    CheckpointError,
-    Condition,
-    EncodedTranscript,
-    OptionSource,
-    OverLength,
-    Protocol,
-    PsykernError,
-    RowError,
-    Transcript,
-)
+from psykern.core.errors import CheckpointError, PsykernError, RowError
+from psykern.core.settings import Boundary, Condition, OptionSource, OverLength, Protocol
+from psykern.core.types import EncodedTranscript, Transcript
 from psykern.data.chat import ChatTemplate, Rendered
 from psykern.data.persona import interview
 from psykern.data.protocol import (

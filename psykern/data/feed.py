@@ -12,8 +12,9 @@ from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from psykern.core.errors import DataError, RowError
 from psykern.core.stages import ahead
-from psykern.core.types import DataError, EncodedUnit, RowError, UnitInfo
+from psykern.core.types import EncodedUnit, UnitInfo
 from psykern.data.encode import Encoder
 from psykern.data.rows import DataFile
 from psykern.data.token_cache import TokenCache

@@ -34,7 +34,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from psykern.core.types import DataError, RowError, Source, Transcript
+from psykern.core.errors import DataError, RowError, Source
+from psykern.core.types import Transcript
 from psykern.data import persona
 
 _SUFFIXES = (".jsonl.gz", ".jsonl.zip", ".jsonl", ".zip", ".parquet")  # a longer one stands before its own end

@@ -27,8 +27,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from psykern.core.errors import RowError, Source
 from psykern.core.folder import Folder
-from psykern.core.types import EncodedTranscript, EncodedUnit, RowError, Source, UnitInfo
+from psykern.core.types import EncodedTranscript, EncodedUnit, UnitInfo
 
 VERSION = 1  # of what is written here; another is not read
 _MAGIC = b"psykern tokens\x00\x00"  # 16 bytes

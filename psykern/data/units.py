@@ -13,7 +13,8 @@ import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
-from psykern.core.types import RowError, Transcript, UnitInfo
+from psykern.core.errors import RowError
+from psykern.core.types import Transcript, UnitInfo
 from psykern.data.rows import DataFile, read_rows
 
 CHARS_PER_TOKEN = 4  # of English prose; a unit is cut by characters, as tokens are known later

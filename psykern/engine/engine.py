@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from psykern import kernels
+from psykern.core.errors import NonFiniteError, OutOfMemoryError
 from psykern.core.stages import ahead
-from psykern.core.types import NonFiniteError, OutOfMemoryError, TargetScores, Wave
-from psykern.engine.plan import Plan
+from psykern.core.types import TargetScores
+from psykern.engine.plan import Plan, Wave
 from psykern.models.model import Batch, Model, ModelConfig, Workspace, decoder_layer
 from psykern.models.slots import free_bytes
 

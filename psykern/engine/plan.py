@@ -13,11 +13,35 @@ from dataclasses import dataclass
 import numpy as np
 
 from psykern import _cpu
-from psykern.core.types import EncodedTranscript, Wave
+from psykern.core import csr
+from psykern.core.settings import MIN_SHARE
+from psykern.core.types import EncodedTranscript
 
-# Measured (benchmarks/results/plan_cpu.csv): 1 to 32 run equally fast within the noise, 128 forgoes real shares. A
-# share of very few tokens saves nothing and makes paths of more ranges.
-MIN_SHARE = 8
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Wave:
+    """Rows that are computed together, one layer after the other. Filled by :class:`Plan`.
+
+    The wave's key/value store has ``num_carried + N`` rows: first those carried from the wave before, then its own.
+    A segment here is a run of rows of one batch with one list of visible keys: ranges of store rows. Key j of that list
+    is token j of the segment's path; a query at position p sees keys 0 to p.
+    A *target* is a token whose log-probability is wanted; the row before it predicts it.
+    """
+
+    index: int
+    token_ids: np.ndarray  # [N] int32
+    positions: np.ndarray  # [N] int32, tokens before this one on its path
+    num_carried: int  # C
+    keep_rows: np.ndarray  # [C'] int64, ascending rows of the store that the next wave carries
+    batch_offsets: np.ndarray  # [B+1] int32, rows of the wave
+    batch_segments: np.ndarray  # [B+1] int32, segments of each batch
+    segment_offsets: np.ndarray  # [S+1] int32, rows of the wave
+    range_offsets: np.ndarray  # [S+1] int32, into key_ranges
+    key_ranges: np.ndarray  # [range_offsets[-1], 2] int32, rows of the store
+    response_rows: np.ndarray  # [R] int32, ascending rows of the wave that predict a target
+    target_offsets: np.ndarray  # [R+1] int64, into target_token_ids
+    target_token_ids: np.ndarray  # [nnz] int32
+    target_ids: np.ndarray  # [nnz] int64, whose targets these are: indices into TargetScores
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,15 +124,15 @@ def plan(
     """
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens: expected at least 1, got {batch_tokens}")
-    spans = _concatenate([t.spans_tok for t in transcripts], np.int32).reshape(-1, 2)
+    spans = csr.concatenate([t.spans_tok for t in transcripts], np.int32).reshape(-1, 2)
     span_sequence = np.repeat(np.arange(len(transcripts)), [len(t.spans_tok) for t in transcripts])
     branch_sequence = np.repeat(np.arange(len(transcripts)), [len(t.branch_parent_tok) for t in transcripts])
-    branch_parent = _concatenate([t.branch_parent_tok for t in transcripts], np.int32)
-    branch_scored = _concatenate([t.branch_scored_tok for t in transcripts], np.int32)
-    branch_token_ids = _concatenate([t.branch_token_ids for t in transcripts], np.int32)
-    branch_offsets = _offsets(_concatenate([np.diff(t.branch_offsets) for t in transcripts], np.int64))
-    token_ids = _concatenate([t.token_ids for t in transcripts], np.int32)
-    offsets = _offsets(np.array([len(t.token_ids) for t in transcripts], np.int64))
+    branch_parent = csr.concatenate([t.branch_parent_tok for t in transcripts], np.int32)
+    branch_scored = csr.concatenate([t.branch_scored_tok for t in transcripts], np.int32)
+    branch_token_ids = csr.concatenate([t.branch_token_ids for t in transcripts], np.int32)
+    branch_offsets = csr.offsets_of(csr.concatenate([np.diff(t.branch_offsets) for t in transcripts], np.int64))
+    token_ids = csr.concatenate([t.token_ids for t in transcripts], np.int32)
+    offsets = csr.offsets_of(np.array([len(t.token_ids) for t in transcripts], np.int64))
 
     lengths = np.zeros(len(transcripts), np.int64)  # tokens that something scored comes after
     np.maximum.at(lengths, span_sequence, np.where(spans[:, 1] > spans[:, 0], spans[:, 1] - 1, 0))
@@ -125,9 +149,9 @@ def plan(
         min_share=min_share,
         wave_tokens=wave_tokens,
     )
-    span_index, position = _members(spans[:, 0], spans[:, 1])
+    span_index, position = csr.members(spans[:, 0], spans[:, 1])
     sequence = span_sequence[span_index]
-    branch_index, branch_tok = _members(branch_scored, np.diff(branch_offsets))
+    branch_index, branch_tok = csr.members(branch_scored, np.diff(branch_offsets))
     target_rows = np.concatenate((trie.locate(sequence, position.astype(np.int32)), trie.branch_target_rows))
     target_token_ids = np.concatenate(
         (token_ids[offsets[sequence] + position], branch_token_ids[branch_offsets[branch_index] + branch_tok])
@@ -146,18 +170,3 @@ def plan(
         _target_ids=order,
         _target_token_ids=target_token_ids[order],
     )
-
-
-def _concatenate(arrays: Sequence[np.ndarray], dtype: type) -> np.ndarray:
-    return np.concatenate([np.empty((0, *arrays[0].shape[1:]), dtype), *arrays]) if arrays else np.empty(0, dtype)
-
-
-def _offsets(counts: np.ndarray) -> np.ndarray:
-    return np.concatenate((np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)))
-
-
-def _members(starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Every member of the spans [start, end), in order: the span it is of, and itself."""
-    counts = (ends - starts).astype(np.int64)
-    index = np.repeat(np.arange(len(counts)), counts)
-    return index, np.arange(counts.sum()) - _offsets(counts)[index] + starts[index]

@@ -16,12 +16,13 @@ from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from types import ModuleType
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-Backend = Literal["auto", "reference", "cpu", "triton", "cuda"]
+from psykern.core.errors import BackendError
+from psykern.core.settings import Backend
 
 _HOW_TO_GET = {
     "triton": "it needs triton (`pip install triton`) and a CUDA device, or TRITON_INTERPRET=1 in the environment",
@@ -29,10 +30,6 @@ _HOW_TO_GET = {
 }
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class BackendError(RuntimeError):
-    """A backend that was asked for by name is not available; the message says how to get it."""
 
 
 class OptionLogprobs(NamedTuple):

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from psykern.core.types import CheckpointError
+from psykern.core.errors import CheckpointError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

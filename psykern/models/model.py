@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from psykern import kernels
-from psykern.core.types import CheckpointError
+from psykern.core.errors import CheckpointError
 from psykern.models.checkpoint import Checkpoint, read_config, widen
 from psykern.models.slots import Layout, Slots, free_bytes
 

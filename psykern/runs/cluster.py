@@ -15,18 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from psykern.core.clock import Clock
+from psykern.core.errors import PsykernError
 from psykern.core.folder import Folder
+from psykern.core.settings import Settings
 from psykern.core.stages import ahead
-from psykern.core.types import EncodedUnit, PsykernError
+from psykern.core.types import EncodedUnit
 from psykern.engine.engine import DeviceClock
 from psykern.kernels import BackendError
 from psykern.runs.folder import Counts, Manifest, RunFolder
 from psykern.runs.progress import Progress
 from psykern.runs.run import (
-    Clock,
     Loaded,
     Run,
-    Settings,
     check_stopped,
     data_feed,
     find_and_hash,

@@ -23,7 +23,6 @@ import resource
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,153 +30,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from psykern.core.errors import RowError, RunFolderError, Source
 from psykern.core.folder import Folder
-from psykern.core.types import (
-    Boundary,
-    Condition,
-    EncodedTranscript,
-    OptionSource,
-    OverLength,
-    Protocol,
-    RowError,
-    RunFolderError,
-    Source,
-    TargetScores,
-    UnitInfo,
-)
-
-SCHEMA = pa.schema(
-    [
-        ("study", pa.string()),
-        ("experiment", pa.string()),
-        ("participant", pa.string()),
-        ("response_index", pa.int32()),  # within the transcript, from 0
-        ("response", pa.string()),  # the text between the marks
-        ("num_tokens", pa.int32()),  # scored tokens
-        ("logprob", pa.float64()),  # nats, sum over the scored tokens; null: none was scored
-        ("is_argmax", pa.bool_()),  # every scored token was the vocabulary's argmax; null likewise
-        ("entropy", pa.float32()),  # nats, of the distribution at the first scored token; null likewise
-        ("options", pa.list_(pa.string())),  # null: the response has no options
-        ("option_logprobs", pa.list_(pa.float64())),  # nats, sum over the option's scored tokens; null likewise
-        ("option_log_softmax", pa.list_(pa.float64())),  # nats, over the response's options; null likewise
-        ("option_index", pa.int32()),  # the option that is the response; null: none is
-        ("flag", pa.string()),  # what is unusual about the response; null: nothing
-    ]
+from psykern.core.settings import Boundary, Condition, OptionSource, OverLength, Protocol, having
+from psykern.core.types import UnitInfo
+from psykern.scoring.table import (
+    SCHEMA,
 )
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "pyarrow")
-
-
-def to_table(transcripts: Sequence[EncodedTranscript], scores: TargetScores) -> pa.Table:
-    """One row of :data:`SCHEMA` per response of ``transcripts``, in order.
-
-    ``scores`` are those of exactly these transcripts, by target id; sums over tokens are float64. Raises ValueError
-    when the scores or branches do not fit the transcripts.
-    """
-    num_tokens = _concatenate((t.spans_tok[:, 1] - t.spans_tok[:, 0] for t in transcripts), np.int32)  # [R]
-    branch_tokens = _concatenate((np.diff(t.branch_offsets) - t.branch_scored_tok for t in transcripts), np.int64)
-    num_targets = int(num_tokens.sum() + branch_tokens.sum())
-    if len(scores.logprob) != num_targets:
-        raise ValueError(f"scores: expected {num_targets} targets for these transcripts, got {len(scores.logprob)}")
-    columns = _identity_columns(transcripts)
-    columns |= _score_columns(scores, num_tokens)
-    columns |= _option_columns(transcripts, scores.logprob[num_tokens.sum() :], branch_tokens)
-    return pa.table(columns, schema=SCHEMA)
-
-
-def _identity_columns(transcripts: Sequence[EncodedTranscript]) -> dict[str, pa.Array]:
-    num_responses = np.array([len(t.responses) for t in transcripts], dtype=np.int64)  # [transcripts]
-    owner = pa.array(np.repeat(np.arange(len(transcripts)), num_responses))  # [R]
-    return {
-        "study": pa.array([t.study for t in transcripts], pa.string()).take(owner),
-        "experiment": pa.array([t.experiment for t in transcripts], pa.string()).take(owner),
-        "participant": pa.array([t.participant for t in transcripts], pa.string()).take(owner),
-        "response_index": pa.array(_places(num_responses), pa.int32()),
-        "response": pa.array(list(chain.from_iterable(t.responses for t in transcripts)), pa.string()),
-        "flag": pa.array(list(chain.from_iterable(t.flags for t in transcripts)), pa.string()),
-    }
-
-
-def _score_columns(scores: TargetScores, num_tokens: np.ndarray) -> dict[str, pa.Array]:
-    ends = np.cumsum(num_tokens, dtype=np.int64)  # [R]
-    targets = slice(0, ends[-1] if len(ends) else 0)
-    unscored = num_tokens == 0
-    entropy = np.zeros(len(num_tokens), dtype=np.float32)
-    entropy[~unscored] = scores.entropy[(ends - num_tokens)[~unscored]]
-    is_argmax = _segment_reduce(np.logical_and, scores.is_argmax[targets], num_tokens)
-    logprob = _segment_reduce(np.add, scores.logprob[targets].astype(np.float64), num_tokens)
-    return {
-        "num_tokens": pa.array(num_tokens, pa.int32()),
-        "logprob": pa.array(logprob, pa.float64(), mask=unscored),
-        "is_argmax": pa.array(is_argmax, pa.bool_(), mask=unscored),
-        "entropy": pa.array(entropy, pa.float32(), mask=unscored),
-    }
-
-
-def _option_columns(
-    transcripts: Sequence[EncodedTranscript], branch_target_logprob: np.ndarray, branch_tokens: np.ndarray
-) -> dict[str, pa.Array]:
-    options = [response_options or () for t in transcripts for response_options in t.options]
-    num_options = np.fromiter(map(len, options), dtype=np.int64, count=len(options))  # [R]
-    option_index = _concatenate((t.option_index for t in transcripts), np.int32)
-    _check_branches(transcripts, num_options, branch_tokens)
-    if (option_index >= num_options).any():
-        raise ValueError("option_index: expected an index into the response's options, got one past their end")
-    logprob = _segment_reduce(np.add, branch_target_logprob.astype(np.float64), branch_tokens)  # [B]
-
-    def lists(values: pa.Array) -> pa.Array:
-        ends = np.cumsum(num_options)
-        offsets = pa.array(np.concatenate([[0], ends]), pa.int32())
-        return pa.ListArray.from_arrays(offsets, values, mask=pa.array(num_options == 0))
-
-    return {
-        "options": lists(pa.array(list(chain.from_iterable(options)), pa.string())),
-        "option_logprobs": lists(pa.array(logprob)),
-        "option_log_softmax": lists(pa.array(_segment_log_softmax(logprob, num_options))),
-        "option_index": pa.array(option_index, pa.int32(), mask=option_index < 0),
-    }
-
-
-def _check_branches(
-    transcripts: Sequence[EncodedTranscript], num_options: np.ndarray, branch_tokens: np.ndarray
-) -> None:
-    first = 0
-    for t in transcripts:
-        expected = np.repeat(np.arange(len(t.responses)), num_options[first : first + len(t.responses)])
-        if not np.array_equal(t.branch_response, expected):
-            raise ValueError(f"{t.study}, {t.participant}: expected one branch per option, in order of response")
-        first += len(t.responses)
-    if (branch_tokens < 1).any():  # a sum over nothing would read as probability 1
-        raise ValueError("branches: expected at least one scored token in each, got one without")
-
-
-def _concatenate(arrays: Iterable[np.ndarray], dtype: type[np.number]) -> np.ndarray:
-    return np.concatenate([np.empty(0, dtype), *arrays]).astype(dtype, copy=False)
-
-
-def _places(counts: np.ndarray) -> np.ndarray:
-    """0, 1, … within each segment: [2, 0, 3] → [0, 1, 0, 1, 2]."""
-    starts = np.cumsum(counts) - counts
-    places: np.ndarray = np.arange(counts.sum()) - np.repeat(starts, counts)
-    return places
-
-
-def _segment_reduce(ufunc: np.ufunc, values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """``ufunc`` over neighbouring segments of ``values``, ``counts`` long; 0 where a segment is empty."""
-    reduced = np.zeros(len(counts), dtype=values.dtype)
-    filled = counts > 0
-    if filled.any():  # reduceat gives an empty segment its neighbour's value, so only the others are asked for
-        starts = (np.cumsum(counts, dtype=np.int64) - counts)[filled]
-        reduced[filled] = ufunc.reduceat(values, starts)
-    return reduced
-
-
-def _segment_log_softmax(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    shifted = values - np.repeat(_segment_reduce(np.maximum, values, counts), counts)
-    total = _segment_reduce(np.add, np.exp(shifted), counts)
-    log_total: np.ndarray = np.log(np.where(counts > 0, total, 1.0))
-    log_softmax: np.ndarray = shifted - np.repeat(log_total, counts)
-    return log_softmax
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,25 +109,7 @@ class Manifest:
 
 # What two processes must agree in to write parts of one run. Budgets and machines may differ: they change scores by
 # no more than rounding, and a run that goes on takes the budgets that it began with.
-IDENTITY = (
-    "model_hash",
-    "tokenizer_hash",
-    "data",
-    "protocol",
-    "condition",
-    "discrete",
-    "chat_template_hash",
-    "boundary",
-    "options",
-    "max_options",
-    "over_length",
-    "limit",
-    "studies",
-    "dtype",
-    "backend",
-    "min_share",
-    "unit_tokens",
-)
+IDENTITY = ("model_hash", "tokenizer_hash", "data", "chat_template_hash", *having("identity"))
 
 
 def _identity(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -299,7 +142,7 @@ class UnitReport:
 
     counts: Counts
     rejects: tuple[RowError, ...]
-    sums: Mapping[str, Sequence[float]]  # metrics.SummaryAccumulator.sums
+    sums: Mapping[str, Sequence[float]]  # summary.SummaryAccumulator.sums
 
 
 _METADATA = b"psykern"
@@ -357,7 +200,7 @@ class RunFolder:
     def write_part(self, unit: UnitInfo, table: pa.Table, report: UnitReport) -> str:
         """Write the unit's records ``table``, of :data:`SCHEMA`; gives the part's name."""
         if table.schema != SCHEMA:
-            raise ValueError(f"part: expected the columns of records.SCHEMA, got {table.schema}")
+            raise ValueError(f"part: expected the columns of table.SCHEMA, got {table.schema}")
         name = self.part_name(unit)
         table = table.replace_schema_metadata({_METADATA: json.dumps(_report_json(report))})
         self.folder.write(f"responses/{name}", lambda file: pq.write_table(table, file, compression="zstd"))
@@ -373,7 +216,7 @@ class RunFolder:
                 yield report
 
     def finish(self, manifest: Manifest, summary: Mapping[str, Any], rejects: Iterable[RowError]) -> None:
-        """All parts are there: write the rest, the manifest last; ``summary`` is ``metrics.Summary.to_json()``."""
+        """All parts are there: write the rest, the manifest last; ``summary`` is ``Summary.to_json()``."""
         if not self._parts:  # readers find the columns
             self.write_part(UnitInfo(0, "", "", 0), SCHEMA.empty_table(), UnitReport(Counts(), (), {}))
         lines = [json.dumps(_reject_json(error)) + "\n" for error in rejects]

@@ -10,111 +10,47 @@ that was stopped goes on, and several processes can share one.
 
 from __future__ import annotations
 
-import re
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Literal, TypeVar, get_args
 
 import torch
 
 from psykern import kernels
+from psykern.core.clock import Clock, timed
+from psykern.core.errors import CheckpointError, InterruptedRun, RowError
 from psykern.core.folder import Folder
-from psykern.core.stages import ahead, behind
-from psykern.core.types import (
-    Boundary,
-    CheckpointError,
+from psykern.core.settings import (
     Condition,
-    EncodedTranscript,
-    EncodedUnit,
-    InterruptedRun,
-    OptionSource,
-    OverLength,
-    Protocol,
-    RowError,
-    TargetScores,
-    UnitInfo,
+    Settings,
+    Shard,
+    having,
 )
+from psykern.core.stages import ahead, behind
+from psykern.core.types import EncodedTranscript, EncodedUnit, TargetScores, UnitInfo
 from psykern.data.chat import ChatTemplate
 from psykern.data.encode import Encoder, Tokenizer, fit
 from psykern.data.feed import Feed
 from psykern.data.rows import DataFile, find_data, hash_file
 from psykern.data.token_cache import TokenCache
 from psykern.engine import engine
-from psykern.engine.plan import MIN_SHARE, Plan, plan
+from psykern.engine.plan import Plan, plan
 from psykern.models.checkpoint import hash_model, resolve_model
 from psykern.models.model import Model, ModelConfig
 from psykern.runs import folder as records
 from psykern.runs.folder import Counts, Manifest, RunFolder, UnitReport
 from psykern.runs.progress import Progress
-from psykern.study.metrics import Summary, SummaryAccumulator
+from psykern.runs.summary import Summary, SummaryAccumulator
+from psykern.scoring.table import to_table
 from psykern.version import __version__
 
 # Tokens of a unit. What a stop loses and a machine takes at a time is one unit; what shares prefixes is of one unit.
 _UNIT_TOKENS = {"cpu": 2**17, "cuda": 2**21}
 
-Device = Literal["auto", "cpu", "cuda"]
-Dtype = Literal["auto", "float32", "bfloat16"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What a run does with its data and how. Raises ``ValueError`` for a value that is not one of its kind."""
-
-    protocol: Protocol = "exact"
-    condition: Condition = "plain"
-    discrete: str | None = None  # a regular expression: only responses that match it entirely are scored
-    boundary: Boundary = "joint"
-    options: OptionSource = "given"
-    max_options: int = 26  # more observed options than this are none
-    over_length: OverLength = "error"
-    limit: int | None = None  # transcripts per study
-    studies: tuple[str, ...] | None = None
-    backend: kernels.Backend = "auto"
-    dtype: Dtype = "auto"  # float32 on a CPU, bfloat16 on a GPU
-    device: Device = "auto"
-    wave_tokens: int | None = None  # rows of a wave; None: as suits the device
-    batch_tokens: int | None = None  # rows of a batch; likewise
-    min_share: int = MIN_SHARE  # tokens from which on a common prefix is shared
-    unit_tokens: int | None = (
-        None  # about so many are planned together and written as one part; None: as suits the device
-    )
-    strict: bool = False  # the first row that cannot be used stops the run
-
-    def __post_init__(self) -> None:
-        choices = {
-            "protocol": Protocol,
-            "condition": Condition,
-            "boundary": Boundary,
-            "options": OptionSource,
-            "over_length": OverLength,
-            "backend": kernels.Backend,
-            "dtype": Dtype,
-            "device": Device,
-        }
-        for name, kind in choices.items():
-            if getattr(self, name) not in get_args(kind):
-                raise ValueError(f"{name}: expected one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
-        for name in ("max_options", "limit", "wave_tokens", "batch_tokens", "min_share", "unit_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
-            if value is not None and value >= 2**31:
-                raise ValueError(f"{name}: expected at most {2**31 - 1}, got {value}")
-        if self.protocol == "study" and self.boundary != "joint":
-            raise ValueError("boundary: the study's protocol tokenizes a text as one string; use boundary='joint'")
-        if self.discrete is not None:
-            try:
-                re.compile(self.discrete)
-            except re.error as error:
-                raise ValueError(f"discrete: expected a regular expression, got {self.discrete!r}: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,21 +62,6 @@ class Run:
     summary: Summary
     units_done: int
     units_total: int
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """The units that one of several processes takes: number ``index``, counted from 0, of ``count``."""
-
-    index: int = 0
-    count: int = 1
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.index < self.count:
-            raise ValueError(f"shard: expected i/n with 0 <= i < n, got {self.index}/{self.count}")
-
-    def takes(self, unit: UnitInfo) -> bool:
-        return unit.index % self.count == self.index
 
 
 def score(
@@ -341,7 +262,7 @@ def score_units(
         nonlocal done
         job, scores = scored
         with clock("write"):
-            table = records.to_table(job.transcripts, scores)
+            table = to_table(job.transcripts, scores)
             summary = SummaryAccumulator()
             summary.add(table)
             counts = _counts(job, table.num_rows - table.column("logprob").null_count)
@@ -360,7 +281,7 @@ def score_units(
 
             stream = engine.stream(plans(), loaded.decoder, backend=settings.backend, clock=device_clock, stop=stop)
             with closing(stream):
-                for scores in _timed(stream, clock, "run"):
+                for scores in timed(stream, clock, "run"):
                     put((underway.popleft(), scores))
     return done
 
@@ -515,19 +436,7 @@ def _feed(
 
 
 # Of a manifest, what the tokens depend on beside the data; how much of a transcript fits a context is seen to later.
-_TOKENS_DEPEND_ON = (
-    "tokenizer_hash",
-    "protocol",
-    "condition",
-    "discrete",
-    "chat_template_hash",
-    "boundary",
-    "options",
-    "max_options",
-    "limit",
-    "studies",
-    "unit_tokens",
-)
+_TOKENS_DEPEND_ON = ("tokenizer_hash", "chat_template_hash", *having("tokens"))
 
 
 def _token_cache(folder: str | Path, files: Sequence[DataFile], manifest: Manifest) -> TokenCache:
@@ -569,37 +478,6 @@ def _device_and_dtype(settings: Settings) -> tuple[torch.device, torch.dtype]:
     device = torch.device("cuda" if settings.device == "cuda" or (settings.device == "auto" and has_gpu) else "cpu")
     default = "bfloat16" if device.type == "cuda" else "float32"
     return device, _DTYPES[default if settings.dtype == "auto" else settings.dtype]
-
-
-class Clock:
-    """Seconds by phase, and since the start."""
-
-    def __init__(self) -> None:
-        self.started = datetime.now(timezone.utc)
-        self.seconds: dict[str, float] = {}
-        self._start = time.perf_counter()
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
-
-    @property
-    def total(self) -> float:
-        return time.perf_counter() - self._start
-
-
-def _timed(items: Iterator[T], clock: Clock, phase: str) -> Iterator[T]:
-    """``items``, with the time that each takes to come counted as ``phase``."""
-    while True:
-        with clock(phase):
-            item = next(items, None)
-        if item is None:
-            return
-        yield item
 
 
 def manifest_of(loaded: Loaded, data: tuple[records.DataFile, ...], settings: Settings, clock: Clock) -> Manifest:

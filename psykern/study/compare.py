@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from psykern.core.types import ComparisonError
+from psykern.core.errors import ComparisonError
+from psykern.runs.summary import option_hits
 from psykern.study import metrics
 from psykern.study.finished import Responses, load, open_runs, restrict
 from psykern.study.metrics import Calibration
@@ -329,7 +330,7 @@ def _run_study(study: _Study, temperature: float) -> tuple[RunStudy, Calibration
     nll = study.nll[scored]
     lists = (study.log_softmax, study.option_offsets, study.option_index)
     option_nll = metrics.option_nll(*lists).astype(np.float64)
-    hits = metrics.option_hits(*lists)
+    hits = option_hits(*lists)
     bins = metrics.calibration(metrics.option_confidence(*lists[:2]), hits)
     uniform = _mean(np.log(np.diff(study.option_offsets)))
     rescaled = metrics.rescaled_option_nll(*lists, temperature) if len(option_nll) else np.empty(0)

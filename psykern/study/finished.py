@@ -19,10 +19,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from psykern.core.types import RunFolderError
+from psykern.core.errors import RunFolderError
+from psykern.core.settings import having
 
 # What two runs must agree in before their numbers can be set against each other; absent reads as None.
-COMPARED = ("protocol", "boundary", "options", "max_options", "over_length", "limit", "studies", "discrete")
+COMPARED = having("compared")
 _NAMES = ("study", "experiment", "participant")
 _COLUMNS = (*_NAMES, "response_index", "response", "logprob", "is_argmax", "entropy")
 _OPTION_COLUMNS = ("option_log_softmax", "option_index")

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from psykern.core.types import ComparisonError
+from psykern.core.errors import ComparisonError
 
 BASE = "base"
 

@@ -21,7 +21,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
-from psykern.core.types import ComparisonError, RunFolderError
+from psykern.core.errors import ComparisonError, RunFolderError
 from psykern.study.compare import (
     DRAWS,
     Comparison,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from psykern.core.types import ComparisonError
+from psykern.core.errors import ComparisonError
 from psykern.study.finished import FinishedRun, Responses
 from psykern.study.models import BASE, StudyModel, find_model, model_name
 

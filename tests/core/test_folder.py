@@ -14,8 +14,8 @@ from typing import IO
 
 import pytest
 
+from psykern.core.errors import RunFolderError
 from psykern.core.folder import Folder
-from psykern.core.types import RunFolderError
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -14,7 +14,8 @@ import pytest
 from support.tiny import branches, build_tiny, fail, scored, transcript, words
 from transformers import AutoTokenizer
 
-from psykern.core.types import CheckpointError, RowError, Transcript
+from psykern.core.errors import CheckpointError, RowError
+from psykern.core.types import Transcript
 from psykern.data.chat import ChatTemplate
 from psykern.data.encode import Encoder, Tokenizer
 from psykern.data.protocol import study_text

@@ -23,7 +23,8 @@ from support.tiny import branches, build_tiny, fail, scored, transcript, words
 from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
 
 import psykern.data.encode
-from psykern.core.types import CheckpointError, EncodedTranscript, PsykernError, RowError, Transcript
+from psykern.core.errors import CheckpointError, PsykernError, RowError
+from psykern.core.types import EncodedTranscript, Transcript
 from psykern.data.encode import Encoder, Tokenizer
 
 STUDIES = (

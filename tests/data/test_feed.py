@@ -14,7 +14,8 @@ from support.groups import assert_equal
 from support.toy import make_toy, toy_rows, write_rows
 
 import psykern.data.feed
-from psykern.core.types import DataError, EncodedUnit, RowError
+from psykern.core.errors import DataError, RowError
+from psykern.core.types import EncodedUnit
 from psykern.data.encode import Encoder, Tokenizer
 from psykern.data.feed import Feed
 from psykern.data.rows import find_data

@@ -7,7 +7,8 @@ import re
 import numpy as np
 import pytest
 
-from psykern.core.types import Source, Transcript
+from psykern.core.errors import Source
+from psykern.core.types import Transcript
 from psykern.data.protocol import MAX_CHARS, keep_responses, study_marks, study_response, study_spans, study_text
 
 OPEN, CLOSE = [7], [8]

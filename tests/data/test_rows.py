@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from psykern.core.types import DataError, RowError, Transcript
+from psykern.core.errors import DataError, RowError
+from psykern.core.types import Transcript
 from psykern.data.rows import DataFile, find_data, find_responses, hash_file, read
 
 ROWS: list[dict[str, object]] = [

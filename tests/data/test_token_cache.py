@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from support.groups import assert_equal
 
-from psykern.core.types import EncodedTranscript, EncodedUnit, RowError, Source, UnitInfo
+from psykern.core.errors import RowError, Source
+from psykern.core.types import EncodedTranscript, EncodedUnit, UnitInfo
 from psykern.data.encode import Encoder, Tokenizer
 from psykern.data.rows import find_data, read
 from psykern.data.token_cache import TokenCache

@@ -12,7 +12,8 @@ import torch
 from support.checkpoints import CONFIGS, make_model, oracle_logprobs
 from support.groups import encoded, random_group, wanted
 
-from psykern.core.types import EncodedTranscript, NonFiniteError, OutOfMemoryError, TargetScores
+from psykern.core.errors import NonFiniteError, OutOfMemoryError
+from psykern.core.types import EncodedTranscript, TargetScores
 from psykern.engine import engine
 from psykern.engine.plan import Plan, plan
 from psykern.kernels import Backend

@@ -19,7 +19,8 @@ from support.backends import Place, missing, short
 from support.checkpoints import CONFIGS, make_model, oracle_logprobs
 from support.groups import random_group, wanted
 
-from psykern.core.types import EncodedTranscript, OutOfMemoryError, TargetScores
+from psykern.core.errors import OutOfMemoryError
+from psykern.core.types import EncodedTranscript, TargetScores
 from psykern.engine import engine
 from psykern.engine.plan import plan
 from psykern.models.model import Model

@@ -20,7 +20,7 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from psykern.core.types import CheckpointError
+from psykern.core.errors import CheckpointError
 from psykern.models.checkpoint import Checkpoint, hash_model, read_config, resolve_model, widen
 
 EMBEDDING = "model.embed_tokens.weight"

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from psykern.core.types import CheckpointError
+from psykern.core.errors import CheckpointError
 from psykern.kernels import Backend
 from psykern.models.model import FAMILIES, Batch, Model, ModelConfig, Rope, Workspace, decoder_layer, expected_tensors
 

@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from psykern.core.types import EncodedTranscript, RowError, RunFolderError, Source, TargetScores, UnitInfo
+from psykern.core.errors import RowError, RunFolderError, Source
+from psykern.core.types import EncodedTranscript, TargetScores, UnitInfo
 from psykern.runs.folder import (
-    SCHEMA,
     Counts,
     DataFile,
     Manifest,
@@ -27,8 +27,8 @@ from psykern.runs.folder import (
     library_versions,
     peak_memory_bytes,
     read_run,
-    to_table,
 )
+from psykern.scoring.table import SCHEMA, to_table
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -12,16 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from psykern.runs.folder import SCHEMA
-from psykern.study.metrics import (
-    StudySummary,
-    Summary,
-    SummaryAccumulator,
-    accuracy,
-    format_summary,
-    nll,
-    option_hits,
-)
+from psykern.runs.summary import StudySummary, Summary, SummaryAccumulator, format_summary, option_hits
+from psykern.scoring.table import SCHEMA
+from psykern.study.metrics import accuracy, nll
 
 
 def record(study: str = "study", response_index: int = 0, **columns: object) -> dict[str, object]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from psykern.runs.summary import option_hits
 from psykern.study import metrics
 
 scipy_stats = pytest.importorskip("scipy.stats")
@@ -90,7 +91,7 @@ def test_calibration_by_hand_and_against_a_loop() -> None:
     assert found.overconfidence == pytest.approx((0.05 + 0.55 + 0.58 + 1 - 2) / 4)
 
     lists = random_lists(2, 1000)
-    confidence, hits = metrics.option_confidence(*lists[:2]), metrics.option_hits(*lists)
+    confidence, hits = metrics.option_confidence(*lists[:2]), option_hits(*lists)
     bins = np.minimum(np.digitize(confidence, np.linspace(0, 1, 11)) - 1, 9)
     expected = sum(abs(hits[bins == b].mean() - confidence[bins == b].mean()) * (bins == b).sum() for b in set(bins))
     assert metrics.calibration(confidence, hits).error == pytest.approx(expected / 1000)

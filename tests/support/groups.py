@@ -7,7 +7,8 @@ from dataclasses import fields
 
 import numpy as np
 
-from psykern.core.types import EncodedTranscript, Source
+from psykern.core.errors import Source
+from psykern.core.types import EncodedTranscript
 
 Branch = tuple[int, int, list[int], int]  # response, parent_tok, token ids, first scored
 

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from psykern.runs.folder import SCHEMA
+from psykern.scoring.table import SCHEMA
 
 MANIFEST: dict[str, Any] = {
     "model_hash": "0" * 64,

@@ -11,7 +11,8 @@ import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors
 
-from psykern.core.types import EncodedTranscript, RowError, Source, Transcript
+from psykern.core.errors import RowError, Source
+from psykern.core.types import EncodedTranscript, Transcript
 from psykern.data.encode import Tokenizer
 
 # What Llama 3 splits words by, so that ">>\n" can be one token.
