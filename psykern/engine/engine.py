@@ -139,7 +139,7 @@ def stream(
     where they belong: also from one plan to the next. ``plans`` is read in that thread, ahead of the scores. ``stop``
     is asked before a plan is begun; once it holds no other is, and what was begun is finished.
     """
-    backend = kernels.resolve(backend, model.device)  # type: ignore[assignment]
+    backend = kernels.resolve(backend, model.device)
     clock = clock or DeviceClock()
     launched: deque[tuple[_Job, _Computed | None]] = deque()
     most = 0 if model.device.type == "cpu" else 1  # waves that a device computes while the host goes on

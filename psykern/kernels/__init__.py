@@ -41,7 +41,7 @@ class OptionLogprobs(NamedTuple):
     entropy: Tensor  # [R] of the row's distribution over the vocabulary, nats
 
 
-def resolve(backend: str, device: torch.device) -> str:
+def resolve(backend: Backend, device: torch.device) -> Backend:
     """The backend that ``backend`` means on ``device``. Raises :class:`BackendError` where there is none."""
     if backend not in get_args(Backend):
         raise BackendError(f"backend: expected one of {', '.join(get_args(Backend))}, got {backend!r}")
@@ -68,7 +68,7 @@ def _module(backend: str) -> ModuleType | None:
         raise
 
 
-def _op(name: str, backend: str, device: torch.device) -> Callable[..., Any]:
+def _op(name: str, backend: Backend, device: torch.device) -> Callable[..., Any]:
     return getattr(_module(resolve(backend, device)), name)
 
 
