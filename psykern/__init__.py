@@ -28,8 +28,11 @@ if TYPE_CHECKING:
     )
     from psykern.core.settings import Settings, Shard
     from psykern.runs.cluster import Workers, score_on_cluster
-    from psykern.runs.folder import Manifest, read_run
-    from psykern.runs.run import Estimate, Run, StudyPlan, estimate, score, score_conditions
+    from psykern.runs.estimate import Estimate, StudyPlan, estimate
+    from psykern.runs.folder import read_run
+    from psykern.runs.job import Run
+    from psykern.runs.manifest import Manifest
+    from psykern.runs.run import score, score_conditions
     from psykern.runs.summary import StudySummary, Summary, format_summary
     from psykern.study.compare import Comparison
     from psykern.study.page import compare_runs, format_comparison
@@ -40,8 +43,11 @@ _HOMES = {
     "OutOfMemoryError PsykernError RowError RunFolderError Source",
     "core.settings": "Settings Shard",
     "runs.cluster": "Workers score_on_cluster",
-    "runs.folder": "Manifest read_run",
-    "runs.run": "Estimate Run StudyPlan estimate score score_conditions",
+    "runs.estimate": "Estimate StudyPlan estimate",
+    "runs.folder": "read_run",
+    "runs.job": "Run",
+    "runs.manifest": "Manifest",
+    "runs.run": "score score_conditions",
     "runs.summary": "StudySummary Summary format_summary",
     "study.compare": "Comparison",
     "study.page": "compare_runs format_comparison",

@@ -11,33 +11,24 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from psykern.core.clock import Clock
-from psykern.core.errors import PsykernError
+from psykern.core.errors import BackendError, PsykernError
 from psykern.core.folder import Folder
 from psykern.core.settings import Settings
 from psykern.core.stages import ahead
 from psykern.core.types import EncodedUnit
-from psykern.engine.engine import DeviceClock
-from psykern.kernels import BackendError
-from psykern.runs.folder import Counts, Manifest, RunFolder
+from psykern.data.dataset import Dataset
+from psykern.engine.budgets import budgets_for
+from psykern.kernels.compute import Compute
+from psykern.runs.job import Options, Run, RunJob, recipe_of
+from psykern.runs.manifest import Counts, Recipe
 from psykern.runs.progress import Progress
-from psykern.runs.run import (
-    Loaded,
-    Run,
-    check_stopped,
-    data_feed,
-    find_and_hash,
-    finish,
-    going_on,
-    load,
-    load_tokenizers,
-    manifest_of,
-    score_units,
-)
+from psykern.runs.run import feed_of, with_unit_tokens
+from psykern.scoring.scorer import Scorer, load_language
 
 _READY = 2  # units a worker that are encoded ahead, to choose the longest from
 _QUEUED = 2  # units that a worker has at most: the next is there when one is done
@@ -72,28 +63,30 @@ def score_on_cluster(
     Raises BackendError where Ray is not installed.
     """
     settings, workers, clock = settings or Settings(), workers or Workers(), Clock()
+    options = Options(resume=resume, cache=cache, stop=stop, quiet=quiet)
     ray = _ray()
     Folder.at(out).create()
     with ExitStack() as stack:
         if not ray.is_initialized():
             _connect(ray, workers.address)
             stack.callback(ray.shutdown)
-        tokenizer, chat = load_tokenizers(model, settings, clock)
-        files, hashed = find_and_hash(data, clock)
-        pool = _Pool(ray, workers, (str(model), settings, hashed, str(out)))
+        _, language = load_language(model, chat=settings.condition == "chat", clock=clock)
+        with clock("hash"):
+            dataset = Dataset.find(data)
+        pool = _Pool(ray, workers, (str(model), settings, dataset, str(out)))
         stack.callback(pool.close)
-        manifest = pool.start()
-        feed = data_feed(files, tokenizer, chat, settings, manifest, clock, cache)
+        recipe = pool.start()
+        settings = replace(settings, unit_tokens=recipe.unit_tokens)
+        feed = feed_of(dataset, language, settings, recipe, options, clock)
         with clock("scan"):
             units = feed.units()
-        run = RunFolder.open(out, manifest, resume=resume)
-        manifest = going_on(manifest, run, settings)
-        wanted = [unit for unit in units if not run.has(unit)]
+        job = RunJob.open(out, recipe, settings, resume=resume)
+        wanted = [unit for unit in units if not job.folder.has(unit)]
         with Progress(sum(unit.characters for unit in wanted), quiet=quiet) as progress, clock("run"):
-            done = pool.score(feed.encoded(wanted), manifest, progress, stop)
-        run.look_again()
-        check_stopped(out, run, units, wanted, stop)
-        return finish(run, units, manifest, done, clock, None)
+            done = pool.score(feed.encoded(wanted), job.recipe, progress, stop)
+        job.folder.look_again()
+        job.check_stopped(units, wanted, stop)
+        return job.finish(units, done, clock, None)
 
 
 def _ray() -> Any:
@@ -114,32 +107,27 @@ def _connect(ray: Any, address: str | None) -> None:
 class _Worker:
     """An actor: a model, and the parts that it writes."""
 
-    def __init__(self, model: str, settings: Settings, data: tuple[Any, ...], out: str) -> None:
-        self._loaded: Loaded = load(model, settings, (settings.condition,), Clock())
-        self._settings = settings
-        self._data = data
+    def __init__(self, model: str, settings: Settings, dataset: Dataset, out: str) -> None:
+        compute = Compute.resolve(settings.device, settings.dtype, settings.backend)
+        self._scorer = Scorer.load(model, compute, chat=settings.condition == "chat")
+        self._settings = with_unit_tokens(settings, compute)
+        self._dataset = dataset
         self._out = out
 
-    def manifest(self) -> Manifest:
+    def recipe(self) -> Recipe:
         """Of a run that begins on this machine."""
-        return manifest_of(self._loaded, self._data, self._settings, Clock())
+        model = self._scorer.model
+        budgets = budgets_for(self._settings, model.config, model.compute)
+        return recipe_of(self._scorer, self._dataset, self._settings, budgets, Clock())
 
-    def score(self, unit: EncodedUnit, manifest: Manifest) -> Counts | PsykernError:
-        """Writes the unit's part; an error that the user can act on is given back, not raised, to keep its class."""
+    def score(self, unit: EncodedUnit, recipe: Recipe) -> Counts | PsykernError:
+        """Writes the unit's part, with the budgets of ``recipe``; an error that the user can act on is given back, not
+        raised, to keep its class."""
         try:
-            run = RunFolder.open(self._out, self.manifest())  # refuses where this machine's model is another
+            job = RunJob.open(self._out, self.recipe(), self._settings)  # refuses where this machine's model is another
+            job = replace(job, recipe=recipe)
             with Progress(unit.info.characters, quiet=True) as progress:
-                return score_units(
-                    self._loaded,
-                    iter([unit]),
-                    run,
-                    manifest,
-                    self._settings,
-                    Clock(),
-                    progress,
-                    lambda: False,
-                    DeviceClock(),
-                )
+                return job.score(self._scorer, iter([unit]), progress, Clock())
         except PsykernError as error:
             return error
 
@@ -160,28 +148,28 @@ class _Pool:
         self._ray = ray
         self._arguments = arguments
         self._gpus, self._cpus, self._count = _shape(ray, workers)
-        self._starting: dict[Any, Any] = {}  # actors that load the model, by the reference of their manifest
+        self._starting: dict[Any, Any] = {}  # actors that load the model, by the reference of their recipe
         self._workers: list[Any] = []
         self._tasks: dict[Any, _Task] = {}  # by the reference of what they will give
         self._lost: dict[int, int] = {}  # by unit: actors that were lost with it
         self._failed_starts = 0
 
-    def start(self) -> Manifest:
-        """Starts the actors; gives the manifest of the first that is ready."""
+    def start(self) -> Recipe:
+        """Starts the actors; gives the recipe of the first that is ready."""
         for _ in range(self._count):
             self._start_one()
         while not self._workers:
             ((reference, *_), _) = self._ray.wait(list(self._starting))
-            manifest: Manifest | None = self._started(reference)
-        assert manifest is not None
-        return manifest
+            recipe: Recipe | None = self._started(reference)
+        assert recipe is not None
+        return recipe
 
     def close(self) -> None:
         for worker in (*self._workers, *self._starting.values()):
             self._ray.kill(worker)
 
     def score(
-        self, units: Iterator[EncodedUnit], manifest: Manifest, progress: Progress, stop: Callable[[], bool]
+        self, units: Iterator[EncodedUnit], recipe: Recipe, progress: Progress, stop: Callable[[], bool]
     ) -> Counts:
         """Hands out ``units`` until there are none, or ``stop`` holds and what was handed out is done."""
         done = Counts()
@@ -197,7 +185,7 @@ class _Pool:
                     if self._free_worker() is not None:
                         break
                 while ready and not stop() and (worker := self._free_worker()) is not None:
-                    self._hand_out(heapq.heappop(ready)[2], worker, manifest, progress)
+                    self._hand_out(heapq.heappop(ready)[2], worker, recipe, progress)
                 for task, result in self._finished():
                     if result is None:
                         heapq.heappush(ready, (-task.unit.info.characters, task.unit.info.index, task.unit))
@@ -206,11 +194,11 @@ class _Pool:
                         task.update(1.0)
         return done
 
-    def _hand_out(self, unit: EncodedUnit, worker: Any, manifest: Manifest, progress: Progress) -> None:
+    def _hand_out(self, unit: EncodedUnit, worker: Any, recipe: Recipe, progress: Progress) -> None:
         responses = sum(len(t.responses) for t in unit.transcripts)
         tokens = sum(len(t.token_ids) for t in unit.transcripts)
         update = progress.start(unit.info.characters, responses, tokens)
-        self._tasks[worker.score.remote(unit, manifest)] = _Task(unit, worker, update)
+        self._tasks[worker.score.remote(unit, recipe)] = _Task(unit, worker, update)
 
     def _free_worker(self) -> Any:
         """The actor with the fewest units, if it can take one more."""
@@ -256,14 +244,14 @@ class _Pool:
     def _start_one(self) -> None:
         actor = self._ray.remote(num_gpus=self._gpus, num_cpus=self._cpus, max_restarts=0)(_Worker)
         worker = actor.remote(*self._arguments)
-        self._starting[worker.manifest.remote()] = worker
+        self._starting[worker.recipe.remote()] = worker
 
-    def _started(self, reference: Any) -> Manifest | None:
-        """The manifest of an actor that is ready; it takes units from now on. None: it did not come up, another is
+    def _started(self, reference: Any) -> Recipe | None:
+        """The recipe of an actor that is ready; it takes units from now on. None: it did not come up, another is
         started in its place."""
         worker = self._starting.pop(reference)
         try:
-            manifest: Manifest = self._ray.get(reference)
+            recipe: Recipe = self._ray.get(reference)
         except (self._ray.exceptions.RayActorError, self._ray.exceptions.RayTaskError) as error:
             self._failed_starts += 1
             if self._failed_starts >= _ATTEMPTS:
@@ -272,7 +260,7 @@ class _Pool:
             self._start_one()
             return None
         self._workers.append(worker)
-        return manifest
+        return recipe
 
 
 def _shape(ray: Any, workers: Workers) -> tuple[int, int, int]:

@@ -15,125 +15,22 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
-import math
-import platform
-import resource
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from psykern.core.errors import RowError, RunFolderError, Source
 from psykern.core.folder import Folder
-from psykern.core.settings import Boundary, Condition, OptionSource, OverLength, Protocol, having
 from psykern.core.types import UnitInfo
+from psykern.runs.manifest import Counts, Manifest, Outcome, Recipe, identity, plain
 from psykern.scoring.table import (
     SCHEMA,
 )
-
-LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "pyarrow")
-
-
-@dataclass(frozen=True, slots=True)
-class DataFile:
-    """A file that was read."""
-
-    path: str
-    hash: str
-    bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """What went through a run, or one unit of it."""
-
-    transcripts: int = 0
-    responses: int = 0
-    scored_responses: int = 0
-    tokens: int = 0  # of all scored transcripts, as if each were computed alone
-    computed_tokens: int = 0  # rows that went through the model
-    rejects: int = 0  # rows of the data that were refused
-    over_length_transcripts: int = 0  # skipped by the over-length policy
-    dropped_responses: int = 0  # left out by the over-length policy "truncate"
-    without_metadata_transcripts: int = 0  # left out by the condition persona
-
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(
-            *(one + two for one, two in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True))
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """How a run was made, and what it took. Times, rates and peaks are those of the process that finished it."""
-
-    model_id: str
-    model_hash: str
-    tokenizer_hash: str
-    data: tuple[DataFile, ...]
-    protocol: Protocol
-    condition: Condition
-    discrete: str | None  # only responses that match it were scored; None: all
-    chat_template_hash: str | None  # None: the condition is not chat
-    boundary: Boundary
-    options: OptionSource
-    max_options: int
-    over_length: OverLength
-    limit: int | None  # transcripts per study; None: all
-    studies: tuple[str, ...] | None  # None: all
-    versions: Mapping[str, str]  # see library_versions
-    device: str
-    dtype: str
-    backend: str
-    wave_tokens: int
-    batch_tokens: int
-    min_share: int
-    unit_tokens: int  # about so many make a unit, and a part
-    started: str  # ISO 8601, UTC
-    counts: Counts = Counts()
-    seconds: Mapping[str, float] = field(default_factory=dict)  # by phase; most go on beside "run"
-    tokens_per_second: float = 0.0
-    responses_per_second: float = 0.0
-    peak_memory_bytes: int = 0
-    peak_device_bytes: int | None = None  # of a device with memory of its own; None: there was none
-    gpu_idle_share: float | None = None  # of the time between its first and last wave; see engine.DeviceClock
-    finished: str | None = None  # None: not yet
-
-
-# What two processes must agree in to write parts of one run. Budgets and machines may differ: they change scores by
-# no more than rounding, and a run that goes on takes the budgets that it began with.
-IDENTITY = ("model_hash", "tokenizer_hash", "data", "chat_template_hash", *having("identity"))
-
-
-def _identity(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a manifest as JSON; files of data count by their content."""
-    values = {name: manifest.get(name) for name in IDENTITY}
-    values["data"] = sorted(file["hash"] for file in manifest["data"])
-    return values
-
-
-def library_versions(psykern: str) -> dict[str, str]:
-    """Versions of psykern (as given), Python and those of :data:`LIBRARIES` that are installed."""
-    versions = {"psykern": psykern, "python": platform.python_version()}
-    for library in LIBRARIES:
-        try:
-            versions[library] = importlib.metadata.version(library)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
-def peak_memory_bytes() -> int:
-    """The largest resident size that this process has had, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB, macOS bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,12 +50,12 @@ class RunFolder:
     """A run's folder while the run writes it. Every method raises RunFolderError, naming the path, when it cannot."""
 
     folder: Folder
-    manifest: dict[str, Any]  # as JSON, as the run began
+    began: Mapping[str, Any]  # the manifest as JSON, as the run began
     _identity: str
     _parts: dict[str, UnitReport | None]  # by name, those that are known to be there; None: not read yet
 
     @classmethod
-    def open(cls, path: str | Path, manifest: Manifest, *, resume: bool = True) -> RunFolder:
+    def open(cls, path: str | Path, recipe: Recipe, *, resume: bool = True) -> RunFolder:
         """Begin the run in a new or empty folder, or go on with the same run.
 
         With ``resume=False`` only a new or empty folder will do. Raises RunFolderError where something else stands in
@@ -172,11 +69,11 @@ class RunFolder:
             raise RunFolderError(
                 f"{path}: expected a new or empty folder to write the run to{hint}, it holds {found[0]}"
             )
-        began = _plain(dataclasses.asdict(manifest))
+        began = plain(dataclasses.asdict(Manifest.of(recipe, Outcome())))
         if not folder.write_new("manifest.json", _json_writer(began)):
             began = _check_same(folder, began)
         parts: dict[str, UnitReport | None] = dict.fromkeys(folder.files("responses"))
-        return cls(folder, began, json.dumps(_identity(began), sort_keys=True), parts)
+        return cls(folder, began, json.dumps(identity(began), sort_keys=True), parts)
 
     def part_name(self, unit: UnitInfo) -> str:
         digest = hashlib.sha256(f"{self._identity}{unit.key}".encode()).hexdigest()
@@ -232,7 +129,7 @@ def _check_same(folder: Folder, mine: dict[str, Any]) -> dict[str, Any]:
     path = folder.name("manifest.json")
     try:
         there = json.loads(folder.read("manifest.json"))
-        one, two = _identity(there), _identity(mine)
+        one, two = identity(there), identity(mine)
         _check_beginning(there)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RunFolderError(f"{path}: cannot be read as a run's manifest: {type(error).__name__}: {error}") from error
@@ -260,7 +157,7 @@ def _short(value: Any) -> str:
 
 
 def _json_writer(value: Mapping[str, Any]) -> Callable[[IO[bytes]], object]:
-    text = json.dumps(_plain(value), indent=2, allow_nan=False) + "\n"
+    text = json.dumps(plain(value), indent=2, allow_nan=False) + "\n"
     return lambda file: file.write(text.encode())
 
 
@@ -285,19 +182,6 @@ def _read_report(folder: Folder, name: str) -> UnitReport:
         return UnitReport(Counts(**report["counts"]), rejects, report["sums"])
     except (OSError, pa.ArrowException, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunFolderError(f"{folder.name(name)}: cannot be read: {error}") from error
-
-
-def _plain(value: Any) -> Any:
-    """``value`` as JSON's own types; what is not finite becomes null, because JSON has no NaN."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, np.generic):
-        return _plain(value.item())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def read_run(path: str | Path, columns: Sequence[str] | None = None) -> pa.Table:

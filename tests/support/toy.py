@@ -298,3 +298,6 @@ def fitting(toy: Toy, row: Row) -> int:
     _, places = toy.oracle.spans(row["text"], "exact", "joint")
     needed = [max(of, default=0) for of in places]  # the token at place p is predicted from the p before it
     return next((i for i, tokens in enumerate(needed) if tokens > CONTEXT), len(needed))
+
+
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}"  # of a chat

@@ -1,11 +1,9 @@
-"""records.py: scores to records, and the folder that holds a run."""
+"""The folder that holds a run: parts, manifest, rejects, and a run that goes on."""
 
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import json
-import re
 import resource
 import sys
 from pathlib import Path
@@ -14,278 +12,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support.records import manifest, random_transcripts, recipe
 
 from psykern.core.errors import RowError, RunFolderError, Source
-from psykern.core.types import EncodedTranscript, TargetScores, UnitInfo
-from psykern.runs.folder import (
-    Counts,
-    DataFile,
-    Manifest,
-    RunFolder,
-    UnitReport,
-    iter_run,
-    library_versions,
-    peak_memory_bytes,
-    read_run,
-)
+from psykern.core.types import UnitInfo
+from psykern.runs.folder import RunFolder, UnitReport, iter_run, read_run
+from psykern.runs.manifest import Counts, DataFile, Manifest, library_versions, peak_memory_bytes
 from psykern.scoring.table import SCHEMA, to_table
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def encoded(
-    num_tokens: list[int],
-    options: list[tuple[str, ...] | None] | None = None,
-    option_index: list[int] | None = None,
-    branch_tokens: list[int] | None = None,
-    branch_scored_tok: list[int] | None = None,
-    responses: list[str] | None = None,
-    participant: str = "p1",
-) -> EncodedTranscript:
-    """A transcript whose responses have ``num_tokens`` scored tokens; token ids do not matter here."""
-    count = len(num_tokens)
-    options = options or [None] * count
-    num_options = [len(o or ()) for o in options]
-    branch_tokens = branch_tokens or [1] * sum(num_options)
-    starts = 5 + 3 * np.arange(count)
-    return EncodedTranscript(
-        study="study",
-        experiment="study/exp1",
-        participant=participant,
-        source=Source("data.jsonl", 1),
-        token_ids=np.zeros(5 + 3 * count + sum(num_tokens), np.int32),
-        responses=tuple(responses or [f"r{i}" for i in range(count)]),
-        spans_tok=np.stack([starts, starts + num_tokens], axis=1).astype(np.int32),
-        flags=tuple("empty" if n == 0 else None for n in num_tokens),
-        options=tuple(options),
-        option_index=np.array(option_index or [-1] * count, np.int32),
-        branch_response=np.repeat(np.arange(count), num_options).astype(np.int32),
-        branch_parent_tok=np.repeat(starts, num_options).astype(np.int32),
-        branch_scored_tok=np.array(branch_scored_tok or [0] * len(branch_tokens), np.int32),
-        branch_offsets=np.concatenate([[0], np.cumsum(branch_tokens)]).astype(np.int64),
-        branch_token_ids=np.zeros(sum(branch_tokens), np.int32),
-        num_dropped=0,
-    )
-
-
-def target_scores(logprob: list[float], is_argmax: list[bool] | None = None) -> TargetScores:
-    """Scores whose entropies are 0.5, 1.5, 2.5, …"""
-    count = len(logprob)
-    return TargetScores(
-        logprob=np.array(logprob, np.float32),
-        is_argmax=np.array(is_argmax if is_argmax is not None else [True] * count, bool),
-        entropy=np.arange(count, dtype=np.float32) + 0.5,
-    )
-
-
-def random_transcripts(rng: np.random.Generator, count: int) -> tuple[list[EncodedTranscript], TargetScores]:
-    """Transcripts with empty responses, no responses, no options, and branches whose first tokens are not scored."""
-    transcripts = []
-    for i in range(count):
-        num_tokens = rng.integers(0, 4, rng.integers(0, 6)).tolist()
-        options = [
-            tuple(f"o{k}" for k in range(n)) if (n := int(rng.integers(0, 4))) else None for _ in range(len(num_tokens))
-        ]
-        num_branches = sum(len(o or ()) for o in options)
-        unscored = rng.integers(0, 3, num_branches)
-        transcripts.append(
-            encoded(
-                num_tokens,
-                options,
-                option_index=[int(rng.integers(-1, len(o or ()))) for o in options],
-                branch_tokens=(unscored + rng.integers(1, 4, num_branches)).tolist(),
-                branch_scored_tok=unscored.tolist(),
-                participant=f"p{i}",
-            )
-        )
-    targets = sum(int(np.diff(t.spans_tok).sum()) for t in transcripts)
-    targets += sum(int((np.diff(t.branch_offsets) - t.branch_scored_tok).sum()) for t in transcripts)
-    return transcripts, target_scores((-5 * rng.random(targets)).tolist(), (rng.random(targets) < 0.7).tolist())
-
-
-def records_by_loop(transcripts: list[EncodedTranscript], scores: TargetScores) -> list[dict[str, object]]:
-    """The same records, one target at a time."""
-    targets = iter(list(zip(scores.logprob.tolist(), scores.is_argmax.tolist(), scores.entropy.tolist(), strict=True)))
-    rows = []
-    for t in transcripts:
-        for index, (start, end) in enumerate(t.spans_tok.tolist()):
-            mine = [next(targets) for _ in range(start, end)]
-            rows.append(
-                {
-                    "study": t.study,
-                    "experiment": t.experiment,
-                    "participant": t.participant,
-                    "response_index": index,
-                    "response": t.responses[index],
-                    "num_tokens": len(mine),
-                    "logprob": sum(m[0] for m in mine) if mine else None,
-                    "is_argmax": all(m[1] for m in mine) if mine else None,
-                    "entropy": mine[0][2] if mine else None,
-                    "options": None if t.options[index] is None else list(t.options[index]),
-                    "option_logprobs": None,
-                    "option_log_softmax": None,
-                    "option_index": None if t.option_index[index] < 0 else int(t.option_index[index]),
-                    "flag": t.flags[index],
-                }
-            )
-    first = 0
-    for t in transcripts:
-        scored = (np.diff(t.branch_offsets) - t.branch_scored_tok).tolist()
-        for response, count in zip(t.branch_response.tolist(), scored, strict=True):
-            row = rows[first + response]
-            row["option_logprobs"] = [*(row["option_logprobs"] or []), sum(next(targets)[0] for _ in range(count))]
-        first += len(t.responses)
-    for row in rows:
-        if row["option_logprobs"] is not None:
-            logprobs = np.array(row["option_logprobs"])
-            row["option_log_softmax"] = (logprobs - np.log(np.exp(logprobs).sum())).tolist()
-    return rows
-
-
-def manifest(**changes: object) -> Manifest:
-    made = Manifest(
-        model_id="tiny",
-        model_hash="a1",
-        tokenizer_hash="b2",
-        data=(DataFile("data.jsonl", "c3", 10),),
-        protocol="exact",
-        condition="plain",
-        discrete=None,
-        chat_template_hash=None,
-        boundary="joint",
-        options="given",
-        max_options=26,
-        over_length="error",
-        limit=None,
-        studies=("study",),
-        versions=library_versions("0.1.0"),
-        device="cpu",
-        dtype="float32",
-        backend="reference",
-        wave_tokens=4096,
-        batch_tokens=256,
-        min_share=32,
-        unit_tokens=1000,
-        counts=Counts(1, 2, 2, 30, 20, 0, 0, 0),
-        seconds={"read": 0.5, "run": 2.0},
-        tokens_per_second=15.0,
-        responses_per_second=1.0,
-        peak_memory_bytes=peak_memory_bytes(),
-        peak_device_bytes=None,
-        gpu_idle_share=None,
-        started="2026-01-01T00:00:00+00:00",
-        finished="2026-01-01T00:00:02+00:00",
-    )
-    return dataclasses.replace(made, **changes)
-
-
-def test_record_of_two_tokens_and_two_options() -> None:
-    transcript = encoded([2], [("A", "B")], [1], branch_tokens=[1, 3], branch_scored_tok=[0, 1])
-    scores = target_scores([-0.25, -0.5, -1.0, -0.75, -0.25], [True, False, True, True, True])
-    (row,) = to_table([transcript], scores).to_pylist()
-    log_softmax = row.pop("option_log_softmax")
-    assert log_softmax == pytest.approx([-np.log(2)] * 2, abs=1e-15)  # both options come to -1
-    assert row == {
-        "study": "study",
-        "experiment": "study/exp1",
-        "participant": "p1",
-        "response_index": 0,
-        "response": "r0",
-        "num_tokens": 2,
-        "logprob": -0.75,
-        "is_argmax": False,
-        "entropy": 0.5,
-        "options": ["A", "B"],
-        "option_logprobs": [-1.0, -1.0],
-        "option_index": 1,
-        "flag": None,
-    }
-
-
-@pytest.mark.parametrize("num_tokens", [[0], [0, 1], [1, 0], [1, 0, 0, 1], [0, 2, 0]], ids=str)
-def test_empty_response_has_null_scores(num_tokens: list[int]) -> None:
-    rows = to_table([encoded(num_tokens)], target_scores([-1.0] * sum(num_tokens))).to_pylist()
-    assert [row["num_tokens"] for row in rows] == num_tokens
-    assert [row["logprob"] for row in rows] == [-float(n) if n else None for n in num_tokens]
-    assert [row["is_argmax"] for row in rows] == [True if n else None for n in num_tokens]
-    assert [row["entropy"] is None for row in rows] == [n == 0 for n in num_tokens]
-    assert [row["flag"] for row in rows] == ["empty" if n == 0 else None for n in num_tokens]
-
-
-def test_transcripts_without_responses_have_no_rows() -> None:
-    transcripts = [encoded([]), encoded([1, 1], participant="p2"), encoded([]), encoded([1], participant="p3")]
-    table = to_table(transcripts, target_scores([-1.0, -2.0, -3.0]))
-    assert table["participant"].to_pylist() == ["p2", "p2", "p3"]
-    assert table["response_index"].to_pylist() == [0, 1, 0]
-    assert table["logprob"].to_pylist() == [-1.0, -2.0, -3.0]
-
-
-@pytest.mark.parametrize("transcripts", [[], [encoded([])]], ids=["no transcript", "no response"])
-def test_nothing_is_an_empty_table(transcripts: list[EncodedTranscript]) -> None:
-    table = to_table(transcripts, target_scores([]))
-    assert table.schema == SCHEMA
-    assert table.num_rows == 0
-
-
-def test_option_log_softmax_is_stable_far_from_zero() -> None:
-    transcript = encoded([1, 1], [("A", "B"), ("A",)], [0, 0])
-    table = to_table([transcript], target_scores([-1.0, -1.0, -5000.0, -5001.0, -9000.0]))
-    first, second = table["option_log_softmax"].to_pylist()
-    assert first == pytest.approx([-np.log1p(np.exp(-1.0)), -1.0 - np.log1p(np.exp(-1.0))], abs=1e-12)
-    assert second == [0.0]
-
-
-def test_sum_is_float64() -> None:
-    logprob = [-1000.0, *[-1e-5] * 100]  # each small one is lost in float32
-    (row,) = to_table([encoded([101])], target_scores(logprob)).to_pylist()
-    assert row["logprob"] == pytest.approx(-1000.001, abs=1e-9)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_random_transcripts_equal_a_plain_loop(seed: int) -> None:
-    transcripts, scores = random_transcripts(np.random.default_rng(seed), 60)
-    rows = to_table(transcripts, scores).to_pylist()
-    expected = records_by_loop(transcripts, scores)
-    assert any(row["logprob"] is None for row in expected) and any(row["options"] is None for row in expected)
-    assert len(rows) == len(expected)
-    for row, other in zip(rows, expected, strict=True):
-        for column in ("logprob", "option_logprobs", "option_log_softmax"):
-            assert row.pop(column) == pytest.approx(other.pop(column), abs=1e-12)
-        assert row == other
-
-
-def test_real_responses_come_through_unchanged(shared: Path) -> None:
-    with gzip.open(shared / "psych" / "guenther2023associations_individual.jsonl.gz", "rt") as file:
-        texts = [json.loads(line)["text"] for line in file]
-    responses = [re.findall("<<(.*?)>>", text) for text in texts]
-    transcripts = [encoded([1] * len(r), responses=r, participant=str(i)) for i, r in enumerate(responses)]
-    total = sum(map(len, responses))
-    table = to_table(transcripts, target_scores((-np.arange(float(total))).tolist()))
-    assert total > 1000
-    assert table["response"].to_pylist() == [r for of_transcript in responses for r in of_transcript]
-    assert table["logprob"].to_pylist() == (-np.arange(float(total))).tolist()
-
-
-@pytest.mark.parametrize("count", [2, 4], ids=["too few", "too many"])
-def test_scores_of_other_transcripts_are_refused(count: int) -> None:
-    with pytest.raises(ValueError, match=f"expected 3 targets.*got {count}"):
-        to_table([encoded([3])], target_scores([-1.0] * count))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"branch_response": np.array([1, 0], np.int32)}, "study, p1: expected one branch per option"),
-        ({"branch_scored_tok": np.array([0, 1], np.int32)}, "at least one scored token"),
-        ({"option_index": np.array([-1, 1], np.int32)}, "option_index"),
-    ],
-    ids=["wrong order", "nothing scored", "no such option"],
-)
-def test_branches_that_do_not_fit_are_refused(changes: dict[str, np.ndarray], message: str) -> None:
-    transcript = dataclasses.replace(encoded([1, 1], [("A",), ("B",)]), **changes)
-    targets = 4 - int(transcript.branch_scored_tok.sum())
-    with pytest.raises(ValueError, match=message):
-        to_table([transcript], target_scores([-1.0] * targets))
 
 
 def unit(index: int = 0, key: str = "k", study: str = "study") -> UnitInfo:
@@ -293,7 +28,7 @@ def unit(index: int = 0, key: str = "k", study: str = "study") -> UnitInfo:
 
 
 def begin(path: Path, resume: bool = True, **changes: object) -> RunFolder:
-    return RunFolder.open(path, manifest(finished=None, **changes), resume=resume)
+    return RunFolder.open(path, recipe(**changes), resume=resume)
 
 
 def report(*rejects: RowError, tokens: int = 0) -> UnitReport:
@@ -349,7 +84,7 @@ def test_a_run_that_goes_on_knows_its_parts(tmp_path: Path) -> None:
     run.write_part(unit(0), SCHEMA.empty_table(), report(bad, tokens=3))
     run.write_part(unit(2), SCHEMA.empty_table(), report(tokens=4))
     again = begin(tmp_path, started="2027-01-01T00:00:00+00:00")
-    assert again.manifest["started"] == "2026-01-01T00:00:00+00:00"
+    assert again.began["started"] == "2026-01-01T00:00:00+00:00"
     units = [unit(i) for i in range(3)]
     assert [again.has(u) for u in units] == [True, False, True]
     first, second = again.reports(units)
@@ -525,7 +260,7 @@ def test_json_has_no_nan(tmp_path: Path) -> None:
 
 
 def test_library_that_is_not_installed_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("psykern.runs.folder.LIBRARIES", ("numpy", "no-such-library"))
+    monkeypatch.setattr("psykern.runs.manifest.LIBRARIES", ("numpy", "no-such-library"))
     assert library_versions("1.2") == {
         "psykern": "1.2",
         "python": sys.version.split()[0],

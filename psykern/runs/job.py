@@ -1,0 +1,231 @@
+"""One run of one model over one data set: encoded units in, parts of the run's folder out.
+
+    EncodedUnit ─ plan ─► PlannedUnit ─ Engine.pairs ─► TargetScores ─ table ─► part of RUN
+
+Transcripts go through in units: neighbours of one study, planned together so that they share prefixes, and written as
+one part. Planning of the next units and writing of the last go on in threads beside the computing of one; memory is
+bounded by the unit, not by the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from psykern.core.clock import Clock, timed
+from psykern.core.errors import InterruptedRun
+from psykern.core.settings import Settings, Shard
+from psykern.core.stages import ahead, behind
+from psykern.core.types import EncodedTranscript, EncodedUnit, TargetScores, UnitInfo
+from psykern.data.context import fit
+from psykern.data.dataset import Dataset
+from psykern.engine.budgets import Budgets
+from psykern.engine.plan import Plan, plan
+from psykern.runs.folder import RunFolder, UnitReport
+from psykern.runs.manifest import (
+    Counts,
+    DataFile,
+    Manifest,
+    Outcome,
+    Recipe,
+    library_versions,
+    peak_memory_bytes,
+)
+from psykern.runs.progress import Progress
+from psykern.runs.summary import Summary, SummaryAccumulator
+from psykern.scoring.scorer import Scorer
+from psykern.scoring.table import to_table
+from psykern.version import __version__
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a run leaves: the folder of records, and what those that are there come to."""
+
+    folder: Path | str  # a string where it is a URL
+    manifest: Manifest  # not finished while units are missing, which other shards are to score
+    summary: Summary
+    units_done: int
+    units_total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a process takes part in a run: what does not change the records."""
+
+    shard: Shard = field(default_factory=Shard)
+    resume: bool = True
+    cache: str | Path | None = None  # folder of tokens; None: they are not kept
+    stop: Callable[[], bool] = lambda: False  # asked between units
+    quiet: bool = True
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlannedUnit:
+    """A unit that is ready to be computed."""
+
+    unit: EncodedUnit
+    transcripts: list[EncodedTranscript]  # those of the unit that fit the model's context, cut to it
+    plan: Plan
+    progress: Callable[[float], None]  # takes the share that is done
+
+
+def planned(
+    units: Iterator[EncodedUnit],
+    settings: Settings,
+    max_positions: int,
+    budgets: Budgets,
+    progress: Progress,
+    clock: Clock,
+) -> Iterator[PlannedUnit]:
+    """The units, each cut to a context of ``max_positions`` tokens and planned."""
+    for unit in units:
+        with clock("plan"):
+            fitting = (fit(t, settings.over_length, max_positions) for t in unit.transcripts)
+            transcripts = [transcript for transcript in fitting if transcript is not None]
+            of = plan(
+                transcripts,
+                wave_tokens=budgets.wave_tokens,
+                batch_tokens=budgets.batch_tokens,
+                min_share=settings.min_share,
+            )
+        yield PlannedUnit(unit, transcripts, of, progress.start(unit.info.characters, of.num_responses, of.num_tokens))
+
+
+def recipe_of(scorer: Scorer, dataset: Dataset, settings: Settings, budgets: Budgets, clock: Clock) -> Recipe:
+    """How a run that begins now is made. ``settings`` must name their ``unit_tokens``."""
+    compute, language = scorer.model.compute, scorer.language
+    is_chat = language.chat is not None and settings.condition == "chat"
+    assert settings.unit_tokens is not None
+    return Recipe(
+        model_id=scorer.name,
+        model_hash=scorer.hash,
+        tokenizer_hash=language.tokenizer.hash,
+        data=tuple(DataFile(str(file.path), file.hash, file.bytes) for file in dataset.files),
+        protocol=settings.protocol,
+        condition=settings.condition,
+        discrete=settings.discrete,
+        chat_template_hash=language.chat.hash if language.chat and is_chat else None,
+        boundary=settings.boundary,
+        options=settings.options,
+        max_options=settings.max_options,
+        over_length=settings.over_length,
+        limit=settings.limit,
+        studies=settings.studies,
+        versions=library_versions(__version__),
+        device=torch.cuda.get_device_name(compute.device) if compute.device.type == "cuda" else "cpu",
+        dtype=str(compute.dtype).removeprefix("torch."),
+        backend=compute.backend,
+        wave_tokens=budgets.wave_tokens,
+        batch_tokens=budgets.batch_tokens,
+        min_share=settings.min_share,
+        unit_tokens=settings.unit_tokens,
+        started=clock.started.isoformat(timespec="seconds"),
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RunJob:
+    """A run that has begun. Each of its processes has one."""
+
+    settings: Settings
+    recipe: Recipe
+    folder: RunFolder
+
+    @classmethod
+    def open(cls, out: str | Path, recipe: Recipe, settings: Settings, *, resume: bool = True) -> RunJob:
+        """Begins the run in ``out``, or goes on with the one there: with its start, and with its budgets where the
+        settings name none. Raises RunFolderError."""
+        folder = RunFolder.open(out, recipe, resume=resume)
+        going_on = replace(
+            recipe,
+            started=folder.began["started"],
+            wave_tokens=settings.wave_tokens or folder.began["wave_tokens"],
+            batch_tokens=settings.batch_tokens or folder.began["batch_tokens"],
+        )
+        return cls(settings, going_on, folder)
+
+    def score(
+        self,
+        scorer: Scorer,
+        units: Iterator[EncodedUnit],
+        progress: Progress,
+        clock: Clock,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Counts:
+        """The pipeline from rows to records: scores ``units`` and writes their parts; gives what went through."""
+        budgets = Budgets(self.recipe.wave_tokens, self.recipe.batch_tokens)
+        max_positions = scorer.model.config.max_positions
+        done: list[Counts] = []
+        with (
+            ahead(units) as encoded,
+            ahead(planned(encoded, self.settings, max_positions, budgets, progress, clock)) as ready,
+            behind(partial(self._write, clock, done)) as put,
+            closing(scorer.engine.pairs(ready, stop=stop)) as pairs,
+        ):
+            for pair in timed(pairs, clock, "run"):
+                put(pair)
+        return sum(done, Counts())
+
+    def _write(self, clock: Clock, done: list[Counts], pair: tuple[PlannedUnit, TargetScores]) -> None:
+        item, scores = pair
+        with clock("write"):
+            table = to_table(item.transcripts, scores)
+            summary = SummaryAccumulator()
+            summary.add(table)
+            counts = _counts(item, table.num_rows - table.column("logprob").null_count)
+            self.folder.write_part(item.unit.info, table, UnitReport(counts, item.unit.rejects, summary.sums))
+        done.append(counts)
+
+    def check_stopped(self, units: Sequence[UnitInfo], wanted: Sequence[UnitInfo], stop: Callable[[], bool]) -> None:
+        """Raises InterruptedRun where ``stop`` left some of the units ``wanted`` undone."""
+        if stop() and not all(self.folder.has(unit) for unit in wanted):
+            done = sum(self.folder.has(unit) for unit in units)
+            raise InterruptedRun(
+                f"{self.folder.folder.path}: stopped as asked; {done:,} of {len(units):,} units are done, "
+                "and the same command goes on"
+            )
+
+    def finish(self, units: Sequence[UnitInfo], done: Counts, clock: Clock, idle_share: float | None) -> Run:
+        """Adds up what is there, and finishes the run where nothing is missing. ``done`` went through this process."""
+        self.folder.look_again()
+        reports = list(self.folder.reports(units))
+        accumulator = SummaryAccumulator()
+        for report in reports:
+            accumulator.add_sums(report.sums)
+        summary, is_whole = accumulator.summary(), len(reports) == len(units)
+        outcome = Outcome(
+            counts=sum((report.counts for report in reports), Counts()),
+            seconds=clock.seconds | {"total": clock.total},
+            tokens_per_second=done.tokens / clock.total,
+            responses_per_second=done.responses / clock.total,
+            peak_memory_bytes=peak_memory_bytes(),
+            peak_device_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else None,
+            gpu_idle_share=idle_share,
+            finished=datetime.now(timezone.utc).isoformat(timespec="seconds") if is_whole else None,
+        )
+        manifest = Manifest.of(self.recipe, outcome)
+        if is_whole:
+            self.folder.finish(manifest, summary.to_json(), (error for report in reports for error in report.rejects))
+        local = self.folder.folder.local
+        return Run(self.folder.folder.path if local is None else local, manifest, summary, len(reports), len(units))
+
+
+def _counts(item: PlannedUnit, scored_responses: int) -> Counts:
+    return Counts(
+        transcripts=item.plan.num_transcripts,
+        responses=item.plan.num_responses,
+        scored_responses=scored_responses,
+        tokens=item.plan.num_tokens,
+        computed_tokens=item.plan.num_computed,
+        rejects=len(item.unit.rejects),
+        over_length_transcripts=len(item.unit.transcripts) - len(item.transcripts),
+        dropped_responses=sum(transcript.num_dropped for transcript in item.transcripts),
+        without_metadata_transcripts=item.unit.without_metadata,
+    )

@@ -1,0 +1,154 @@
+"""What is to be known of a run: how it is made (its recipe), and what came of it (its outcome).
+
+``manifest.json`` holds both side by side, the outcome's fields empty until the run is finished.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import math
+import platform
+import resource
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from psykern.core.settings import Boundary, Condition, OptionSource, OverLength, Protocol, having
+
+LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "pyarrow")
+
+
+@dataclass(frozen=True, slots=True)
+class DataFile:
+    """A file that was read."""
+
+    path: str
+    hash: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What went through a run, or one unit of it."""
+
+    transcripts: int = 0
+    responses: int = 0
+    scored_responses: int = 0
+    tokens: int = 0  # of all scored transcripts, as if each were computed alone
+    computed_tokens: int = 0  # rows that went through the model
+    rejects: int = 0  # rows of the data that were refused
+    over_length_transcripts: int = 0  # skipped by the over-length policy
+    dropped_responses: int = 0  # left out by the over-length policy "truncate"
+    without_metadata_transcripts: int = 0  # left out by the condition persona
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(
+            *(one + two for one, two in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True))
+        )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a run is made; fixed when it begins."""
+
+    model_id: str
+    model_hash: str
+    tokenizer_hash: str
+    data: tuple[DataFile, ...]
+    protocol: Protocol
+    condition: Condition
+    discrete: str | None  # only responses that match it were scored; None: all
+    chat_template_hash: str | None  # None: the condition is not chat
+    boundary: Boundary
+    options: OptionSource
+    max_options: int
+    over_length: OverLength
+    limit: int | None  # transcripts per study; None: all
+    studies: tuple[str, ...] | None  # None: all
+    versions: Mapping[str, str]  # see library_versions
+    device: str
+    dtype: str
+    backend: str
+    wave_tokens: int
+    batch_tokens: int
+    min_share: int
+    unit_tokens: int  # about so many make a unit, and a part
+    started: str  # ISO 8601, UTC
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to. Times, rates and peaks are those of the process that finished it."""
+
+    counts: Counts = Counts()
+    seconds: Mapping[str, float] = field(default_factory=dict)  # by phase; most go on beside "run"
+    tokens_per_second: float = 0.0
+    responses_per_second: float = 0.0
+    peak_memory_bytes: int = 0
+    peak_device_bytes: int | None = None  # of a device with memory of its own; None: there was none
+    gpu_idle_share: float | None = None  # of the time between its first and last wave; see engine.DeviceClock
+    finished: str | None = None  # ISO 8601, UTC; None: not yet
+
+
+@dataclass(frozen=True)
+class Manifest(Outcome, Recipe):
+    """A run's recipe and its outcome, flat as ``manifest.json`` holds them."""
+
+    @classmethod
+    def of(cls, recipe: Recipe, outcome: Outcome) -> Manifest:
+        return cls(**vars(recipe), **vars(outcome))
+
+
+# What two processes must agree in to write parts of one run. Budgets and machines may differ: they change scores by
+# no more than rounding, and a run that goes on takes the budgets that it began with.
+IDENTITY = ("model_hash", "tokenizer_hash", "data", "chat_template_hash", *having("identity"))
+
+
+def identity(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a manifest as JSON; files of data count by their content. Raises KeyError, TypeError for what is none."""
+    values = {name: manifest.get(name) for name in IDENTITY}
+    values["data"] = sorted(file["hash"] for file in manifest["data"])
+    return values
+
+
+# What the tokens depend on beside the data; how much of a transcript fits a context is seen to later.
+_TOKENS_DEPEND_ON = ("tokenizer_hash", "chat_template_hash", *having("tokens"))
+
+
+def tokens_depend_on(recipe: Recipe) -> dict[str, Any]:
+    """JSON values of all that a run's tokens depend on beside the data."""
+    return {name: getattr(recipe, name) for name in _TOKENS_DEPEND_ON}
+
+
+def library_versions(psykern: str) -> dict[str, str]:
+    """Versions of psykern (as given), Python and those of :data:`LIBRARIES` that are installed."""
+    versions = {"psykern": psykern, "python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            versions[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident size that this process has had, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB, macOS bytes
+
+
+def plain(value: Any) -> Any:
+    """``value`` as JSON's own types; what is not finite becomes null, because JSON has no NaN."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, np.generic):
+        return plain(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

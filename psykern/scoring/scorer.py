@@ -1,0 +1,76 @@
+"""A model and its tokenizer, loaded once and used as often as wanted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from psykern.core.clock import Clock
+from psykern.core.errors import CheckpointError
+from psykern.core.settings import Settings
+from psykern.data.chat import ChatTemplate
+from psykern.data.encode import Encoder
+from psykern.data.tokenizer import Tokenizer
+from psykern.engine.engine import Engine
+from psykern.kernels.compute import Compute
+from psykern.models.checkpoint import hash_model, resolve_model
+from psykern.models.config import ModelConfig
+from psykern.models.model import Model
+
+
+@dataclass(frozen=True, slots=True)
+class Language:
+    """What of a model folder makes tokens of a text; it needs no weights."""
+
+    tokenizer: Tokenizer
+    chat: ChatTemplate | None  # None: it was not asked for
+
+    @classmethod
+    def load(cls, folder: Path, vocab_size: int, *, chat: bool) -> Language:
+        """``vocab_size``: rows of the model's embedding. Raises CheckpointError where something is missing or the
+        tokenizer is another model's."""
+        template = ChatTemplate.load(folder) if chat else None  # what can be missing comes first
+        tokenizer = Tokenizer.load(folder)
+        if tokenizer.size > vocab_size:
+            raise CheckpointError(
+                f"{folder}: the tokenizer has {tokenizer.size:,} tokens and the embedding {vocab_size:,} rows; "
+                "they are not of one model"
+            )
+        return cls(tokenizer, template)
+
+    def encoder(self, settings: Settings) -> Encoder:
+        """Encodes transcripts as ``settings`` say."""
+        return Encoder(self.tokenizer, settings, self.chat if settings.condition == "chat" else None)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scorer:
+    """A loaded model. Filled by :meth:`load`; ``engine`` is all that computes, so another one can stand in for it."""
+
+    name: str  # as the user gave it
+    hash: str  # of config and weights
+    model: Model
+    language: Language
+    engine: Engine
+
+    @classmethod
+    def load(cls, model: str | Path, compute: Compute, *, chat: bool = False, clock: Clock | None = None) -> Scorer:
+        """``model``: a folder or a hub id; ``chat``: its chat template will be needed.
+
+        Raises CheckpointError for a folder that cannot be used.
+        """
+        clock = clock or Clock()
+        with clock("load"):
+            folder = resolve_model(model)
+            language = Language.load(folder, ModelConfig.read(folder).vocab_size, chat=chat)
+            decoder = Model(folder, compute)  # last, as it takes longest
+        with clock("hash"):
+            return cls(str(model), hash_model(folder), decoder, language, Engine(decoder))
+
+
+def load_language(model: str | Path, *, chat: bool, clock: Clock | None = None) -> tuple[ModelConfig, Language]:
+    """Config and language of ``model`` without its weights, which are not downloaded either."""
+    with (clock or Clock())("load"):
+        folder = resolve_model(model, weights=False)
+        config = ModelConfig.read(folder)
+        return config, Language.load(folder, config.vocab_size, chat=chat)

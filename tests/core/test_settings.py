@@ -1,0 +1,45 @@
+"""Settings: what they refuse, and what their fields say of themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from psykern import Settings
+from psykern.core.settings import fields, having
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"protocol": "Exact"}, "protocol: expected one of exact, study, got 'Exact'"),
+        ({"options": "all"}, "options: expected one of none, given, observed"),
+        ({"dtype": "float16"}, "dtype: expected one of auto, float32, bfloat16"),
+        ({"max_options": 0}, "max_options: expected at least 1, got 0"),
+        ({"limit": -1}, "limit: expected at least 1, got -1"),
+        ({"wave_tokens": 0}, "wave_tokens: expected at least 1"),
+        ({"batch_tokens": 0}, "batch_tokens: expected at least 1"),
+        ({"min_share": 0}, "min_share: expected at least 1"),
+        ({"condition": "vision"}, "condition: expected one of plain, chat, persona, got 'vision'"),
+        ({"discrete": "[A-"}, r"discrete: expected a regular expression, got '\[A-': unterminated"),
+        ({"protocol": "study", "boundary": "split"}, "boundary: .* boundary='joint'"),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
+)
+def test_settings_say_what_they_expect(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Settings(**settings)
+
+
+def test_every_field_says_what_it_is() -> None:
+    assert list(fields()) == [f.name for f in dataclasses.fields(Settings)]
+    assert all(about.help for _, about in fields().values())
+
+
+def test_what_tokens_depend_on_is_part_of_a_runs_identity() -> None:
+    """Else two runs with other tokens would share a folder."""
+    assert set(having("tokens")) < set(having("identity"))
+    assert set(having("compared")) < set(having("identity"))
+    assert set(having("identity")) - set(having("tokens")) == {"over_length", "backend", "dtype", "min_share"}
