@@ -67,8 +67,19 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="psykern", description="Scores human behaviour under language models.")
     parser.add_argument("--version", action="version", version=f"psykern {psykern.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_CommandParser)
+    _add_score(commands.add_parser("score", help="score transcripts: one record per response"))
+    plan = commands.add_parser("plan", help="what scoring would cost; needs no weights")
+    _add_input(plan)
+    plan.set_defaults(command=_plan)
+    _add_compare(commands.add_parser("compare", help="set finished runs against each other: tables, figures, a page"))
+    show = commands.add_parser("demo", help="score the shipped sample with two shipped tiny models and compare them")
+    show.add_argument("--out", metavar="FOLDER", help="new folder for runs and report; default: a temporary one")
+    show.add_argument("--quiet", action="store_true", help="no progress bar")
+    show.set_defaults(command=_demo)
+    return parser
 
-    score = commands.add_parser("score", help="score transcripts: one record per response")
+
+def _add_score(score: argparse.ArgumentParser) -> None:
     _add_input(score)
     score.add_argument("--out", required=True, metavar="RUN", help="folder or fsspec URL for the records")
     score.add_argument(
@@ -97,11 +108,8 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--ray-cpus", type=int, metavar="N", help="cores of an actor; default: 2, or its GPU's share")
     score.set_defaults(command=_score)
 
-    plan = commands.add_parser("plan", help="what scoring would cost; needs no weights")
-    _add_input(plan)
-    plan.set_defaults(command=_plan)
 
-    compare = commands.add_parser("compare", help="set finished runs against each other: tables, figures, a page")
+def _add_compare(compare: argparse.ArgumentParser) -> None:
     compare.add_argument("runs", metavar="RUN", nargs="+", help="folders that `psykern score` wrote")
     compare.add_argument("--out", required=True, metavar="REPORT", help="new folder for the report")
     compare.add_argument("--pairs", metavar="CSV", help="columns base, post, kind; default: the study's own pairs")
@@ -110,12 +118,6 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--unpaired", action="store_true", help="allow runs without a partner")
     compare.add_argument("--quiet", action="store_true", help="do not say what is being read")
     compare.set_defaults(command=_compare)
-
-    show = commands.add_parser("demo", help="score the shipped sample with two shipped tiny models and compare them")
-    show.add_argument("--out", metavar="FOLDER", help="new folder for runs and report; default: a temporary one")
-    show.add_argument("--quiet", action="store_true", help="no progress bar")
-    show.set_defaults(command=_demo)
-    return parser
 
 
 def _add_input(parser: argparse.ArgumentParser) -> None:
