@@ -362,19 +362,17 @@ def _batches(wave: Wave, device: torch.device) -> tuple[list[_Rows], list[_Rows]
         first, stop = wave.batch_segments[b : b + 2].tolist()
         rows, responses = slice(begin, end), slice(*ends[b : b + 2].tolist())
         offsets = wave.segment_offsets[first : stop + 1] - begin
-        range_offsets = _tensor(wave.range_offsets[first : stop + 1] - wave.range_offsets[first])
-        key_ranges = _tensor(wave.key_ranges[wave.range_offsets[first] : wave.range_offsets[stop]])
-        own = wave.num_carried + begin
-        all_rows = (None, on_device[rows], _tensor(positions[rows]), _tensor(offsets))
-        every.append((rows, responses, Batch(on_device[rows], own, *all_rows, range_offsets, key_ranges)))
-        response_offsets = np.searchsorted(rows_of_batch[responses], offsets).astype(np.int32)
-        some = (
-            query_rows[responses],
-            query_positions[responses],
-            _tensor(response_positions[responses]),
-            _tensor(response_offsets),
+        paths = (
+            _tensor(wave.range_offsets[first : stop + 1] - wave.range_offsets[first]),
+            _tensor(wave.key_ranges[wave.range_offsets[first] : wave.range_offsets[stop]]),
         )
-        last.append((rows, responses, Batch(on_device[rows], own, *some, range_offsets, key_ranges)))
+        own = wave.num_carried + begin
+        segments = kernels.Segments(_tensor(positions[rows]), _tensor(offsets), *paths)
+        every.append((rows, responses, Batch(on_device[rows], own, None, on_device[rows], segments)))
+        response_offsets = np.searchsorted(rows_of_batch[responses], offsets).astype(np.int32)
+        segments = kernels.Segments(_tensor(response_positions[responses]), _tensor(response_offsets), *paths)
+        some = (query_rows[responses], query_positions[responses])
+        last.append((rows, responses, Batch(on_device[rows], own, *some, segments)))
     return every, last
 
 
