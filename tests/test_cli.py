@@ -624,7 +624,7 @@ def test_an_allocation_that_fails_says_which_budget_to_lower(
     def fail(*_: object) -> None:
         torch.empty(2**60)
 
-    monkeypatch.setattr(engine, "decoder_layer", fail)
+    monkeypatch.setattr("psykern.models.layer.Layer.__call__", fail)
     assert_error(capsys, score(toy.model, toy.data, tmp_path / "run"), "out of memory", "lower --wave-tokens")
 
 

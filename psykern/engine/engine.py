@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -27,101 +27,25 @@ from psykern import kernels
 from psykern.core.errors import NonFiniteError, OutOfMemoryError
 from psykern.core.stages import ahead
 from psykern.core.types import TargetScores
+from psykern.engine.budgets import cost
 from psykern.engine.plan import Plan, Wave
-from psykern.models.model import Batch, Model, ModelConfig, Workspace, decoder_layer
+from psykern.models.batch import Batch, LayerState, Scratch
+from psykern.models.model import Model
 from psykern.models.slots import free_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Budgets:
-    """Rows that are computed together."""
-
-    wave_tokens: int  # a layer's weights are read once for these
-    batch_tokens: int  # what one product of a layer takes
-
-
-# A product with a wide weight is 8 % faster with 2,048 rows than with 1,024 (benchmarks/results).
-CPU_BUDGETS = Budgets(wave_tokens=32_768, batch_tokens=2048)
-
-_DEVICE_BATCH = 16_384  # rows: a launch costs the host more than the smallest model's product of fewer
-_DEVICE_WAVE = (16_384, 131_072)  # rows at least, where memory is short, and at most
-_CARRIED = 45_056  # rows from wave to wave: a tenth more than the longest transcript of the 15 studies, 41,002 tokens
-_WAVE_SHARE = 0.6  # of a device's free memory; the rest is for fragments and for what others take
-
-_HEAD_TILES = 3 * 32 * 2**20  # bytes that option_logprobs holds in the reference backend
-
-
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """What a plan costs under a model: floating-point operations (a multiply-add counts two) and memory in bytes."""
-
-    flops_body: int  # linear layers
-    flops_attention: int  # queries times keys, and weights times values
-    flops_head: int  # the vocabulary's logits
-    wave_bytes: int  # the largest wave's hidden states, store, carried keys and values, and a batch's arrays, at most
-
-
-def cost(plan: Plan, config: ModelConfig, dtype: torch.dtype) -> Cost:
-    """The arithmetic and memory of running ``plan``; weights are not counted."""
-    rows, responses, layers = plan.num_computed, plan.num_response_rows, config.num_layers
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    key_value = 2 * config.hidden_size * 2 * keys
-    rest = 2 * (2 * config.hidden_size * queries + 3 * config.hidden_size * config.intermediate_size)
-    attention = 0
-    for window in set(config.windows[:-1]):
-        attention += config.windows[:-1].count(window) * plan.visible_keys(window)
-    attention += plan.visible_keys_of_responses(config.windows[-1])
-
-    size = torch.empty(0, dtype=dtype).element_size()
-    wave, carried = plan.max_wave_rows, plan.max_carried_rows
-    batch = min(plan.batch_tokens, wave)
-    values = wave * config.hidden_size  # hidden
-    values += 2 * (wave + carried) * keys  # store of one layer
-    values += 2 * carried * keys * 2 * layers  # carried from the last wave and to the next, all layers
-    values += 2 * plan.max_response_rows * config.hidden_size
-    values += batch * _batch_values(config)
-    return Cost(
-        flops_body=rows * layers * key_value + (rows * (layers - 1) + responses) * rest,
-        flops_attention=4 * queries * attention,
-        flops_head=2 * responses * config.hidden_size * config.vocab_size,
-        wave_bytes=values * size + _HEAD_TILES,
-    )
-
-
-def budgets(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Budgets:
-    """Budgets that fit ``device`` as it is now: on a device with memory of its own, waves as large as that allows when
-    one of the longest transcripts is carried from wave to wave."""
-    if device.type == "cpu":
-        return CPU_BUDGETS
-    size = torch.empty(0, dtype=dtype).element_size()
-    key_value = 2 * config.num_kv_heads * config.head_dim
-    longest = min(config.max_positions, _CARRIED)
-    fixed = _DEVICE_BATCH * _batch_values(config) + 2 * longest * key_value * (config.num_layers + 1)
-    free = _WAVE_SHARE * (free_bytes(device) or 0) - _HEAD_TILES
-    rows = int((free / size - fixed) // (2 * config.hidden_size + key_value))
-    least, most = _DEVICE_WAVE
-    rows = max(least, min(rows - rows % _DEVICE_BATCH, most))
-    return Budgets(wave_tokens=rows, batch_tokens=min(_DEVICE_BATCH, rows))
-
-
-def _batch_values(config: ModelConfig) -> int:
-    """Numbers that one row of a batch needs between a layer's operations, at most."""
-    return 5 * config.hidden_size + 3 * config.num_heads * config.head_dim + 3 * config.intermediate_size
 
 
 def run(
     plan: Plan,
     model: Model,
     *,
-    backend: kernels.Backend = "auto",
     progress: Callable[[float], None] = lambda share: None,
 ) -> TargetScores:
     """Score every target of ``plan``. ``progress`` is told the share of the plan's rows that is done.
 
     Raises ``NonFiniteError`` (naming the layer) where a score is not finite, ``OutOfMemoryError`` where a wave does not
-    fit the memory, ``kernels.BackendError`` where the backend is not there.
+    fit the memory.
     """
-    (scores,) = stream([(plan, progress)], model, backend=backend)
+    (scores,) = stream([(plan, progress)], model)
     return scores
 
 
@@ -129,7 +53,6 @@ def stream(
     plans: Iterable[tuple[Plan, Callable[[float], None]]],
     model: Model,
     *,
-    backend: kernels.Backend = "auto",
     clock: DeviceClock | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Generator[TargetScores, None, None]:
@@ -139,7 +62,6 @@ def stream(
     where they belong: also from one plan to the next. ``plans`` is read in that thread, ahead of the scores. ``stop``
     is asked before a plan is begun; once it holds no other is, and what was begun is finished.
     """
-    backend = kernels.resolve(backend, model.device)
     clock = clock or DeviceClock()
     launched: deque[tuple[_Job, _Computed | None]] = deque()
     most = 0 if model.device.type == "cpu" else 1  # waves that a device computes while the host goes on
@@ -154,9 +76,9 @@ def stream(
                 with _memory_errors(job.plan), torch.inference_mode():
                     if wave.index == 0:
                         _check_memory(job.plan, model)
-                        work = Workspace.grown(work, min(job.plan.batch_tokens, job.plan.max_wave_rows), model)
+                        work = Scratch.grown(work, min(job.plan.batch_tokens, job.plan.max_wave_rows), model)
                     assert work is not None
-                    computed, carried = _compute(job, wave, model, carried, work, backend)
+                    computed, carried = _compute(job, wave, model, carried, work)
             launched.append((job, computed))
             while len(launched) > most:
                 yield from _finish(*launched.popleft(), model, clock)
@@ -237,8 +159,7 @@ def _compute(
     wave: Wave,
     model: Model,
     carried: Tensor,
-    work: Workspace,
-    backend: kernels.Backend,
+    work: Scratch,
 ) -> tuple[_Computed, Tensor]:
     """Launches one wave, and gives it with what the next wave carries. On a device nothing here waits for it."""
     is_cuda = model.device.type == "cuda"
@@ -253,12 +174,12 @@ def _compute(
 
     def layer_done(count: int) -> None:
         if not is_cuda:
-            share = count / model.config.num_layers
+            share = count / model.num_layers
             job.progress((job.rows_done + len(wave.token_ids) * share) / job.plan.num_computed)
 
-    hidden, kept, sums = _body(wave, model, carried, work, backend, timed, layer_done)
+    hidden, kept, sums = _body(wave, model, carried, work, timed, layer_done)
     with timed():
-        logprob, is_argmax, entropy, total = _head(wave, model, hidden, backend)
+        logprob, is_argmax, entropy, total = _head(wave, model, hidden)
     computed = _Computed(
         wave,
         logprob=logprob.to("cpu", non_blocking=True),
@@ -300,8 +221,7 @@ def _body(
     wave: Wave,
     model: Model,
     carried: Tensor,
-    work: Workspace,
-    backend: kernels.Backend,
+    work: Scratch,
     timed: Callable[[], AbstractContextManager[None]],
     layer_done: Callable[[int], None],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -310,26 +230,26 @@ def _body(
 
     carried: [L, 2, C, Hkv, Dh], keys and values of each layer; not read where the wave carries nothing.
     """
-    config, device = model.config, model.device
+    device = model.device
     hidden = model.embed(_upload(wave.token_ids, device))  # [N, D]
     sums = [hidden.sum(dtype=torch.float32)]
-    heads = (config.num_kv_heads, config.head_dim)
+    heads = model.spec.layers[0].mixer.kv_shape
     keys, values = store = hidden.new_empty((2, wave.num_carried + len(wave.token_ids), *heads))
     keep_rows = _upload(wave.keep_rows, device)
-    kept = hidden.new_empty((config.num_layers, 2, len(keep_rows), *heads))
-    out = hidden.new_empty((len(wave.response_rows), config.hidden_size))
+    kept = hidden.new_empty((model.num_layers, 2, len(keep_rows), *heads))
+    out = hidden.new_empty((len(wave.response_rows), model.spec.hidden_size))
     batches, last_batches = _batches(wave, device)
     num_positions = int(wave.positions.max()) + 1
-    for index in range(config.num_layers):
+    for index in range(model.num_layers):
         layer = model.layer(index, num_positions)
         with timed():
             if wave.num_carried:
                 store[:, : wave.num_carried] = carried[index]
-            is_last = index + 1 == config.num_layers
+            is_last = index + 1 == model.num_layers
             for rows, responses, batch in last_batches if is_last else batches:
                 target = out[responses] if is_last else hidden[rows]
-                decoder_layer(layer, hidden[rows], keys, values, batch, target, work, backend)
-            kernels.gather_rows(store, keep_rows, out=kept[index], backend=backend)
+                layer(hidden[rows], target, LayerState(keys, values), batch, work)
+            kernels.gather_rows(store, keep_rows, out=kept[index], backend=model.compute.backend)
             sums.append((out if is_last else hidden).sum(dtype=torch.float32))
         layer_done(index + 1)
     return out, kept, sums
@@ -360,19 +280,27 @@ def _batches(wave: Wave, device: torch.device) -> tuple[list[_Rows], list[_Rows]
         first, stop = wave.batch_segments[b : b + 2].tolist()
         rows, responses = slice(begin, end), slice(*ends[b : b + 2].tolist())
         offsets = wave.segment_offsets[first : stop + 1] - begin
-        range_offsets = _tensor(wave.range_offsets[first : stop + 1] - wave.range_offsets[first])
-        key_ranges = _tensor(wave.key_ranges[wave.range_offsets[first] : wave.range_offsets[stop]])
-        own = wave.num_carried + begin
-        all_rows = (None, on_device[rows], _tensor(positions[rows]), _tensor(offsets))
-        every.append((rows, responses, Batch(on_device[rows], own, *all_rows, range_offsets, key_ranges)))
-        response_offsets = np.searchsorted(rows_of_batch[responses], offsets).astype(np.int32)
-        some = (
-            query_rows[responses],
-            query_positions[responses],
-            _tensor(response_positions[responses]),
-            _tensor(response_offsets),
+        paths = (
+            _tensor(wave.range_offsets[first : stop + 1] - wave.range_offsets[first]),
+            _tensor(wave.key_ranges[wave.range_offsets[first] : wave.range_offsets[stop]]),
         )
-        last.append((rows, responses, Batch(on_device[rows], own, *some, range_offsets, key_ranges)))
+        own = wave.num_carried + begin
+        all_rows = Batch(
+            positions=on_device[rows],
+            store_row=own,
+            query_rows=None,
+            query_positions=on_device[rows],
+            segments=kernels.Segments(_tensor(positions[rows]), _tensor(offsets), *paths),
+        )
+        response_offsets = np.searchsorted(rows_of_batch[responses], offsets).astype(np.int32)
+        some_rows = replace(
+            all_rows,
+            query_rows=query_rows[responses],
+            query_positions=query_positions[responses],
+            segments=kernels.Segments(_tensor(response_positions[responses]), _tensor(response_offsets), *paths),
+        )
+        every.append((rows, responses, all_rows))
+        last.append((rows, responses, some_rows))
     return every, last
 
 
@@ -380,12 +308,11 @@ def _tensor(array: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array))
 
 
-def _head(wave: Wave, model: Model, hidden: Tensor, backend: kernels.Backend) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _head(wave: Wave, model: Model, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Final norm and head of the response rows [R, D]: by target of the wave its logprob, whether it is the argmax, and
     the entropy, [nnz] each; and the sum of the rows' lse and entropy."""
     offsets, token_ids = _upload(wave.target_offsets, model.device), _upload(wave.target_token_ids, model.device)
-    normed = model.final_norm(hidden, backend)
-    result = kernels.option_logprobs(normed, model.head(), offsets, token_ids, backend=backend)
+    result = model.score(hidden, offsets, token_ids)
     row = torch.repeat_interleave(offsets.diff(), output_size=len(token_ids))
     logprob = result.logits - result.lse[row]
     return logprob, result.argmax[row] == token_ids, result.entropy[row], (result.lse + result.entropy).sum()
@@ -396,12 +323,12 @@ def _check_finite(sums: Tensor, model: Model) -> None:
     broken = torch.nonzero(~torch.isfinite(sums))
     if len(broken):
         layer = int(broken[0]) - 1
-        places = {-1: "the embedding", model.config.num_layers: "the final norm and head"}
+        places = {-1: "the embedding", model.num_layers: "the final norm and head"}
         _raise_non_finite(model, layer, places.get(layer, f"layer {layer}"))
 
 
 def _raise_non_finite(model: Model, layer: int, name: str) -> None:
-    outside = layer < 0 or layer >= model.config.num_layers
+    outside = layer < 0 or layer >= model.num_layers
     tensors = model.non_finite_tensors(-1 if outside else layer)
     why = f"its weights hold NaN or infinity: {', '.join(tensors)}" if tensors else "all its weights are finite"
     raise NonFiniteError(f"scores are not finite; this began in {name} (counted from 0); {why}")
@@ -409,7 +336,7 @@ def _raise_non_finite(model: Model, layer: int, name: str) -> None:
 
 def _check_memory(plan: Plan, model: Model) -> None:
     """Refuses, before the first forward pass, a wave that cannot fit the memory that is free now."""
-    needed, free = cost(plan, model.config, model.dtype).wave_bytes, free_bytes(model.device)
+    needed, free = cost(plan, model.spec, model.dtype).wave_bytes, free_bytes(model.device)
     if free is not None and needed > free:
         raise OutOfMemoryError(
             f"a wave needs about {needed / 2**20:,.0f} MiB beyond the weights and {free / 2**20:,.0f} MiB are free; "

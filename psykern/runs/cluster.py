@@ -117,7 +117,7 @@ class _Worker:
     def recipe(self) -> Recipe:
         """Of a run that begins on this machine."""
         model = self._scorer.model
-        budgets = budgets_for(self._settings, model.config, model.compute)
+        budgets = budgets_for(self._settings, model.spec, model.compute)
         return recipe_of(self._scorer, self._dataset, self._settings, budgets, Clock())
 
     def score(self, unit: EncodedUnit, recipe: Recipe) -> Counts | PsykernError:

@@ -76,18 +76,18 @@ def estimate(
     settings, clock = settings or Settings(), Clock()
     compute = Compute.resolve(settings.device, settings.dtype)
     settings = with_unit_tokens(settings, compute)
-    config, language = load_language(model, chat=settings.condition == "chat", clock=clock)
-    budgets = budgets_for(settings, config, compute)
+    spec, language = load_language(model, chat=settings.condition == "chat", clock=clock)
+    budgets = budgets_for(settings, spec, compute)
     feed = Feed(Dataset.find(data, hashed=False), language.encoder(settings), clock=clock)
     units = feed.units()
     rejects: list[RowError] = []
     plans: dict[str, StudyPlan] = {}
     with Progress(sum(unit.characters for unit in units), quiet=quiet) as progress:
-        for item in planned(feed.encoded(units), settings, config.max_positions, budgets, progress, clock):
+        for item in planned(feed.encoded(units), settings, spec.max_positions, budgets, progress, clock):
             rejects.extend(item.unit.rejects)
             study = item.unit.info.study
             if item.transcripts:
-                one = StudyPlan.of(study, item.plan, cost(item.plan, config, compute.dtype))
+                one = StudyPlan.of(study, item.plan, cost(item.plan, spec, compute.dtype))
                 plans[study] = plans[study] + one if study in plans else one
             item.progress(1.0)
     return Estimate(tuple(plans[study] for study in sorted(plans)), tuple(rejects))

@@ -161,7 +161,7 @@ class RunJob:
     ) -> Counts:
         """The pipeline from rows to records: scores ``units`` and writes their parts; gives what went through."""
         budgets = Budgets(self.recipe.wave_tokens, self.recipe.batch_tokens)
-        max_positions = scorer.model.config.max_positions
+        max_positions = scorer.model.spec.max_positions
         done: list[Counts] = []
         with (
             ahead(units) as encoded,

@@ -107,7 +107,7 @@ def score_with(
 ) -> Run:
     """One run with a model that is loaded; raises what :func:`score` raises."""
     settings = with_unit_tokens(settings, scorer.model.compute)
-    budgets = budgets_for(settings, scorer.model.config, scorer.model.compute)
+    budgets = budgets_for(settings, scorer.model.spec, scorer.model.compute)
     recipe = recipe_of(scorer, dataset, settings, budgets, clock)
     feed = feed_of(dataset, scorer.language, settings, recipe, options, clock)
     with clock("scan"):

@@ -14,8 +14,9 @@ from psykern.data.tokenizer import Tokenizer
 from psykern.engine.engine import Engine
 from psykern.kernels.compute import Compute
 from psykern.models.checkpoint import hash_model, resolve_model
-from psykern.models.config import ModelConfig
+from psykern.models.families import read_spec
 from psykern.models.model import Model
+from psykern.models.spec import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,15 +63,15 @@ class Scorer:
         clock = clock or Clock()
         with clock("load"):
             folder = resolve_model(model)
-            language = Language.load(folder, ModelConfig.read(folder).vocab_size, chat=chat)
+            language = Language.load(folder, read_spec(folder).vocab_size, chat=chat)
             decoder = Model(folder, compute)  # last, as it takes longest
         with clock("hash"):
             return cls(str(model), hash_model(folder), decoder, language, Engine(decoder))
 
 
-def load_language(model: str | Path, *, chat: bool, clock: Clock | None = None) -> tuple[ModelConfig, Language]:
-    """Config and language of ``model`` without its weights, which are not downloaded either."""
+def load_language(model: str | Path, *, chat: bool, clock: Clock | None = None) -> tuple[ModelSpec, Language]:
+    """What the layers and the language of ``model`` are made of, without its weights, which are not downloaded either."""
     with (clock or Clock())("load"):
         folder = resolve_model(model, weights=False)
-        config = ModelConfig.read(folder)
-        return config, Language.load(folder, config.vocab_size, chat=chat)
+        spec = read_spec(folder)
+        return spec, Language.load(folder, spec.vocab_size, chat=chat)

@@ -23,6 +23,8 @@ from psykern.core.errors import OutOfMemoryError
 from psykern.core.types import EncodedTranscript, TargetScores
 from psykern.engine import engine
 from psykern.engine.plan import plan
+from psykern.kernels import resolve
+from psykern.kernels.compute import Compute
 from psykern.models.model import Model
 
 RMS = {torch.float32: 0.003, torch.bfloat16: 0.035, torch.float16: 0.01}  # nats; fp16 has 8 times bf16's resolution
@@ -60,7 +62,7 @@ def score(
     num_slots: int | None = None,
     clock: engine.DeviceClock | None = None,
 ) -> TargetScores:
-    model = Model(folder, device=device, dtype=dtype, num_slots=num_slots)
+    model = Model(folder, Compute(device, dtype, resolve("auto", device)), num_slots=num_slots)
     planned = plan(group, wave_tokens=wave_tokens, batch_tokens=512, min_share=4)
     (scores,) = engine.stream([(planned, lambda share: None)], model, clock=clock)
     return scores

@@ -20,6 +20,7 @@ from support.logprobs import TOLERANCES, fp64, problem, run
 
 from psykern.engine import engine
 from psykern.engine.plan import plan
+from psykern.kernels.compute import Compute
 from psykern.models.model import Model
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
@@ -72,23 +73,25 @@ def test_keys_that_the_copy_engine_fetches(
     take = module._blocks_of_keys
     monkeypatch.setattr(module, "_blocks_of_keys", lambda x, b, use: used.append(use) or take(x, b, use))
     chosen = attention.LONG[layout]
-    q, k, v, *rest = attention.problem(chosen, heads, size, torch.float16)
+    q, k, v, segments = attention.problem(chosen, heads, size, torch.float16)
     named = torch.zeros(len(k), dtype=torch.bool)
     for s in range(len(chosen.segments)):
         named[chosen.path(s)] = True
     truth = attention.fp64(chosen, q, k, v, window)
     k[~named], v[~named] = np.nan, np.nan
-    check(TRITON, lambda p: [attention.run(p, q, k, v, *rest, window=window)], [truth], attention.TOLERANCES[q.dtype])
+    check(
+        TRITON, lambda p: [attention.run(p, q, k, v, segments, window=window)], [truth], attention.TOLERANCES[q.dtype]
+    )
     assert used == [True, True]
 
 
 def test_keys_that_no_query_of_a_tile_sees_are_not_read() -> None:
     """One tile: a value that was read would spoil the sum, NaN times a weight of 0."""
     layout = attention.Layout(((range(100, 132), [(0, 300)]),))
-    q, k, v, *rest = attention.problem(layout, (1, 1))
+    q, k, v, segments = attention.problem(layout, (1, 1))
     truth = attention.fp64(layout, q, k, v, window=40)
     v[:61], v[132:] = np.nan, np.nan
-    got = attention.run(TRITON, q, k, v, *rest, window=40)
+    got = attention.run(TRITON, q, k, v, segments, window=40)
     torch.testing.assert_close(got.double(), truth, rtol=0, atol=attention.TOLERANCES[q.dtype])
 
 
@@ -127,8 +130,8 @@ def test_the_engine_scores_as_with_the_reference(name: str, wave_tokens: int, tm
     group = random_group(np.random.default_rng(5), 3, 320, 2)
     planned = plan(group, wave_tokens=wave_tokens, batch_tokens=32, min_share=4)
     assert (planned.max_carried_rows > 0) == (wave_tokens == 48)
-    model = Model(tmp_path, device=torch.device("cpu"), dtype=torch.float32)
-    got, expected = (engine.run(planned, model, backend=backend) for backend in ("triton", "reference"))
+    places = (Compute.resolve("cpu", backend=backend) for backend in ("triton", "reference"))
+    got, expected = (engine.run(planned, Model(tmp_path, place)) for place in places)
     assert len(got.logprob) >= 20
     assert np.abs(got.logprob - expected.logprob).max() <= 1e-5
     assert np.abs(got.entropy - expected.entropy).max() <= 1e-5

@@ -41,6 +41,7 @@ for name in ("option_logprobs", "prefix_attention"):
 """
 ENGINE = """
 from support.checkpoints import CONFIGS, make_model
+from psykern.kernels.compute import Compute
 from psykern.models.model import Model
 from psykern.engine.plan import plan
 from support.groups import random_group
@@ -50,11 +51,11 @@ mapped = Model._on_device
 Model._on_device = lambda model, name: mapped(model, name).clone()  # aligned, as a device's memory is
 family, head_dim, folder = sys.argv[1:]
 make_model(Path(folder), dtype=torch.bfloat16, **CONFIGS[family] | {"hidden_size": 512, "head_dim": int(head_dim)})
-model = Model(Path(folder), device=torch.device("cpu"), dtype=torch.bfloat16, num_slots=2)
+model = Model(Path(folder), Compute(torch.device("cpu"), torch.bfloat16, "triton"), num_slots=2)
 group = random_group(np.random.default_rng(5), 10, 320, 3)
 for wave_tokens, batch_tokens in ((4096, 512), (64, 512), (50, 17), (50, 31), (300, 100)):
     print("run", flush=True)
-    engine.run(plan(group, wave_tokens=wave_tokens, batch_tokens=batch_tokens, min_share=4), model, backend="triton")
+    engine.run(plan(group, wave_tokens=wave_tokens, batch_tokens=batch_tokens, min_share=4), model)
 """
 ILLEGAL = {
     "grid": """
@@ -68,8 +69,8 @@ attention.described = lambda x, rows, columns: importlib.import_module(
     "triton.tools.tensor_descriptor").TensorDescriptor(x, [len(x), 1024], [x.stride(0), 1], [rows, columns])
 q = torch.zeros(4, 2, 64, dtype=torch.bfloat16)  # rows of 128 numbers, said to have 1,024
 ends = torch.tensor([0, 4], dtype=torch.int32)
-kernels.prefix_attention(q, q, q, torch.arange(4).int(), ends, torch.tensor([0, 1]).int(), ends[None],
-                         softmax_scale=1.0, backend="triton")
+segments = kernels.Segments(torch.arange(4).int(), ends, torch.tensor([0, 1]).int(), ends[None])
+kernels.prefix_attention(q, q, q, segments, softmax_scale=1.0, backend="triton")
 """,
 }
 
