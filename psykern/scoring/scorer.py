@@ -70,7 +70,7 @@ class Scorer:
 
 
 def load_language(model: str | Path, *, chat: bool, clock: Clock | None = None) -> tuple[ModelSpec, Language]:
-    """What the layers and the language of ``model`` are made of, without its weights, which are not downloaded either."""
+    """What ``model`` is made of, but for its weights, which are not downloaded either."""
     with (clock or Clock())("load"):
         folder = resolve_model(model, weights=False)
         spec = read_spec(folder)
