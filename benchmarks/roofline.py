@@ -26,7 +26,7 @@ from pathlib import Path
 
 from shapes import SHAPES, model_config, num_weights
 
-from psykern.models.model import ModelConfig
+from psykern.models.config import ModelConfig
 
 RESULTS = Path(__file__).parent / "results"
 SIZE = 2  # bytes of a bf16 number

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from psykern.models.model import ModelConfig, expected_tensors, parse_config
+from psykern.models.config import ModelConfig, parse_config
+from psykern.models.names import expected_tensors
 
 QWEN_VOCABULARY, LLAMA_VOCABULARY, OLMO_VOCABULARY = 151_936, 128_256, 100_278
 

@@ -28,7 +28,9 @@ from psykern.core.errors import NonFiniteError, OutOfMemoryError
 from psykern.core.stages import ahead
 from psykern.core.types import TargetScores
 from psykern.engine.plan import Plan, Wave
-from psykern.models.model import Batch, Model, ModelConfig, Workspace, decoder_layer
+from psykern.models.config import ModelConfig
+from psykern.models.layer import Batch, Workspace, decoder_layer
+from psykern.models.model import Model
 from psykern.models.slots import free_bytes
 
 

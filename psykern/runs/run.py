@@ -39,7 +39,8 @@ from psykern.data.token_cache import TokenCache
 from psykern.engine import engine
 from psykern.engine.plan import Plan, plan
 from psykern.models.checkpoint import hash_model, resolve_model
-from psykern.models.model import Model, ModelConfig
+from psykern.models.config import ModelConfig
+from psykern.models.model import Model
 from psykern.runs import folder as records
 from psykern.runs.folder import Counts, Manifest, RunFolder, UnitReport
 from psykern.runs.progress import Progress

@@ -17,7 +17,8 @@ from psykern.core.types import EncodedTranscript, TargetScores
 from psykern.engine import engine
 from psykern.engine.plan import Plan, plan
 from psykern.kernels import Backend
-from psykern.models.model import Model, ModelConfig
+from psykern.models.config import ModelConfig
+from psykern.models.model import Model
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 

@@ -17,7 +17,12 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from psykern.core.errors import CheckpointError
 from psykern.kernels import Backend
-from psykern.models.model import FAMILIES, Batch, Model, ModelConfig, Rope, Workspace, decoder_layer, expected_tensors
+from psykern.models.config import ModelConfig
+from psykern.models.families import FAMILIES
+from psykern.models.layer import Batch, Workspace, decoder_layer
+from psykern.models.model import Model
+from psykern.models.names import expected_tensors
+from psykern.models.rope import Rope
 
 CPU = torch.device("cpu")
 SIZES: dict[str, Any] = {
