@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +18,8 @@ from support.groups import encoded, random_group, wanted
 
 from psykern.core.errors import NonFiniteError, OutOfMemoryError
 from psykern.core.types import EncodedTranscript, TargetScores
-from psykern.engine import engine
+from psykern.engine import engine, wave
+from psykern.engine.engine import Engine
 from psykern.engine.plan import Plan, plan
 from psykern.kernels import Backend
 from psykern.models.config import ModelConfig
@@ -39,7 +44,7 @@ def score(
 ) -> TargetScores:
     model = Model(folder, device=torch.device("cpu"), dtype=torch.float32)
     planned = plan(group, wave_tokens=wave_tokens, batch_tokens=batch_tokens, min_share=min_share)
-    return engine.run(planned, model, backend=backend)
+    return Engine(model, backend).run(planned)
 
 
 def assert_scores(scores: TargetScores, group: Sequence[EncodedTranscript], oracle: torch.nn.Module) -> None:
@@ -57,6 +62,11 @@ def assert_scores(scores: TargetScores, group: Sequence[EncodedTranscript], orac
         top = row.topk(2).values
         if top[0] - top[1] > TOLERANCE:
             assert scores.is_argmax[i] == (int(row.argmax()) == token)
+
+
+def assert_same_bytes(one: TargetScores, two: TargetScores) -> None:
+    for field in ("logprob", "entropy", "is_argmax"):
+        assert getattr(one, field).tobytes() == getattr(two, field).tobytes(), field
 
 
 @pytest.fixture(scope="module")
@@ -86,38 +96,96 @@ def test_fused_layers_that_are_streamed_equal_transformers(
     oracle = make_model(tmp_path, **CONFIGS[name])
     model = Model(tmp_path, device=torch.device("cpu"), dtype=torch.float32, num_slots=num_slots)
     assert model.is_fused
-    scores = engine.run(plan(group, wave_tokens=200, batch_tokens=64, min_share=4), model)
+    scores = Engine(model).run(plan(group, wave_tokens=200, batch_tokens=64, min_share=4))
     assert_scores(scores, group, oracle)
 
 
-def test_a_stream_of_plans_gives_the_scores_of_each(tmp_path: Path, group: list[EncodedTranscript]) -> None:
-    """Between them one without a target; the work arrays grow from plan to plan."""
+@dataclass(frozen=True)
+class Item:
+    """What an engine takes, and says which it is."""
+
+    name: str
+    plan: Plan
+    progress: Callable[[float], None] = lambda share: None
+
+
+def test_pairs_are_the_scores_of_each_plan_with_its_item(tmp_path: Path, group: list[EncodedTranscript]) -> None:
+    """Between them one without a target; the scratch arrays grow from plan to plan."""
     make_model(tmp_path, **CONFIGS["qwen3"])
-    model = Model(tmp_path, device=torch.device("cpu"), dtype=torch.float32)
+    runner = Engine(Model(tmp_path, device=torch.device("cpu"), dtype=torch.float32))
     groups = [group[:3], [encoded([], [])], group, group[5:6]]
-    plans = [plan(g, wave_tokens=200, batch_tokens=64, min_share=4) for g in groups]
-    shares: list[list[float]] = [[] for _ in plans]
-    got = list(engine.stream(zip(plans, (s.append for s in shares), strict=True), model))
-    assert len(got) == len(plans)
-    for scores, planned, share in zip(got, plans, shares, strict=True):
-        alone = engine.run(planned, model)
-        for field in ("logprob", "entropy", "is_argmax"):
-            assert getattr(scores, field).tobytes() == getattr(alone, field).tobytes()
+    shares: list[list[float]] = [[] for _ in groups]
+    items = [
+        Item(str(i), plan(g, wave_tokens=200, batch_tokens=64, min_share=4), share.append)
+        for i, (g, share) in enumerate(zip(groups, shares, strict=True))
+    ]
+    pairs = list(runner.pairs(items))
+    assert [item for item, _ in pairs] == items
+    for (item, scores), share in zip(pairs, shares, strict=True):
+        assert_same_bytes(scores, runner.run(item.plan))
         assert share == sorted(share) and (not share or share[-1] == pytest.approx(1.0))
 
 
-def test_an_error_of_the_plans_comes_after_the_scores_before_it(tmp_path: Path, group: list[EncodedTranscript]) -> None:
+def test_an_error_of_the_items_comes_after_the_scores_before_it(tmp_path: Path, group: list[EncodedTranscript]) -> None:
     make_model(tmp_path, **CONFIGS["llama"])
-    model = Model(tmp_path, device=torch.device("cpu"), dtype=torch.float32)
 
-    def plans() -> Iterator[tuple[Plan, Callable[[float], None]]]:
-        yield plan(group[:2], wave_tokens=64, batch_tokens=64), lambda share: None
+    def items() -> Iterator[Item]:
+        yield Item("one", plan(group[:2], wave_tokens=64, batch_tokens=64))
+        yield Item("without a target", plan([encoded([], [])], wave_tokens=64, batch_tokens=64))
         raise ValueError("no more")
 
-    stream = engine.stream(plans(), model)
-    assert len(next(stream).logprob)
+    pairs = Engine(Model(tmp_path, device=torch.device("cpu"), dtype=torch.float32)).pairs(items())
+    assert [next(pairs)[0].name for _ in range(2)] == ["one", "without a target"]
     with pytest.raises(ValueError, match="no more"):
-        next(stream)
+        next(pairs)
+
+
+@pytest.mark.parametrize("most_in_flight", [0, 1, 2])
+def test_a_stop_finishes_what_was_begun_and_begins_no_other(
+    most_in_flight: int, tmp_path: Path, group: list[EncodedTranscript]
+) -> None:
+    """Whatever is in flight: as on a CPU, and as on a device."""
+    make_model(tmp_path, **CONFIGS["llama"])
+    runner = Engine(Model(tmp_path, device=torch.device("cpu"), dtype=torch.float32))
+    runner.most_in_flight = most_in_flight
+    planned = plan(group, wave_tokens=64, batch_tokens=64)
+    assert planned.num_waves > 3
+    asked: list[None] = []
+
+    def stop() -> bool:
+        asked.append(None)
+        return len(asked) > 2
+
+    pairs = list(runner.pairs([Item(name, planned) for name in "abcd"], stop=stop))
+    assert [item.name for item, _ in pairs] == ["a", "b"]
+    for _, scores in pairs:
+        assert_same_bytes(scores, runner.run(planned))
+
+
+def test_leaving_early_ends_the_thread(tmp_path: Path, group: list[EncodedTranscript]) -> None:
+    make_model(tmp_path, **CONFIGS["llama"])
+    runner = Engine(Model(tmp_path, device=torch.device("cpu"), dtype=torch.float32))
+    planned = plan(group, wave_tokens=64, batch_tokens=64)
+    before = threading.active_count()
+    pairs = runner.pairs(Item(str(i), planned) for i in itertools.count())
+    next(pairs)
+    assert threading.active_count() == before + 1
+    pairs.close()
+    assert threading.active_count() == before
+    assert_same_bytes(runner.run(planned), runner.run(planned))
+
+
+def test_threads_that_share_an_engine_get_their_own_scores(tmp_path: Path, group: list[EncodedTranscript]) -> None:
+    """Their waves are interleaved: of other sizes, other prefixes to carry, the same scratch and weight slots."""
+    make_model(tmp_path, dtype=torch.bfloat16, **CONFIGS["qwen3"])
+    model = Model(tmp_path, device=torch.device("cpu"), dtype=torch.float32, num_slots=1)
+    runner = Engine(model)
+    plans = [plan(group[i:], wave_tokens=40 + 7 * i, batch_tokens=16 + 5 * i, min_share=4) for i in range(3)]
+    expected = [Engine(model).run(planned) for planned in plans]
+    with ThreadPoolExecutor(len(plans)) as threads:
+        for _ in range(3):
+            for scores, want in zip(threads.map(runner.run, plans), expected, strict=True):
+                assert_same_bytes(scores, want)
 
 
 @each_backend
@@ -150,8 +218,7 @@ def test_budgets_sharing_and_company_do_not_change_scores(
 def test_two_equal_runs_give_equal_bytes(backend: Backend, tmp_path: Path, group: list[EncodedTranscript]) -> None:
     make_model(tmp_path, **CONFIGS["qwen3"])
     one, two = (score(group, tmp_path, wave_tokens=64, batch_tokens=16, backend=backend) for _ in range(2))
-    for field in ("logprob", "entropy", "is_argmax"):
-        assert getattr(one, field).tobytes() == getattr(two, field).tobytes()
+    assert_same_bytes(one, two)
 
 
 def test_one_thread_and_two_give_equal_bytes(tmp_path: Path, group: list[EncodedTranscript]) -> None:
@@ -163,8 +230,7 @@ def test_one_thread_and_two_give_equal_bytes(tmp_path: Path, group: list[Encoded
             scores.append(score(group, tmp_path, wave_tokens=512, batch_tokens=256, backend="cpu"))
     finally:
         torch.set_num_threads(before)
-    for field in ("logprob", "entropy", "is_argmax"):
-        assert getattr(scores[0], field).tobytes() == getattr(scores[1], field).tobytes()
+    assert_same_bytes(*scores)
 
 
 @each_backend
@@ -245,7 +311,7 @@ def test_running_out_of_memory_says_which_budget_to_lower(
     def fail(*_: object) -> None:
         torch.empty(2**60)
 
-    monkeypatch.setattr(engine, "decoder_layer", fail)
+    monkeypatch.setattr(wave, "decoder_layer", fail)
     with pytest.raises(OutOfMemoryError, match=r"out of memory: .*lower --wave-tokens"):
         score(group, tmp_path)
 
@@ -254,7 +320,7 @@ def test_progress_ends_at_one(tmp_path: Path, group: list[EncodedTranscript]) ->
     make_model(tmp_path, **CONFIGS["llama"])
     model = Model(tmp_path, device=torch.device("cpu"), dtype=torch.float32)
     shares: list[float] = []
-    engine.run(plan(group, wave_tokens=64, batch_tokens=64), model, progress=shares.append)
+    Engine(model).run(plan(group, wave_tokens=64, batch_tokens=64), shares.append)
     assert shares == sorted(shares)
     assert shares[-1] == pytest.approx(1.0)
 

@@ -18,7 +18,7 @@ from support.checkpoints import CONFIGS, make_model
 from support.groups import random_group
 from support.logprobs import TOLERANCES, fp64, problem, run
 
-from psykern.engine import engine
+from psykern.engine.engine import Engine
 from psykern.engine.plan import plan
 from psykern.models.model import Model
 
@@ -128,7 +128,7 @@ def test_the_engine_scores_as_with_the_reference(name: str, wave_tokens: int, tm
     planned = plan(group, wave_tokens=wave_tokens, batch_tokens=32, min_share=4)
     assert (planned.max_carried_rows > 0) == (wave_tokens == 48)
     model = Model(tmp_path, device=torch.device("cpu"), dtype=torch.float32)
-    got, expected = (engine.run(planned, model, backend=backend) for backend in ("triton", "reference"))
+    got, expected = (Engine(model, backend).run(planned) for backend in ("triton", "reference"))
     assert len(got.logprob) >= 20
     assert np.abs(got.logprob - expected.logprob).max() <= 1e-5
     assert np.abs(got.entropy - expected.entropy).max() <= 1e-5
