@@ -79,8 +79,8 @@ Providers = dict[str, Provider]
 
 
 @dataclass(frozen=True)
-class Segments:
-    """Queries, keys and values with the segments of one call; see ``psykern.kernels.prefix_attention``."""
+class Problem:
+    """Queries, keys and values with the segments of one call of ``psykern.kernels.prefix_attention``."""
 
     q: Tensor  # [N, Hq, Dh]
     k: Tensor  # [M, Hkv, Dh]
@@ -98,25 +98,25 @@ class Segments:
             torch.tensor([0, *counts]).cumsum(0),
             torch.tensor([r for path in self.paths for r in path]),
         )
-        object.__setattr__(self, "arrays", tuple(a.int() for a in arrays))
+        object.__setattr__(self, "segments", kernels.Segments(*(a.int() for a in arrays)))
         object.__setattr__(self, "pairs", sum(int(p.sum()) + len(p) for p in positions))
 
     def attend(self, window: int | None = None, backend: kernels.Backend = "auto") -> Tensor:
         scale = self.q.shape[2] ** -0.5
         return kernels.prefix_attention(
-            self.q, self.k, self.v, *self.arrays, softmax_scale=scale, window=window, backend=backend
+            self.q, self.k, self.v, self.segments, softmax_scale=scale, window=window, backend=backend
         )
 
-    def apart(self) -> list[Segments]:
+    def apart(self) -> list[Problem]:
         """Each segment as a call of its own, on the same arrays."""
         starts = [0, *torch.tensor(self.lengths).cumsum(0).tolist()]
         return [
-            Segments(self.q[starts[s] : starts[s + 1]], self.k, self.v, [self.lengths[s]], [self.paths[s]])
+            Problem(self.q[starts[s] : starts[s + 1]], self.k, self.v, [self.lengths[s]], [self.paths[s]])
             for s in range(len(self.lengths))
         ]
 
 
-def sdpa(segment: Segments) -> Tensor:
+def sdpa(segment: Problem) -> Tensor:
     """One segment; its queries are the last of its path."""
     (path,) = segment.paths
     keys, values = (
@@ -139,7 +139,7 @@ def flash(x: Tensor) -> AbstractContextManager[object]:
     return sdpa_kernel(SDPBackend.FLASH_ATTENTION) if x.is_cuda and is_half else nullcontext()
 
 
-def stacked(sequences: Sequence[Segments]) -> list[Tensor]:
+def stacked(sequences: Sequence[Problem]) -> list[Tensor]:
     """Queries, keys and values of sequences of one length, [B, H, T, Dh] each."""
     return [torch.stack([getattr(s, name) for s in sequences]).transpose(1, 2) for name in "qkv"]
 
@@ -151,15 +151,15 @@ def sdpa_batch(inputs: Sequence[Tensor]) -> Tensor:
         return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
-def flex(segments: Segments) -> Callable[[], Tensor]:
+def flex(problem: Problem) -> Callable[[], Tensor]:
     """FlexAttention of all segments at once: a mask by ranges of keys, as blocks."""
-    device = segments.q.device
-    ranges = [[*path, *[(0, 0)] * (2 - len(path))] for path in segments.paths]  # at most two
-    of_query = torch.repeat_interleave(torch.arange(len(segments.lengths)), torch.tensor(segments.lengths))
+    device = problem.q.device
+    ranges = [[*path, *[(0, 0)] * (2 - len(path))] for path in problem.paths]  # at most two
+    of_query = torch.repeat_interleave(torch.arange(len(problem.lengths)), torch.tensor(problem.lengths))
     bounds = torch.tensor(ranges)[of_query].to(device)  # [N, 2, 2]
-    own = torch.tensor([path[-1] for path in segments.paths])[of_query].to(device)  # [N, 2] where queries' keys stand
-    starts = torch.tensor([0, *segments.lengths]).cumsum(0)[of_query]
-    counts = torch.tensor(segments.lengths)[of_query]
+    own = torch.tensor([path[-1] for path in problem.paths])[of_query].to(device)  # [N, 2] where queries' keys stand
+    starts = torch.tensor([0, *problem.lengths]).cumsum(0)[of_query]
+    counts = torch.tensor(problem.lengths)[of_query]
     last = own[:, 1] - (counts - 1 - (torch.arange(len(of_query)) - starts)).to(device) - 1  # the query's own key
 
     def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -168,31 +168,31 @@ def flex(segments: Segments) -> Callable[[], Tensor]:
         in_own = (key >= own[query, 0]) & (key < own[query, 1])
         return inside & (~in_own | (key <= last[query]))
 
-    blocks = create_block_mask(visible, None, None, len(segments.q), len(segments.k), device=device)
+    blocks = create_block_mask(visible, None, None, len(problem.q), len(problem.k), device=device)
     attention = compiled(flex_attention, device)
-    q, k, v = (x.transpose(0, 1)[None] for x in (segments.q, segments.k, segments.v))
+    q, k, v = (x.transpose(0, 1)[None] for x in (problem.q, problem.k, problem.v))
     return lambda: attention(q, k, v, block_mask=blocks, enable_gqa=True)[0].transpose(0, 1)
 
 
-def draw(heads: Heads, lengths: list[int], paths: list[list[tuple[int, int]]], place: Place) -> Segments:
+def draw(heads: Heads, lengths: list[int], paths: list[list[tuple[int, int]]], place: Place) -> Problem:
     torch.manual_seed(0)
     rows = max(b for path in paths for _, b in path)
     k, v = torch.randn(2, rows, heads.keys, heads.size, device=place.device).to(place.dtype)
     q = torch.randn(sum(lengths), heads.queries, heads.size, device=place.device).to(place.dtype)
-    return Segments(q, k, v, lengths, paths)
+    return Problem(q, k, v, lengths, paths)
 
 
-def with_others(providers: Providers, segments: Segments, place: Place) -> Providers:
+def with_others(providers: Providers, problem: Problem, place: Place) -> Providers:
     """On a GPU also each backend by its name, and FlexAttention."""
     if not place.beside:
         return providers
     for backend in available(("triton", "cuda") if place.device.type == "cuda" else ("reference",), place.device):
         providers[f"psykern:{backend}"] = Provider(
-            lambda backend=backend: segments.attend(backend=backend), segments.pairs
+            lambda backend=backend: problem.attend(backend=backend), problem.pairs
         )
     if place.flex:
         try:
-            providers["flex_attention"] = Provider(flex(segments), segments.pairs)
+            providers["flex_attention"] = Provider(flex(problem), problem.pairs)
         except Exception as error:
             print(f"not measured: flex_attention: {error!s:.200}")
     return providers
@@ -210,7 +210,7 @@ def shared(heads: Heads, tokens: int, place: Place) -> Providers:
     paths = [[(0, half)], *[[(0, half), (half * (i + 1), half * (i + 2))] for i in range(8)]]
     together = draw(heads, [half] * 9, paths, place)
     sequences = [
-        Segments(
+        Problem(
             torch.cat([together.q[:half], together.q[half * (i + 1) : half * (i + 2)]]),
             *keys,
             [tokens],
@@ -256,12 +256,12 @@ def branches(heads: Heads, tokens: int, place: Place) -> Providers:
     return with_others(providers, options, place)
 
 
-def whole(option: Segments) -> Segments:
+def whole(option: Problem) -> Problem:
     """An option as a sequence: queries for its path too, drawn anew, for nobody reads what becomes of them."""
     (path,) = option.paths
     k, v = (torch.cat([x[a:b] for a, b in path]) for x in (option.k, option.v))
     front = torch.randn(len(k) - len(option.q), *option.q.shape[1:], device=k.device).to(k.dtype)
-    return Segments(torch.cat([front, option.q]), k, v, [len(k)], [[(0, len(k))]])
+    return Problem(torch.cat([front, option.q]), k, v, [len(k)], [[(0, len(k))]])
 
 
 def window(heads: Heads, tokens: int, place: Place) -> Providers:

@@ -28,6 +28,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from psykern.kernels import Segments
+
 BACKEND = "psykern.kernels.triton"
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}  # that one program may have
 _TYPES = {
@@ -165,7 +167,8 @@ def _prefix_attention(head: int, window: int | None, dtype: torch.dtype) -> Call
         q, k = torch.empty(256, 14, head, dtype=dtype), torch.empty(256, 2, head, dtype=dtype)
         ends = torch.tensor([0, 256], dtype=torch.int32)
         places, ranges = torch.arange(256, dtype=torch.int32), torch.tensor([0, 1], dtype=torch.int32)
-        return _op("prefix_attention")(q, k, k, places, ends, ranges, ends[None], head**-0.5, window, q)
+        segments = Segments(places, ends, ranges, ends[None])
+        return _op("prefix_attention")(q, k, k, segments, head**-0.5, window, q)
 
     return call
 

@@ -156,12 +156,12 @@ def attention(
     if name == "branches":
         points = [point for point in range(50, tokens, 50) for _ in range(4)]
         paths = [[(0, point), (tokens + 3 * i, tokens + 3 * i + 3)] for i, point in enumerate(points)]
-        segments = draw(heads, [3] * len(points), paths, Place(device, dtype))
+        problem = draw(heads, [3] * len(points), paths, Place(device, dtype))
     else:
-        segments = draw(heads, [tokens], [[(0, tokens)]], Place(device, dtype))
-    out, scale = torch.empty_like(segments.q), heads.size**-0.5
+        problem = draw(heads, [tokens], [[(0, tokens)]], Place(device, dtype))
+    out, scale = torch.empty_like(problem.q), heads.size**-0.5
     op = importlib.import_module(TRITON).prefix_attention
-    return lambda: [op(segments.q, segments.k, segments.v, *segments.arrays, scale, window, out).clone()]
+    return lambda: [op(problem.q, problem.k, problem.v, problem.segments, scale, window, out).clone()]
 
 
 def tune(case: Case, repeats: int, device: torch.device) -> list[dict[str, object]]:

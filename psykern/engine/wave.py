@@ -11,7 +11,9 @@ In the last layer only the rows that predict a target need queries, output proje
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +25,7 @@ from psykern.engine.plan import Wave
 from psykern.engine.store import Store
 from psykern.engine.upload import upload
 from psykern.engine.watch import Span, Watch, now
+from psykern.kernels.segments import Segments
 from psykern.models.layer import Batch, Workspace, decoder_layer
 from psykern.models.model import Model
 
@@ -70,13 +73,14 @@ def _layers(
     hidden = model.embed(upload(wave.token_ids, model.device))  # [N, D]
     out = hidden.new_empty((len(wave.response_rows), hidden.shape[1]))
     sums = [hidden.sum(dtype=torch.float32)]
-    every, last = _calls(wave, hidden, out)
+    all_rows = _all_rows(wave, hidden)
+    response_rows = _response_rows(wave, all_rows, out)
     num_layers, num_positions = model.config.num_layers, int(wave.positions.max()) + 1
     for index in range(num_layers):
         layer, is_last = model.layer(index, num_positions), index + 1 == num_layers
         with watch.part():
             state = store.enter(index, wave)
-            for call in last if is_last else every:
+            for call in response_rows if is_last else all_rows:
                 decoder_layer(layer, call.hidden, state.keys, state.values, call.batch, call.out, scratch, backend)
             store.leave(index, wave)
             sums.append((out if is_last else hidden).sum(dtype=torch.float32))
@@ -92,50 +96,52 @@ class _Call(NamedTuple):
     batch: Batch
 
 
-def _calls(wave: Wave, hidden: Tensor, out: Tensor) -> tuple[list[_Call], list[_Call]]:
-    """For each batch of the wave, where all its rows are queries; and the same for the last layer."""
-    ends = np.searchsorted(wave.response_rows, wave.batch_offsets)
-    query_rows = wave.response_rows - np.repeat(wave.batch_offsets[:-1], np.diff(ends))  # [R] rows of their batch
-    query_positions = wave.positions[wave.response_rows]
-    positions_there = upload(wave.positions, hidden.device)
-    query_rows_there = upload(query_rows.astype(np.int64), hidden.device)
-    query_positions_there = upload(query_positions, hidden.device)
-    every, last = [], []
-    for b in range(len(wave.batch_offsets) - 1):
-        begin, end = wave.batch_offsets[b : b + 2].tolist()
-        rows, responses = slice(begin, end), slice(*ends[b : b + 2].tolist())
-        offsets, range_offsets, key_ranges = _segments(wave, b)
-        response_offsets = np.searchsorted(query_rows[responses], offsets).astype(np.int32)
-        all_rows = Batch(
-            positions=positions_there[rows],
+def _all_rows(wave: Wave, hidden: Tensor) -> list[_Call]:
+    """Each batch of the wave, every row of it a query."""
+    positions = upload(wave.positions, hidden.device)
+    calls = []
+    for b, (begin, end) in enumerate(pairwise(wave.batch_offsets.tolist())):
+        batch = Batch(
+            positions=positions[begin:end],
             store_row=wave.num_carried + begin,
             query_rows=None,
-            query_positions=positions_there[rows],
-            segment_positions=_tensor(wave.positions[rows]),
-            query_offsets=_tensor(offsets),
-            range_offsets=_tensor(range_offsets),
-            key_ranges=_tensor(key_ranges),
+            query_positions=positions[begin:end],
+            segments=_segments(wave, b),
         )
-        some_rows = replace(
-            all_rows,
-            query_rows=query_rows_there[responses],
-            query_positions=query_positions_there[responses],
-            segment_positions=_tensor(query_positions[responses]),
-            query_offsets=_tensor(response_offsets),
-        )
-        every.append(_Call(hidden[rows], hidden[rows], all_rows))
-        last.append(_Call(hidden[rows], out[responses], some_rows))
-    return every, last
+        calls.append(_Call(hidden[begin:end], hidden[begin:end], batch))
+    return calls
 
 
-def _segments(wave: Wave, batch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The batch's part of the segment offsets and range offsets, both from 0 on, and of the key ranges."""
-    first, stop = wave.batch_segments[batch : batch + 2].tolist()
+def _response_rows(wave: Wave, all_rows: Sequence[_Call], out: Tensor) -> list[_Call]:
+    """The same batches where only the rows that predict a target are queries: for the last layer."""
+    ends = np.searchsorted(wave.response_rows, wave.batch_offsets)
+    rows = wave.response_rows - np.repeat(wave.batch_offsets[:-1], np.diff(ends))  # [R] of their batch
+    positions = wave.positions[wave.response_rows]
+    rows_there, positions_there = upload(rows.astype(np.int64), out.device), upload(positions, out.device)
+    calls = []
+    for call, (begin, end) in zip(all_rows, pairwise(ends.tolist()), strict=True):
+        offsets = np.searchsorted(rows[begin:end], call.batch.segments.query_offsets.numpy()).astype(np.int32)
+        segments = replace(call.batch.segments, positions=_tensor(positions[begin:end]), query_offsets=_tensor(offsets))
+        batch = replace(
+            call.batch,
+            query_rows=rows_there[begin:end],
+            query_positions=positions_there[begin:end],
+            segments=segments,
+        )
+        calls.append(_Call(call.hidden, out[begin:end], batch))
+    return calls
+
+
+def _segments(wave: Wave, b: int) -> Segments:
+    """What the rows of batch ``b`` see."""
+    first, stop = wave.batch_segments[b : b + 2].tolist()
+    begin, end = wave.batch_offsets[b : b + 2].tolist()
     range_offsets = wave.range_offsets[first : stop + 1]
-    return (
-        wave.segment_offsets[first : stop + 1] - wave.batch_offsets[batch],
-        range_offsets - range_offsets[0],
-        wave.key_ranges[range_offsets[0] : range_offsets[-1]],
+    return Segments(
+        positions=_tensor(wave.positions[begin:end]),
+        query_offsets=_tensor(wave.segment_offsets[first : stop + 1] - begin),
+        range_offsets=_tensor(range_offsets - range_offsets[0]),
+        key_ranges=_tensor(wave.key_ranges[range_offsets[0] : range_offsets[-1]]),
     )
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from psykern import _cpu
+from psykern.kernels.segments import Segments
 
 
 def option_logprobs(
@@ -39,10 +40,7 @@ def prefix_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    positions: Tensor,
-    query_offsets: Tensor,
-    range_offsets: Tensor,
-    key_ranges: Tensor,
+    segments: Segments,
     softmax_scale: float,
     window: int | None,
     out: Tensor,
@@ -52,10 +50,10 @@ def prefix_attention(
         _activations(q),
         _activations(k),
         _activations(v),
-        _array(positions),
-        _array(query_offsets),
-        _array(range_offsets),
-        _array(key_ranges),
+        _array(segments.positions),
+        _array(segments.query_offsets),
+        _array(segments.range_offsets),
+        _array(segments.key_ranges),
         target.numpy(),
         softmax_scale=softmax_scale,
         window=window,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from psykern import _cuda
+from psykern.kernels.segments import Segments
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MIN_ROWS, _MAX_ROWS = 64, 512  # of a tile of logits
@@ -109,10 +110,7 @@ def prefix_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    positions: Tensor,
-    query_offsets: Tensor,
-    range_offsets: Tensor,
-    key_ranges: Tensor,
+    segments: Segments,
     softmax_scale: float,
     window: int | None,
     out: Tensor,
@@ -126,9 +124,7 @@ def prefix_attention(
         raise BackendError(
             "backend 'cuda' takes Triton's prefix_attention, and triton is not installed: `pip install triton`"
         ) from error
-    return triton.prefix_attention(
-        q, k, v, positions, query_offsets, range_offsets, key_ranges, softmax_scale, window, out
-    )
+    return triton.prefix_attention(q, k, v, segments, softmax_scale, window, out)
 
 
 def add_rms_norm(

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from psykern.kernels.segments import Segments
+
 ROW_TILE = 1024  # rows of hidden
 VOCABULARY_TILE = 8192  # tokens: a tile of fp32 logits is 32 MiB
 QUERY_TILE = 128  # queries whose masks are written out
@@ -71,17 +73,15 @@ def prefix_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    positions: Tensor,
-    query_offsets: Tensor,
-    range_offsets: Tensor,
-    key_ranges: Tensor,
+    segments: Segments,
     softmax_scale: float,
     window: int | None,
     out: Tensor,
 ) -> Tensor:
     group = q.shape[1] // k.shape[1]
     k, v = (x.transpose(0, 1)[:, None].expand(-1, group, -1, -1) for x in (k, v))  # [Hkv, group, M, Dh], no copy
-    queries, first_range, ranges = query_offsets.tolist(), range_offsets.tolist(), key_ranges.tolist()
+    positions, queries = segments.positions, segments.query_offsets.tolist()
+    first_range, ranges = segments.range_offsets.tolist(), segments.key_ranges.tolist()
     for s in range(len(queries) - 1):
         path = ranges[first_range[s] : first_range[s + 1]]
         for first, last, is_dense in _query_tiles(positions, queries[s], queries[s + 1], window):

@@ -51,10 +51,7 @@ class Batch:
     store_row: int  # first of the n rows of the key/value store that are this batch's own
     query_rows: Tensor | None  # [m] int64, rows of the batch that need an output; None: all
     query_positions: Tensor  # [m] int32
-    segment_positions: Tensor  # [m] int32, query_positions on the CPU
-    query_offsets: Tensor  # [S+1] int32 on the CPU, into the queries
-    range_offsets: Tensor  # [S+1] int32 on the CPU
-    key_ranges: Tensor  # [.., 2] int32 on the CPU, rows of the store
+    segments: kernels.Segments  # of the m queries, on the CPU; its rows are those of the store
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -150,10 +147,7 @@ def _attention(
         q,
         keys,
         values,
-        batch.segment_positions,
-        batch.query_offsets,
-        batch.range_offsets,
-        batch.key_ranges,
+        batch.segments,
         softmax_scale=layer.config.head_dim**-0.5,
         window=layer.window,
         out=q,

@@ -30,22 +30,12 @@ def run_all(backend: kernels.Backend) -> list[Tensor]:
     q, k, v = torch.randn(50, 6, 24), torch.randn(70, 2, 24), torch.randn(70, 2, 24)
     # One sequence of 44 tokens behind 20 carried ones, then two branches of 3 tokens at its places 30 and 40.
     positions = torch.tensor([*range(20, 64), 30, 31, 32, 40, 41, 42], dtype=torch.int32)
-    segments = torch.tensor([0, 44, 47, 50], dtype=torch.int32)
+    offsets_of_queries = torch.tensor([0, 44, 47, 50], dtype=torch.int32)
     range_offsets = torch.tensor([0, 1, 3, 5], dtype=torch.int32)
     ranges = torch.tensor([[0, 64], [0, 30], [64, 67], [0, 40], [67, 70]], dtype=torch.int32)
     angles = torch.arange(64)[:, None] * torch.rand(12)
-    attend = partial(
-        kernels.prefix_attention,
-        q,
-        k,
-        v,
-        positions,
-        segments,
-        range_offsets,
-        ranges,
-        softmax_scale=0.2,
-        backend=backend,
-    )
+    segments = kernels.Segments(positions, offsets_of_queries, range_offsets, ranges)
+    attend = partial(kernels.prefix_attention, q, k, v, segments, softmax_scale=0.2, backend=backend)
     return [
         *kernels.option_logprobs(hidden, weight, offsets, ids, backend=backend),
         kernels.option_logprobs(hidden, weight.bfloat16(), offsets, ids, backend=backend).lse,

@@ -13,7 +13,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import torch
 from support.backends import BACKENDS, PLACES, REFERENCE, Place, each_place, missing
-from support.ops import OPS, call
+from support.ops import OPS, call, segments
 
 from psykern import kernels
 from psykern.kernels import reference
@@ -123,10 +123,6 @@ MISFITS: list[tuple[str, str, Any, str]] = [
     ("prefix_attention", "k", torch.ones(7, 3, 8), "[M, Hkv, Dh] to fit q, got [7, 3, 8]"),
     ("prefix_attention", "k", torch.ones(7, 4, 8), "[M, Hkv, Dh] to fit q, got [7, 4, 8]"),  # more than q has
     ("prefix_attention", "v", torch.ones(6, 1, 8), "[7, 1, 8] like k, got [6, 1, 8]"),
-    ("prefix_attention", "positions", torch.zeros(4, dtype=I32), "[3], got [4]"),
-    ("prefix_attention", "range_offsets", torch.zeros(3, dtype=I32), "[2], got [3]"),
-    ("prefix_attention", "key_ranges", torch.zeros(2, dtype=I32), "[n, 2], got [2]"),
-    ("prefix_attention", "key_ranges", torch.zeros(2, 3, dtype=I32), "[n, 2], got [2, 3]"),
     ("prefix_attention", "window", 0, "at least 1, got 0"),
     ("prefix_attention", "softmax_scale", -0.5, "a number above 0, got -0.5"),
     ("prefix_attention", "softmax_scale", float("nan"), "a number above 0, got nan"),
@@ -165,6 +161,47 @@ def test_an_argument_that_does_not_fit_is_named_with_expected_and_got(
     given = bad.to(place.device) if isinstance(bad, torch.Tensor) else bad
     with pytest.raises(ValueError, match=f"^{name}: expected {re.escape(message)}"):
         call(op, place.backend, place, **{name: given})
+
+
+SEGMENT_MISFITS = [
+    ("positions", torch.zeros(3, 1, dtype=I32), "[N], got [3, 1]"),
+    ("positions", torch.zeros(3), "torch.int32, got torch.float32"),
+    ("query_offsets", torch.zeros(1, 2, dtype=I32), "[S+1], got [1, 2]"),
+    ("query_offsets", torch.tensor([0, 2], dtype=I32), "to ascend from 0 to 3, got [0, 2]"),
+    ("range_offsets", torch.zeros(3, dtype=I32), "[2], got [3]"),
+    ("range_offsets", torch.tensor([1, 1], dtype=I32), "to ascend from 0 to 1, got [1, 1]"),
+    ("range_offsets", torch.tensor([0, 1]), "torch.int32, got torch.int64"),
+    ("key_ranges", torch.zeros(2, dtype=I32), "[n, 2], got [2]"),
+    ("key_ranges", torch.zeros(2, 3, dtype=I32), "[n, 2], got [2, 3]"),
+]
+
+
+@pytest.mark.parametrize(("name", "bad", "message"), SEGMENT_MISFITS, ids=[name for name, _, _ in SEGMENT_MISFITS])
+def test_segments_that_do_not_fit_are_refused_when_they_are_made(name: str, bad: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: expected {re.escape(message)}"):
+        segments(**{name: bad})
+
+
+@each_place
+@pytest.mark.parametrize(
+    ("name", "bad", "message"),
+    [
+        (
+            "positions",
+            {"positions": torch.ones(4, dtype=I32), "query_offsets": torch.tensor([0, 4]).int()},
+            "[3], got [4]",
+        ),
+        ("key_ranges", {"key_ranges": torch.tensor([[5, 8]]).int()}, "rows of k, 0 to 7, got 5 to 8"),
+        ("key_ranges", {"key_ranges": torch.tensor([[-1, 2]]).int()}, "rows of k, 0 to 7, got -1 to 2"),
+    ],
+    ids=["queries", "behind-k", "before-k"],
+)
+def test_segments_of_other_queries_or_keys_are_refused(
+    place: Place, name: str, bad: dict[str, torch.Tensor], message: str
+) -> None:
+    skip_values_on_a_device(place, message.startswith("rows of"))
+    with pytest.raises(ValueError, match=f"^{name}: expected {re.escape(message)}"):
+        call("prefix_attention", place.backend, place, segments=segments(place, **bad))
 
 
 @each_place

@@ -16,6 +16,7 @@ from support.attention import (
     fp64,
     long,
     problem,
+    put,
     rounding_of_scores,
     run,
 )
@@ -42,19 +43,19 @@ def agreement(place: Place) -> float:
 @each_window
 @each_layout
 def test_equals_fp64(place: Place, layout: Layout, window: int | None) -> None:
-    q, k, v, *rest = problem(layout)
+    q, k, v, segments = problem(layout)
     truth = fp64(layout, q, k, v, window)
-    check(place, lambda p: [run(p, q, k, v, *rest, window=window)], [truth], TOLERANCES[torch.float32])
+    check(place, lambda p: [run(p, q, k, v, segments, window=window)], [truth], TOLERANCES[torch.float32])
 
 
 @each_place
 @pytest.mark.parametrize("window", [None, 2, long(600)], ids=lambda w: f"window-{w}")  # 2: within a branch
 @pytest.mark.parametrize("layout", LONG.values(), ids=LONG)
 def test_long_segments_equal_fp64(place: Place, layout: Layout, window: int | None) -> None:
-    q, k, v, *rest = problem(layout, (2, 1))
+    q, k, v, segments = problem(layout, (2, 1))
     truth = fp64(layout, q, k, v, window)
     tolerance = TOLERANCES[torch.float32] + rounding_of_scores(layout, q, k, v, window)
-    check(place, lambda p: [run(p, q, k, v, *rest, window=window)], [truth], tolerance)
+    check(place, lambda p: [run(p, q, k, v, segments, window=window)], [truth], tolerance)
 
 
 @each_place
@@ -78,34 +79,34 @@ def test_heads_and_sizes(
     place: Place, dtype: torch.dtype, heads: tuple[int, int], size: int, window: int | None
 ) -> None:
     layout = LAYOUTS["trie"]
-    q, k, v, *rest = problem(layout, heads, size, dtype)
+    q, k, v, segments = problem(layout, heads, size, dtype)
     scale = size**-0.5
     truth = fp64(layout, q, k, v, window, scale)
-    check(place, lambda p: [run(p, q, k, v, *rest, window=window, scale=scale)], [truth], TOLERANCES[dtype])
+    check(place, lambda p: [run(p, q, k, v, segments, window=window, scale=scale)], [truth], TOLERANCES[dtype])
 
 
 @each_place
 @each_window
 @each_layout
 def test_rows_that_no_segment_names_do_not_matter(place: Place, layout: Layout, window: int | None) -> None:
-    q, k, v, *rest = problem(layout)
-    clean = run(place, q, k, v, *rest, window=window)
+    q, k, v, segments = problem(layout)
+    clean = run(place, q, k, v, segments, window=window)
     named = sorted({row for s in range(len(layout.segments)) for row in layout.path(s)})
     others = torch.ones(len(k), dtype=torch.bool)
     others[named] = False
     assert others.any()
     k[others], v[others] = math.nan, math.inf
-    assert_same_bits(run(place, q, k, v, *rest, window=window), clean)
+    assert_same_bits(run(place, q, k, v, segments, window=window), clean)
 
 
 @each_place
 @each_window
 @each_layout
 def test_every_element_of_out_is_written(place: Place, layout: Layout, window: int | None) -> None:
-    q, k, v, *rest = problem(layout)
-    got = run(place, q, k, v, *rest, window=window, out=torch.full_like(q, math.nan))
+    q, k, v, segments = problem(layout)
+    got = run(place, q, k, v, segments, window=window, out=torch.full_like(q, math.nan))
     assert got.isfinite().all()
-    assert_same_bits(got, run(place, q, k, v, *rest, window=window))
+    assert_same_bits(got, run(place, q, k, v, segments, window=window))
 
 
 @each_place
@@ -114,10 +115,11 @@ def test_every_element_of_out_is_written(place: Place, layout: Layout, window: i
     "layout", [LAYOUTS["trie"], LAYOUTS["gaps"], LONG["many-gaps"]], ids=["trie", "gaps", "many-gaps"]
 )
 def test_out_may_be_q(place: Place, layout: Layout, window: int | None) -> None:
-    inputs = problem(layout)
-    expected = run(place, *inputs, window=window)
-    q, *others = place.put(*inputs)
-    got = kernels.prefix_attention(q, *others, softmax_scale=SCALE, window=window, out=q, backend=place.backend)
+    *inputs, segments = problem(layout)
+    expected = run(place, *inputs, segments, window=window)
+    q, k, v = place.put(*inputs)
+    segments = put(place, segments)
+    got = kernels.prefix_attention(q, k, v, segments, softmax_scale=SCALE, window=window, out=q, backend=place.backend)
     assert got is q
     assert_same_bits(got.cpu(), expected)
 
@@ -128,10 +130,12 @@ def test_out_may_be_q(place: Place, layout: Layout, window: int | None) -> None:
 def test_inputs_are_not_changed_and_two_runs_give_the_same_bits(
     place: Place, layout: Layout, window: int | None
 ) -> None:
-    inputs = place.put(*problem(layout))
+    *inputs, segments = problem(layout)
+    inputs, segments = place.put(*inputs), put(place, segments)
     copies = [t.clone() for t in inputs]
     one, other = (
-        kernels.prefix_attention(*inputs, softmax_scale=SCALE, window=window, backend=place.backend) for _ in range(2)
+        kernels.prefix_attention(*inputs, segments, softmax_scale=SCALE, window=window, backend=place.backend)
+        for _ in range(2)
     )
     for before, after in zip(copies, inputs, strict=True):
         assert_same_bits(after, before)
@@ -143,12 +147,12 @@ def test_inputs_are_not_changed_and_two_runs_give_the_same_bits(
 @pytest.mark.parametrize("name", ["trie", "two-transcripts", "carried", "no-queries"])
 def test_a_segment_alone_gives_the_same_bits_as_in_company(place: Place, name: str, window: int | None) -> None:
     layout = LAYOUTS[name]
-    q, k, v, *rest = problem(layout)
-    together = run(place, q, k, v, *rest, window=window)
+    q, k, v, segments = problem(layout)
+    together = run(place, q, k, v, segments, window=window)
     first = 0
     for segment in layout.segments:
         last = first + len(segment[0])
-        alone = run(place, q[first:last], k, v, *Layout((segment,)).tensors(), window=window)
+        alone = run(place, q[first:last], k, v, Layout((segment,)).kernel_segments(), window=window)
         assert_same_bits(alone, together[first:last])
         first = last
 
@@ -163,9 +167,9 @@ def test_a_segment_in_two_pieces_equals_the_whole(
     whole = Layout(((range(40), [(0, 40)]),))
     path = [(0, 40)] if is_one_range else [(0, cut), (cut, 40)]
     pieces = Layout(((range(cut), [(0, cut)]), (range(cut, 40), path)))
-    q, k, v, *rest = problem(whole)
-    expected = run(place, q, k, v, *rest, window=window)
-    got = run(place, q, k, v, *pieces.tensors(), window=window)
+    q, k, v, segments = problem(whole)
+    expected = run(place, q, k, v, segments, window=window)
+    got = run(place, q, k, v, pieces.kernel_segments(), window=window)
     torch.testing.assert_close(got, expected, rtol=0, atol=agreement(place))
 
 
@@ -174,11 +178,11 @@ def test_a_segment_in_two_pieces_equals_the_whole(
 def test_some_of_a_segments_queries_get_what_all_of_them_get(place: Place, window: int | None) -> None:
     """The last layer asks for the rows that predict a response only."""
     path = [(0, 4), (6, 42)]
-    q, k, v, *rest = problem(Layout(((range(4, 40), path),)))
-    expected = run(place, q, k, v, *rest, window=window)
+    q, k, v, segments = problem(Layout(((range(4, 40), path),)))
+    expected = run(place, q, k, v, segments, window=window)
     chosen = [4, 5, 6, 11, 30, 39]
     queries = [p - 4 for p in chosen]
-    got = run(place, q[queries], k, v, *Layout(((chosen, path),)).tensors(), window=window)
+    got = run(place, q[queries], k, v, Layout(((chosen, path),)).kernel_segments(), window=window)
     torch.testing.assert_close(got, expected[queries], rtol=0, atol=agreement(place))
 
 
@@ -186,12 +190,12 @@ def test_some_of_a_segments_queries_get_what_all_of_them_get(place: Place, windo
 @each_window
 def test_where_keys_stand_in_the_store_does_not_matter(place: Place, window: int | None) -> None:
     """One path in one range and the same keys scattered over ranges of odd lengths: numbers agree."""
-    q, k, v, *rest = problem(Layout(((range(20, 30), [(0, 30)]),)))
-    expected = run(place, q, k, v, *rest, window=window)
+    q, k, v, segments = problem(Layout(((range(20, 30), [(0, 30)]),)))
+    expected = run(place, q, k, v, segments, window=window)
     scattered = Layout(((range(20, 30), [(41, 42), (7, 10), (50, 61), (1, 6), (20, 30)]),))
     far_k, far_v = torch.full((2, 64, *k.shape[1:]), math.nan)
     far_k[scattered.path(0)], far_v[scattered.path(0)] = k[:30], v[:30]
-    got = run(place, q, far_k, far_v, *scattered.tensors(), window=window)
+    got = run(place, q, far_k, far_v, scattered.kernel_segments(), window=window)
     torch.testing.assert_close(got, expected, rtol=0, atol=agreement(place))
 
 
@@ -200,20 +204,20 @@ def test_where_keys_stand_in_the_store_does_not_matter(place: Place, window: int
 def test_huge_scores_stay_finite(place: Place, window: int | None) -> None:
     """Scores up to 1e6: each query takes the value of its best key."""
     layout = LAYOUTS["trie"]
-    q, k, v, *rest = problem(layout)
+    q, k, v, segments = problem(layout)
     q, k = q * 1e3, k * 1e3
     truth = fp64(layout, q, k, v, window)
-    check(place, lambda p: [run(p, q, k, v, *rest, window=window)], [truth], TOLERANCES[torch.float32])
+    check(place, lambda p: [run(p, q, k, v, segments, window=window)], [truth], TOLERANCES[torch.float32])
 
 
 @each_place
 @pytest.mark.parametrize("window", [None, 5], ids=lambda w: f"window-{w}")
 def test_a_key_that_is_nan_reaches_those_who_see_it(place: Place, window: int | None) -> None:
     layout = LAYOUTS["two-transcripts"]
-    q, k, v, *rest = problem(layout)
-    clean = run(place, q, k, v, *rest, window=window)
+    q, k, v, segments = problem(layout)
+    clean = run(place, q, k, v, segments, window=window)
     k[8] = math.nan  # the last key of the first transcript
-    got = run(place, q, k, v, *rest, window=window)
+    got = run(place, q, k, v, segments, window=window)
     assert got[8].isnan().all()
     assert_same_bits(got[9:], clean[9:])  # the other transcript
 
@@ -224,9 +228,9 @@ def test_reference_with_tiles_that_do_not_divide_the_queries(
     layout: Layout, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reference, "QUERY_TILE", 4)
-    q, k, v, *rest = problem(layout)
+    q, k, v, segments = problem(layout)
     truth = fp64(layout, q, k, v, window)
-    check(REFERENCE, lambda p: [run(p, q, k, v, *rest, window=window)], [truth], TOLERANCES[torch.float32])
+    check(REFERENCE, lambda p: [run(p, q, k, v, segments, window=window)], [truth], TOLERANCES[torch.float32])
 
 
 @pytest.mark.parametrize(
@@ -271,7 +275,7 @@ def test_reference_takes_the_branch_that_each_case_is_for(
 
     monkeypatch.setattr(reference, "_attend", record)
     layout = Layout((segment,))
-    q, k, v, *rest = problem(layout)
-    got = run(REFERENCE, q, k, v, *rest, window=window)
+    q, k, v, segments = problem(layout)
+    got = run(REFERENCE, q, k, v, segments, window=window)
     assert taken == parts
     torch.testing.assert_close(got.double(), fp64(layout, q, k, v, window), rtol=0, atol=TOLERANCES[torch.float32])

@@ -72,23 +72,25 @@ def test_keys_that_the_copy_engine_fetches(
     take = module._blocks_of_keys
     monkeypatch.setattr(module, "_blocks_of_keys", lambda x, b, use: used.append(use) or take(x, b, use))
     chosen = attention.LONG[layout]
-    q, k, v, *rest = attention.problem(chosen, heads, size, torch.float16)
+    q, k, v, segments = attention.problem(chosen, heads, size, torch.float16)
     named = torch.zeros(len(k), dtype=torch.bool)
     for s in range(len(chosen.segments)):
         named[chosen.path(s)] = True
     truth = attention.fp64(chosen, q, k, v, window)
     k[~named], v[~named] = np.nan, np.nan
-    check(TRITON, lambda p: [attention.run(p, q, k, v, *rest, window=window)], [truth], attention.TOLERANCES[q.dtype])
+    check(
+        TRITON, lambda p: [attention.run(p, q, k, v, segments, window=window)], [truth], attention.TOLERANCES[q.dtype]
+    )
     assert used == [True, True]
 
 
 def test_keys_that_no_query_of_a_tile_sees_are_not_read() -> None:
     """One tile: a value that was read would spoil the sum, NaN times a weight of 0."""
     layout = attention.Layout(((range(100, 132), [(0, 300)]),))
-    q, k, v, *rest = attention.problem(layout, (1, 1))
+    q, k, v, segments = attention.problem(layout, (1, 1))
     truth = attention.fp64(layout, q, k, v, window=40)
     v[:61], v[132:] = np.nan, np.nan
-    got = attention.run(TRITON, q, k, v, *rest, window=40)
+    got = attention.run(TRITON, q, k, v, segments, window=40)
     torch.testing.assert_close(got.double(), truth, rtol=0, atol=attention.TOLERANCES[q.dtype])
 
 

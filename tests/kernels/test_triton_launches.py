@@ -74,8 +74,8 @@ attention.described = lambda x, rows, columns: importlib.import_module(
     "triton.tools.tensor_descriptor").TensorDescriptor(x, [len(x), 1024], [x.stride(0), 1], [rows, columns])
 q = torch.zeros(4, 2, 64, dtype=torch.bfloat16)  # rows of 128 numbers, said to have 1,024
 ends = torch.tensor([0, 4], dtype=torch.int32)
-kernels.prefix_attention(q, q, q, torch.arange(4).int(), ends, torch.tensor([0, 1]).int(), ends[None],
-                         softmax_scale=1.0, backend="triton")
+segments = kernels.Segments(torch.arange(4).int(), ends, torch.tensor([0, 1]).int(), ends[None])
+kernels.prefix_attention(q, q, q, segments, softmax_scale=1.0, backend="triton")
 """,
 }
 

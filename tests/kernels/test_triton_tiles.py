@@ -8,16 +8,13 @@ import pytest
 import torch
 from support.attention import LAYOUTS, LONG, Layout
 
-pytest.importorskip("triton")
-
-from psykern.kernels.triton import tiles
+from psykern.kernels import tiles
 
 CPU = torch.device("cpu")
 
 
 def rows_of(layout: Layout, tile_queries: int) -> list[list[int]]:
-    positions, *rest = layout.tensors()
-    return tiles.query_tiles(positions, *rest, tile_queries, CPU).table.tolist()
+    return layout.kernel_segments().tiles(tile_queries, CPU).table.tolist()
 
 
 @pytest.mark.parametrize("tile_queries", [1, 2, 18, 64])

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from psykern.core.errors import CheckpointError
-from psykern.kernels import Backend
+from psykern.kernels import Backend, Segments
 from psykern.models.config import ModelConfig
 from psykern.models.families import FAMILIES
 from psykern.models.layer import Batch, Workspace, decoder_layer
@@ -444,10 +444,12 @@ def test_one_layer_equals_transformers_for_all_rows_and_for_some(name: str, back
             store_row=3,
             query_rows=rows,
             query_positions=torch.arange(40, dtype=torch.int32)[slice(None) if rows is None else rows],
-            segment_positions=torch.arange(40, dtype=torch.int32)[slice(None) if rows is None else rows],
-            query_offsets=torch.tensor([0, num_queries], dtype=torch.int32),
-            range_offsets=torch.tensor([0, 1], dtype=torch.int32),
-            key_ranges=torch.tensor([[3, 43]], dtype=torch.int32),
+            segments=Segments(
+                positions=torch.arange(40, dtype=torch.int32)[slice(None) if rows is None else rows],
+                query_offsets=torch.tensor([0, num_queries], dtype=torch.int32),
+                range_offsets=torch.tensor([0, 1], dtype=torch.int32),
+                key_ranges=torch.tensor([[3, 43]], dtype=torch.int32),
+            ),
         )
         given = hidden.clone()
         out = given if rows is None else torch.full((num_queries, 64), torch.nan)
@@ -464,7 +466,8 @@ def test_a_layer_allocates_no_array_of_its_rows(name: str, tmp_path: Path) -> No
     rows, heads = 2000, (model.config.num_kv_heads, model.config.head_dim)
     layer, work, hidden = model.layer(0, rows), Workspace.make(rows, model), torch.randn(rows, 64)
     positions, ends = torch.arange(rows, dtype=torch.int32), torch.tensor([0, rows], dtype=torch.int32)
-    batch = Batch(positions, 0, None, positions, positions, ends, torch.tensor([0, 1], dtype=torch.int32), ends[None])
+    segments = Segments(positions, ends, torch.tensor([0, 1], dtype=torch.int32), ends[None])
+    batch = Batch(positions, 0, None, positions, segments)
     keys, values = torch.empty(2, rows, *heads)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         decoder_layer(layer, hidden, keys, values, batch, hidden, work, "cpu")

@@ -35,13 +35,13 @@ class Layout:
         """Rows of the keys of segment s, by position."""
         return [row for begin, end in self.segments[s][1] for row in range(begin, end)]
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """positions, query_offsets, range_offsets, key_ranges."""
+    def kernel_segments(self) -> kernels.Segments:
+        """The segments as the operation takes them."""
         positions = [p for segment, _ in self.segments for p in segment]
         query_offsets = torch.tensor([0, *(len(segment) for segment, _ in self.segments)]).cumsum(0)
         range_offsets = torch.tensor([0, *(len(ranges) for _, ranges in self.segments)]).cumsum(0)
         ranges = [r for _, ranges in self.segments for r in ranges]
-        return (
+        return kernels.Segments(
             torch.tensor(positions, dtype=torch.int32),
             query_offsets.int(),
             range_offsets.int(),
@@ -121,12 +121,18 @@ SCALE = 0.3  # not Dh ** -0.5, so that a kernel that takes that for granted show
 
 def problem(
     layout: Layout, heads: tuple[int, int] = (4, 2), size: int = 16, dtype: torch.dtype = torch.float32, seed: int = 0
-) -> tuple[Tensor, ...]:
-    """q, k, v, positions, query_offsets, range_offsets, key_ranges."""
+) -> tuple[Tensor, Tensor, Tensor, kernels.Segments]:
+    """q, k, v, segments."""
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(layout.num_queries, heads[0], size, generator=generator)
     k, v = torch.randn(2, layout.num_store_rows, heads[1], size, generator=generator)
-    return q.to(dtype), k.to(dtype), v.to(dtype), *layout.tensors()
+    return q.to(dtype), k.to(dtype), v.to(dtype), layout.kernel_segments()
+
+
+def put(place: Place, segments: kernels.Segments) -> kernels.Segments:
+    """Copies on the place's device, as ``Place.put`` makes of tensors."""
+    arrays = (segments.positions, segments.query_offsets, segments.range_offsets, segments.key_ranges)
+    return kernels.Segments(*place.put(*arrays))
 
 
 def fp64(layout: Layout, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float = SCALE) -> Tensor:
@@ -169,10 +175,17 @@ def rounding_of_scores(layout: Layout, q: Tensor, k: Tensor, v: Tensor, window: 
 
 
 def run(
-    place: Place, *inputs: Tensor, window: int | None = None, out: Tensor | None = None, scale: float = SCALE
+    place: Place,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: kernels.Segments,
+    window: int | None = None,
+    out: Tensor | None = None,
+    scale: float = SCALE,
 ) -> Tensor:
     with poisoned_memory():
-        on_device = place.put(*inputs)
+        on_device = (*place.put(q, k, v), put(place, segments))
         given = None if out is None else place.put(out)[0]
         o = kernels.prefix_attention(*on_device, softmax_scale=scale, window=window, out=given, backend=place.backend)
     assert given is None or o is given

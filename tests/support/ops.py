@@ -16,7 +16,6 @@ def arguments(op: str, place: Place = REFERENCE) -> dict[str, Any]:
     """A valid call of each operation, but for ``backend``: 3 rows, V = 5, D = 4; 2 heads of 8 on 1; P = 6."""
     ids = torch.tensor([0, 4, 2], dtype=torch.int32)
     positions = torch.arange(3, dtype=torch.int32)
-    offsets = torch.tensor([0, 3], dtype=torch.int32)
     calls: dict[str, dict[str, Any]] = {
         "option_logprobs": {
             "hidden": torch.ones(3, 4),
@@ -28,10 +27,7 @@ def arguments(op: str, place: Place = REFERENCE) -> dict[str, Any]:
             "q": torch.ones(3, 2, 8),
             "k": torch.ones(7, 1, 8),
             "v": torch.ones(7, 1, 8),
-            "positions": positions,
-            "query_offsets": offsets,
-            "range_offsets": torch.tensor([0, 1], dtype=torch.int32),
-            "key_ranges": torch.tensor([[0, 3]], dtype=torch.int32),
+            "segments": segments(place),
             "softmax_scale": 0.5,
         },
         "add_rms_norm": {
@@ -52,6 +48,17 @@ def arguments(op: str, place: Place = REFERENCE) -> dict[str, Any]:
         "gather_rows": {"source": torch.ones(2, 5, 4), "rows": torch.tensor([4, 0, 4])},
     }
     return {n: a.to(place.device) if isinstance(a, torch.Tensor) else a for n, a in calls[op].items()}
+
+
+def segments(place: Place = REFERENCE, **changed: torch.Tensor) -> kernels.Segments:
+    """One segment of 3 queries on 3 keys."""
+    arrays = {
+        "positions": torch.arange(3, dtype=torch.int32),
+        "query_offsets": torch.tensor([0, 3], dtype=torch.int32),
+        "range_offsets": torch.tensor([0, 1], dtype=torch.int32),
+        "key_ranges": torch.tensor([[0, 3]], dtype=torch.int32),
+    }
+    return kernels.Segments(**{name: array.to(place.device) for name, array in (arrays | changed).items()})
 
 
 def call(op: str, backend: kernels.Backend = "auto", place: Place = REFERENCE, **changed: Any) -> Any:

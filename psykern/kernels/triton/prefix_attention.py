@@ -1,6 +1,6 @@
 """prefix_attention: online softmax over the keys of each tile of queries, range by range of their path.
 
-One program answers the query heads of one key head for the queries of one tile (:mod:`psykern.kernels.triton.tiles`),
+One program answers the query heads of one key head for the queries of one tile (:mod:`psykern.kernels.tiles`),
 so that a key is read once for all of them. Blocks of keys that all queries of the tile see need no mask, and on Hopper
 the copy engine fetches them (tensor descriptors); those that none sees, behind the last query or before the window, are
 not read. What lies between, at the edges, is masked, in smaller blocks where these leave registers to the others.
@@ -15,17 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from psykern.kernels.triton.common import (
-    LOG2E,
-    dense_rows,
-    described,
-    has_aligned_rows,
-    is_hopper,
-    is_wide,
-    on_device_of,
-    power_of_2,
-)
-from psykern.kernels.triton.tiles import (
+from psykern.kernels.segments import Segments
+from psykern.kernels.tiles import (
     END_QUERY,
     END_RANGE,
     END_TAIL,
@@ -37,7 +28,16 @@ from psykern.kernels.triton.tiles import (
     LIMIT,
     MIN_LIMIT,
     NUM_COLUMNS,
-    query_tiles,
+)
+from psykern.kernels.triton.common import (
+    LOG2E,
+    dense_rows,
+    described,
+    has_aligned_rows,
+    is_hopper,
+    is_wide,
+    on_device_of,
+    power_of_2,
 )
 
 MAX_HEAD_DIM = 256
@@ -75,10 +75,7 @@ def prefix_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    positions: Tensor,
-    query_offsets: Tensor,
-    range_offsets: Tensor,
-    key_ranges: Tensor,
+    segments: Segments,
     softmax_scale: float,
     window: int | None,
     out: Tensor,
@@ -92,7 +89,7 @@ def prefix_attention(
     blocks = blocks_of(q.shape[2], q.dtype, is_hopper(q.device), use_copies)
     group = q.shape[1] // k.shape[1]
     block_m = max(blocks.block_m, power_of_2(group))
-    tiles = query_tiles(positions, query_offsets, range_offsets, key_ranges, block_m // group, q.device)
+    tiles = segments.tiles(block_m // group, q.device)
     target = out if dense_rows(out) is out else torch.empty_like(out, memory_format=torch.contiguous_format)
     with on_device_of(q):
         attention_kernel[(tiles.num_tiles, k.shape[1])](

@@ -1,4 +1,4 @@
-"""Plans the query tiles of prefix_attention on the CPU: once for the tensors that describe a batch's segments.
+"""Plans the query tiles of prefix_attention on the CPU, from the arrays that describe a batch's segments.
 
 A tile is a run of queries that one program answers together. Long segments are cut into tiles. Neighbouring short
 segments that branch off one path (the answer options of a transcript: the same ranges but for how far they go along
@@ -10,12 +10,10 @@ its begin to its end.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 _PACK_SHARE = 4  # a segment is short where a tile holds at least so many of it
 
@@ -37,39 +35,7 @@ class QueryTiles:
     num_tiles: int
 
 
-_planned: Any = WeakIdKeyDictionary()  # by query_offsets: what it was planned with, and the tiles by size and device
-
-
-def query_tiles(
-    positions: Tensor,
-    query_offsets: Tensor,
-    range_offsets: Tensor,
-    key_ranges: Tensor,
-    tile_queries: int,
-    device: torch.device,
-) -> QueryTiles:
-    """The tiles of at most ``tile_queries`` queries each. Tensors on a device are copied to the CPU first, which waits;
-    those on the CPU must not be changed while they are in use, as their tiles are kept as long as they are."""
-    inputs = (positions, query_offsets, range_offsets, key_ranges)
-    versions = tuple(0 if t.is_inference() else t._version for t in inputs)
-    others = (positions, range_offsets, key_ranges)
-    known = _planned.get(query_offsets)
-    if known is None or known[1] != versions or any(a is not b for a, b in zip(known[0], others, strict=True)):
-        known = _planned[query_offsets] = (others, versions, {})
-    tiles = known[2]
-    if (tile_queries, device) not in tiles:
-        tiles[tile_queries, device] = _plan(
-            positions.cpu().numpy(),
-            query_offsets.cpu().numpy(),
-            range_offsets.cpu().numpy(),
-            key_ranges.cpu().numpy(),
-            tile_queries,
-            device,
-        )
-    return tiles[tile_queries, device]
-
-
-def _plan(
+def plan_tiles(
     positions: np.ndarray,
     query_offsets: np.ndarray,
     range_offsets: np.ndarray,
@@ -77,6 +43,7 @@ def _plan(
     tile_queries: int,
     device: torch.device,
 ) -> QueryTiles:
+    """The tiles of at most ``tile_queries`` queries each; see :class:`psykern.kernels.Segments` for the arrays."""
     active = np.flatnonzero(np.diff(query_offsets))  # segments with queries
     starts, counts = query_offsets[active], np.diff(query_offsets)[active]
     first_range, end_range = range_offsets[active], range_offsets[active + 1]
