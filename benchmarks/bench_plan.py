@@ -18,16 +18,16 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from bench_score import load_studies, make_checkpoint
 from harness import time_side_by_side, write_csv
 
 from psykern.core.errors import Source
 from psykern.core.types import EncodedTranscript, TargetScores
 from psykern.data.encode import Tokenizer
-from psykern.engine import engine
+from psykern.engine.budgets import CPU_BUDGETS
 from psykern.engine.engine import Engine
 from psykern.engine.plan import Plan, plan
+from psykern.kernels.compute import Compute
 from psykern.models.model import Model
 
 MINIMA = (1, 8, 32, 128, 10**9)
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as temporary:
         make_checkpoint(Path(temporary), layers=4)
-        model = Model(Path(temporary), device=torch.device("cpu"), dtype=torch.float32)
+        model = Model(Path(temporary), Compute.resolve("cpu"))
         rows = []
         for study in load_studies(STUDIES, Tokenizer.load(Path(temporary))):
             rows += bench_minima(study.name, study.encoded, model, options.repeats)
@@ -85,8 +85,8 @@ def bench_minima(
 def plan_with(transcripts: list[EncodedTranscript], min_share: int) -> Plan:
     return plan(
         transcripts,
-        wave_tokens=engine.CPU_BUDGETS.wave_tokens,
-        batch_tokens=engine.CPU_BUDGETS.batch_tokens,
+        wave_tokens=CPU_BUDGETS.wave_tokens,
+        batch_tokens=CPU_BUDGETS.batch_tokens,
         min_share=min_share,
     )
 

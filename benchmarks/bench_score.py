@@ -20,7 +20,7 @@ saw of one more run on CUDA: the share of the time from the first kernel to the 
 written after each provider.
 
 Tokens per second count the tokens of the transcripts, not those computed; GFLOP/s count what psykern computed
-(``engine.cost``), over the whole time, and ``share_of_sgemm`` compares them with a square product just before. Needs
+(``budgets.cost``), over the whole time, and ``share_of_sgemm`` compares them with a square product just before. Needs
 the shared transcripts.
 
     python benchmarks/bench_score.py --device cuda --shape Qwen3-8B --mix gpu --name score_gpu_qwen3-8b
@@ -67,10 +67,12 @@ from psykern.core.settings import MIN_SHARE
 from psykern.core.types import EncodedTranscript, TargetScores, Transcript
 from psykern.data.encode import Encoder, Tokenizer
 from psykern.data.rows import find_data, read
-from psykern.engine import engine
+from psykern.engine.budgets import CPU_BUDGETS, Budgets, cost
+from psykern.engine.budgets import budgets as best_budgets
 from psykern.engine.engine import Engine
 from psykern.engine.plan import Plan, plan
-from psykern.kernels import Backend
+from psykern.kernels import Backend, resolve
+from psykern.kernels.compute import Compute
 from psykern.models.model import Model
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -111,6 +113,12 @@ TOLERANCE = 1e-4  # nats per response
 RMS_TOLERANCE = {torch.float32: 0.003, torch.bfloat16: 0.035}  # nats per token, against transformers in fp32
 ORACLE_TOKENS = 6000  # of a transcript that is scored in fp32 on a GPU, at most
 CHECKPOINTS = {"psykern:bf16": torch.bfloat16}  # of the other providers: fp32
+OWN: dict[str, Backend] = {
+    "psykern": "auto",
+    "psykern:cpu": "cpu",
+    "psykern:reference": "reference",
+    "psykern:bf16": "auto",
+}
 
 
 @dataclass(frozen=True)
@@ -209,7 +217,7 @@ def run_psykern(
     tokenizer: Tokenizer,
     study: Study,
     min_share: int,
-    budgets: engine.Budgets = engine.CPU_BUDGETS,
+    budgets: Budgets = CPU_BUDGETS,
 ) -> tuple[TargetScores, Plan]:
     encoded = Encoder(tokenizer).encode(study.transcripts, lambda error: None)
     planned = plan(encoded, wave_tokens=budgets.wave_tokens, batch_tokens=budgets.batch_tokens, min_share=min_share)
@@ -252,8 +260,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder = Path(temporary)
         oracle = make_checkpoint(folder, options.layers)
         models = {
-            dtype: Model(folder / str(dtype), device=torch.device("cpu"), dtype=torch.float32)
-            for dtype in (torch.float32, torch.bfloat16)
+            name: Model(folder / str(CHECKPOINTS.get(name, torch.float32)), Compute.resolve("cpu", backend=backend))
+            for name, backend in OWN.items()
         }
         tokenizer = Tokenizer.load(folder / "torch.float32")
         mix = {name: n for name, n in MIXES[options.mix].items() if not options.studies or name in options.studies}
@@ -286,8 +294,8 @@ def bench_shape(options: argparse.Namespace) -> None:
             raise SystemExit(f"expected a transcript of at most {ORACLE_TOKENS} tokens in {', '.join(mix)}")
         expected = run_careful_user(copy.deepcopy(user).float(), short)
         release(device)
-        model = Model(folder, device=device, dtype=dtype)
-        budgets = engine.budgets(model.config, device, dtype)
+        model = Model(folder, Compute(device, dtype, resolve("auto", device)))
+        budgets = best_budgets(model.spec, device, dtype)
         got = run_psykern(Engine(model), tokenizer, short, MIN_SHARE, budgets)[0].logprob
         rms = float(np.sqrt(np.mean((got - expected) ** 2.0)))
         print(f"RMS of differences from transformers in fp32: {rms:.5f} nats, {len(expected)} tokens", flush=True)
@@ -365,13 +373,13 @@ def bench_providers(
     folder: Path,
     user: PreTrainedModel,
     model: Model,
-    budgets: engine.Budgets,
+    budgets: Budgets,
     tokenizer: Tokenizer,
     options: argparse.Namespace,
     rms: float,
 ) -> None:
     """One row per provider. Scores far from the first provider's, or other bytes in a further run, are refused."""
-    device, dtype, config = options.device, dtype_of(options), model.config
+    device, dtype, spec = options.device, dtype_of(options), model.spec
     used: list[tuple[Plan, float | None]] = []
 
     def psykern_logprobs(decoder: Model) -> np.ndarray:
@@ -383,7 +391,7 @@ def bench_providers(
     baselines = {"study": run_study_procedure, "careful": run_careful_user}
     models = {"psykern": model}
     if "psykern:streamed" in options.providers:
-        models["psykern:streamed"] = Model(folder, device=device, dtype=dtype, num_slots=2)
+        models["psykern:streamed"] = Model(folder, model.compute, num_slots=2)
     rows: list[dict[str, object]] = []
     scored: dict[str, np.ndarray] = {}
     for name in options.providers:
@@ -422,7 +430,7 @@ def bench_providers(
         }
         if is_own:
             planned, idle = used[0]
-            work = engine.cost(planned, config, dtype)
+            work = cost(planned, spec, dtype)
             gflops = (work.flops_body + work.flops_attention + work.flops_head) / timing.median / 1e9
             row |= {"computed_tokens": planned.num_computed, "gflops": round(gflops, 1)}
             row |= {"share_of_matrix": round(gflops / rate, 3), "idle_share": "" if idle is None else round(idle, 4)}
@@ -442,29 +450,26 @@ def bench_study(
     study: Study,
     folder: Path,
     oracle: PreTrainedModel,
-    models: dict[torch.dtype, Model],
+    models: dict[str, Model],
     tokenizer: Tokenizer,
     options: argparse.Namespace,
 ) -> list[dict[str, object]]:
     """One row per provider. A result that differs from the careful user's by more than the tolerance is refused."""
     planned: list[Plan] = []
 
-    def psykern_logprobs(backend: Backend, dtype: torch.dtype = torch.float32) -> np.ndarray:
-        scores, used = run_psykern(Engine(models[dtype], backend), tokenizer, study, options.min_share)
+    def psykern_logprobs(model: Model) -> np.ndarray:
+        scores, used = run_psykern(Engine(model), tokenizer, study, options.min_share)
         planned[:] = [used]
         return scores.logprob
 
     providers: dict[str, Callable[[], np.ndarray]] = {
         "study": lambda: run_study_procedure(oracle, study),
         "careful": lambda: run_careful_user(oracle, study),
-        "psykern": lambda: psykern_logprobs("auto"),
-        "psykern:cpu": lambda: psykern_logprobs("cpu"),
-        "psykern:reference": lambda: psykern_logprobs("reference"),
-        "psykern:bf16": lambda: psykern_logprobs("auto", CHECKPOINTS["psykern:bf16"]),
+        **{name: partial(psykern_logprobs, model) for name, model in models.items()},
     }
     lengths = np.concatenate([t.spans_tok[:, 1] - t.spans_tok[:, 0] for t in study.encoded])
     starts = np.concatenate(([0], np.cumsum(lengths[lengths > 0])[:-1]))
-    config = models[torch.float32].config
+    spec = models["psykern"].spec
     rows: list[dict[str, object]] = []
     expected: np.ndarray | None = None
     for name in options.providers:
@@ -482,13 +487,13 @@ def bench_study(
         timing = Timing.of(seconds)
         gflops: float | None = None
         if name.startswith("psykern"):
-            work = engine.cost(planned[0], config, torch.float32)
+            work = cost(planned[0], spec, torch.float32)
             gflops = (work.flops_body + work.flops_attention + work.flops_head) / timing.median / 1e9
         rows.append(
             {
                 "study": study.name,
                 "provider": name,
-                "layers": config.num_layers,
+                "layers": spec.num_layers,
                 "checkpoint": str(CHECKPOINTS.get(name, torch.float32)).removeprefix("torch."),
                 "transcripts": len(study.transcripts),
                 "responses": study.num_responses,

@@ -13,13 +13,13 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from bench_score import MIXES, Study, load_studies, make_checkpoint, run_psykern
 from harness import print_row, write_csv
 
 from psykern.core.settings import MIN_SHARE
 from psykern.data.encode import Tokenizer
 from psykern.engine.engine import Engine
+from psykern.kernels.compute import Compute
 from psykern.models.model import Model
 
 LEAST_SHARE = 0.001  # of the run; less counts as "rest"
@@ -42,7 +42,7 @@ def profile(study: Study, model: Model, tokenizer: Tokenizer) -> list[dict[str, 
     parts["rest"] = (total - sum(seconds for seconds, _ in parts.values()), 0)
     table = []
     for name, (seconds, calls) in sorted(parts.items(), key=lambda part: -part[1][0]):
-        row = {"study": study.name, "layers": model.config.num_layers, "function": name, "calls": calls}
+        row = {"study": study.name, "layers": model.num_layers, "function": name, "calls": calls}
         table.append({**row, "seconds": round(seconds, 3), "share": round(seconds / total, 4)})
         print_row(table[-1])
     return table
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         make_checkpoint(Path(temporary), options.layers)
         folder = Path(temporary) / "torch.float32"
-        model = Model(folder, device=torch.device("cpu"), dtype=torch.float32)
+        model = Model(folder, Compute.resolve("cpu"))
         tokenizer = Tokenizer.load(folder)
         table = [row for s in load_studies(MIXES[options.mix], tokenizer) for row in profile(s, model, tokenizer)]
     if options.name:

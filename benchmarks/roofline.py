@@ -3,7 +3,7 @@ study's models. **Nothing here is measured**: peaks are the makers' data sheets,
 assumed (:class:`Assumptions`).
 
 An operation takes the longer of two times: its floating-point operations at the rate of the unit that does them, and
-its bytes at the memory's bandwidth, each array read or written once. FLOPs are those of ``engine.cost``: 2 for each
+its bytes at the memory's bandwidth, each array read or written once. FLOPs are those of ``budgets.cost``: 2 for each
 weight and row, 4 Hq Dh for each pair of a query and a key that it sees; the last layer computes queries, output
 projection and MLP of the response rows only. Keys and values of a path that fit in half of the L2 cache are read from
 memory once, larger ones once per tile of 128 queries. A model that does not fit the memory is streamed: each wave
@@ -24,9 +24,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from shapes import SHAPES, model_config, num_weights
+from shapes import SHAPES, model_spec, num_weights
 
-from psykern.models.config import ModelConfig
+from psykern.models.layer import LayerSpec
+from psykern.models.spec import ModelSpec
 
 RESULTS = Path(__file__).parent / "results"
 SIZE = 2  # bytes of a bf16 number
@@ -115,15 +116,15 @@ class Work:
 
 
 def layer_work(
-    config: ModelConfig, rows: float, queries: float, keys: float, paths: float, l2: float = float("inf")
+    layer: LayerSpec, rows: float, queries: float, keys: float, paths: float, l2: float = float("inf")
 ) -> list[Work]:
     """One layer for ``rows``, of which ``queries`` need an output; these see ``keys`` keys together.
 
     ``paths``: how many different paths the rows lie on, each of whose keys and values are read from memory; ``l2``:
     bytes of the cache.
     """
-    hidden, inner = config.hidden_size, config.intermediate_size
-    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    mixer, hidden, inner = layer.mixer, layer.mixer.hidden_size, layer.ffn.intermediate_size
+    q, kv = mixer.num_heads * mixer.head_dim, mixer.num_kv_heads * mixer.head_dim
     path = 2 * keys / max(queries, 1)  # keys of a whole path, where the mean query stands in its middle
     fits = path * 2 * kv * SIZE <= l2 / 2
     keys_read = path * paths if fits else keys / QUERY_TILE
@@ -138,7 +139,7 @@ def layer_work(
         moved("silu_mul", queries * 3 * inner),
         product("down_proj", queries, inner, hidden),
     ]
-    if config.family.norm_after:
+    if layer.norms.place == "after":
         return [*works, moved("add_rms_norm_2", queries * 4 * hidden)]
     return [moved("rms_norm", rows * 2 * hidden), *works]
 
@@ -152,9 +153,9 @@ def moved(op: str, numbers: float) -> Work:
     return Work(op, 0.0, SIZE * numbers, "")
 
 
-def head_work(config: ModelConfig, response_rows: float) -> list[Work]:
+def head_work(spec: ModelSpec, response_rows: float) -> list[Work]:
     """The final norm, and logits that are reduced where they are made."""
-    hidden, vocabulary = config.hidden_size, config.vocab_size
+    hidden, vocabulary = spec.hidden_size, spec.vocab_size
     weights = SIZE * vocabulary * hidden
     flops = 2 * response_rows * hidden * vocabulary
     head = Work("option_logprobs", flops, weights + SIZE * response_rows * hidden, "gemm")
@@ -197,33 +198,34 @@ class Prediction:
         return max(self.hours_compute, self.hours_weights) / (1 - idle)
 
 
-def predict(config: ModelConfig, roof: Roof, data: Dataset, batch_rows: int, wave_rows: int) -> Prediction:
+def predict(spec: ModelSpec, roof: Roof, data: Dataset, batch_rows: int, wave_rows: int) -> Prediction:
     response_share = data.response_rows / data.rows
     responses = batch_rows * response_share
 
-    def layer(window: int | None, queries: float) -> list[Work]:
-        keys = data.visible_keys(window)
+    def work(layer: LayerSpec, queries: float) -> list[Work]:
+        keys = data.visible_keys(layer.mixer.window)
         paths = max(batch_rows / (2 * data.visible_keys(None)), 1.0)
-        return layer_work(config, batch_rows, queries, queries * keys, paths, roof.device.l2)
+        return layer_work(layer, batch_rows, queries, queries * keys, paths, roof.device.l2)
 
-    last = layer(config.windows[-1], responses)
-    kinds = {window: layer(window, batch_rows) for window in set(config.windows)}
-    batch = sum(roof.seconds(w) for w in [moved("embed", 2 * batch_rows * config.hidden_size), *last])
-    batch += sum(roof.seconds(w) for window in config.windows[:-1] for w in kinds[window])
-    head = head_work(config, wave_rows * response_share)
+    *body, final = spec.layers
+    last = work(final, responses)
+    kinds = {layer.mixer.window: work(layer, batch_rows) for layer in spec.layers}
+    batch = sum(roof.seconds(w) for w in [moved("embed", 2 * batch_rows * spec.hidden_size), *last])
+    batch += sum(roof.seconds(w) for layer in body for w in kinds[layer.mixer.window])
+    head = head_work(spec, wave_rows * response_share)
     waves = data.rows / wave_rows
     compute = data.rows / batch_rows * batch + waves * sum(roof.seconds(w) for w in head)
-    weights = num_weights(config) * SIZE
+    weights = num_weights(spec) * SIZE
     is_streamed = weights > roof.assumed.memory * roof.device.memory
     link = waves * weights / (roof.device.link * roof.assumed.link) if is_streamed else 0.0
-    shown = kinds[None] if None in kinds else kinds[config.windows[0]]
+    shown = kinds[None] if None in kinds else kinds[spec.layers[0].mixer.window]
     return Prediction(shown, last, head, compute / 3600, link / 3600, is_streamed)
 
 
 def rows_of(model: str, roof: Roof, batch_rows: int, wave_rows: int) -> list[dict[str, object]]:
-    config = model_config(model)
-    found = predict(config, roof, PSYCH_201, batch_rows, wave_rows)
-    weights = num_weights(config) * SIZE
+    spec = model_spec(model)
+    found = predict(spec, roof, PSYCH_201, batch_rows, wave_rows)
+    weights = num_weights(spec) * SIZE
 
     def row(scope: str, op: str, works: Sequence[Work], rows: float, bound: str = "") -> dict[str, object]:
         seconds = sum(roof.seconds(w) for w in works)
@@ -266,7 +268,7 @@ def write(path: Path, table: Sequence[Mapping[str, object]]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--batch-rows", type=int, default=16_384, help="as engine.budgets on a device")
+    parser.add_argument("--batch-rows", type=int, default=16_384, help="as budgets.budgets on a device")
     parser.add_argument("--wave-rows", type=int, default=131_072, help="likewise")
     parser.add_argument("--name", help="CSV in results/; default: no file")
     options = parser.parse_args(arguments)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from psykern.models.config import ModelConfig, parse_config
-from psykern.models.names import expected_tensors
+from psykern.models.families import parse_spec
+from psykern.models.spec import ModelSpec
 
 QWEN_VOCABULARY, LLAMA_VOCABULARY, OLMO_VOCABULARY = 151_936, 128_256, 100_278
 
@@ -74,15 +74,15 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def model_config(name: str) -> ModelConfig:
+def model_spec(name: str) -> ModelSpec:
     """psykern's own reading of the shape ``name``."""
-    return parse_config(SHAPES[name], name)
+    return parse_spec(SHAPES[name], name)
 
 
-def num_weights(config: ModelConfig) -> int:
-    """Numbers of a checkpoint of ``config``; a tied head counts once."""
+def num_weights(spec: ModelSpec) -> int:
+    """Numbers of a checkpoint of ``spec``; a tied head counts once."""
     total = 0
-    for shape in expected_tensors(config).values():
+    for shape in spec.tensors().values():
         size = 1
         for side in shape:
             size *= side

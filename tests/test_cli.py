@@ -26,7 +26,7 @@ import psykern
 from psykern import Settings, demo, kernels
 from psykern.cli import main
 from psykern.core.settings import MIN_SHARE
-from psykern.engine import engine, wave
+from psykern.engine import engine
 from psykern.engine.engine import Engine
 from psykern.study import finished as runs
 
@@ -625,7 +625,7 @@ def test_an_allocation_that_fails_says_which_budget_to_lower(
     def fail(*_: object) -> None:
         torch.empty(2**60)
 
-    monkeypatch.setattr(wave, "decoder_layer", fail)
+    monkeypatch.setattr("psykern.models.layer.Layer.__call__", fail)
     assert_error(capsys, score(toy.model, toy.data, tmp_path / "run"), "out of memory", "lower --wave-tokens")
 
 

@@ -47,7 +47,7 @@ def check_finite(sums: Tensor, model: Model) -> None:
     broken = torch.nonzero(~torch.isfinite(sums))
     if not len(broken):
         return
-    layer, layers = int(broken[0]) - 1, model.config.num_layers
+    layer, layers = int(broken[0]) - 1, model.num_layers
     place = {-1: "the embedding", layers: "the final norm and head"}.get(layer, f"layer {layer}")
     tensors = model.non_finite_tensors(layer if layer < layers else -1)
     why = f"its weights hold NaN or infinity: {', '.join(tensors)}" if tensors else "all its weights are finite"

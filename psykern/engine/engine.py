@@ -18,95 +18,17 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 import torch
 
-from psykern import kernels
 from psykern.core.stages import ahead
 from psykern.core.types import TargetScores
+from psykern.engine.budgets import cost
 from psykern.engine.checks import check_finite, check_fits, memory_errors
 from psykern.engine.plan import Plan, Wave
 from psykern.engine.store import OneLayer, Store
 from psykern.engine.watch import DeviceClock, Watch
 from psykern.engine.wave import Launched, run_wave
-from psykern.models.config import ModelConfig
-from psykern.models.layer import Workspace
+from psykern.models.batch import Scratch
 from psykern.models.model import Model
 from psykern.models.slots import free_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Budgets:
-    """Rows that are computed together."""
-
-    wave_tokens: int  # a layer's weights are read once for these
-    batch_tokens: int  # what one product of a layer takes
-
-
-# A product with a wide weight is 8 % faster with 2,048 rows than with 1,024 (benchmarks/results).
-CPU_BUDGETS = Budgets(wave_tokens=32_768, batch_tokens=2048)
-
-_DEVICE_BATCH = 16_384  # rows: a launch costs the host more than the smallest model's product of fewer
-_DEVICE_WAVE = (16_384, 131_072)  # rows at least, where memory is short, and at most
-_CARRIED = 45_056  # rows from wave to wave: a tenth more than the longest transcript of the 15 studies, 41,002 tokens
-_WAVE_SHARE = 0.6  # of a device's free memory; the rest is for fragments and for what others take
-
-_HEAD_TILES = 3 * 32 * 2**20  # bytes that option_logprobs holds in the reference backend
-
-
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """What a plan costs under a model: floating-point operations (a multiply-add counts two) and memory in bytes."""
-
-    flops_body: int  # linear layers
-    flops_attention: int  # queries times keys, and weights times values
-    flops_head: int  # the vocabulary's logits
-    wave_bytes: int  # the largest wave's hidden states, store, carried keys and values, and a batch's arrays, at most
-
-
-def cost(plan: Plan, config: ModelConfig, dtype: torch.dtype) -> Cost:
-    """The arithmetic and memory of running ``plan``; weights are not counted."""
-    rows, responses, layers = plan.num_computed, plan.num_response_rows, config.num_layers
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    key_value = 2 * config.hidden_size * 2 * keys
-    rest = 2 * (2 * config.hidden_size * queries + 3 * config.hidden_size * config.intermediate_size)
-    attention = 0
-    for window in set(config.windows[:-1]):
-        attention += config.windows[:-1].count(window) * plan.visible_keys(window)
-    attention += plan.visible_keys_of_responses(config.windows[-1])
-
-    size = torch.empty(0, dtype=dtype).element_size()
-    wave, carried = plan.max_wave_rows, plan.max_carried_rows
-    batch = min(plan.batch_tokens, wave)
-    values = wave * config.hidden_size  # hidden
-    values += 2 * (wave + carried) * keys  # store of one layer
-    values += 2 * carried * keys * 2 * layers  # carried from the last wave and to the next, all layers
-    values += 2 * plan.max_response_rows * config.hidden_size
-    values += batch * _batch_values(config)
-    return Cost(
-        flops_body=rows * layers * key_value + (rows * (layers - 1) + responses) * rest,
-        flops_attention=4 * queries * attention,
-        flops_head=2 * responses * config.hidden_size * config.vocab_size,
-        wave_bytes=values * size + _HEAD_TILES,
-    )
-
-
-def budgets(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Budgets:
-    """Budgets that fit ``device`` as it is now: on a device with memory of its own, waves as large as that allows when
-    one of the longest transcripts is carried from wave to wave."""
-    if device.type == "cpu":
-        return CPU_BUDGETS
-    size = torch.empty(0, dtype=dtype).element_size()
-    key_value = 2 * config.num_kv_heads * config.head_dim
-    longest = min(config.max_positions, _CARRIED)
-    fixed = _DEVICE_BATCH * _batch_values(config) + 2 * longest * key_value * (config.num_layers + 1)
-    free = _WAVE_SHARE * (free_bytes(device) or 0) - _HEAD_TILES
-    rows = int((free / size - fixed) // (2 * config.hidden_size + key_value))
-    least, most = _DEVICE_WAVE
-    rows = max(least, min(rows - rows % _DEVICE_BATCH, most))
-    return Budgets(wave_tokens=rows, batch_tokens=min(_DEVICE_BATCH, rows))
-
-
-def _batch_values(config: ModelConfig) -> int:
-    """Numbers that one row of a batch needs between a layer's operations, at most."""
-    return 5 * config.hidden_size + 3 * config.num_heads * config.head_dim + 3 * config.intermediate_size
 
 
 class Planned(Protocol):
@@ -128,11 +50,10 @@ class Engine:
     Several threads may use it: their waves take turns, as a layer's weights and those arrays serve one wave at a time.
     """
 
-    def __init__(self, model: Model, backend: kernels.Backend = "auto") -> None:
+    def __init__(self, model: Model) -> None:
         self.model = model
-        self._backend = kernels.resolve(backend, model.device)
         self.most_in_flight = 0 if model.device.type == "cpu" else 1  # waves computed while the host goes on
-        self._scratch: Workspace | None = None
+        self._scratch: Scratch | None = None
         self._clock = DeviceClock()
         self._lock = threading.Lock()
 
@@ -157,7 +78,7 @@ class Engine:
         Raises ``NonFiniteError`` (naming the layer) where a score is not finite, ``OutOfMemoryError`` where a wave does
         not fit the memory.
         """
-        store, clock = OneLayer(self.model, self._backend), DeviceClock()
+        store, clock = OneLayer(self.model), DeviceClock()
         begun: deque[_Run[T]] = deque()
         in_flight: deque[tuple[_Run[T], Launched]] = deque()
         self._clock = clock
@@ -179,11 +100,11 @@ class Engine:
         watch = Watch(self.model.device, lambda share: run.tell(share * len(wave.token_ids)))
         with self._lock, memory_errors(plan), torch.inference_mode():
             if wave.index == 0:
-                needed = cost(plan, self.model.config, self.model.dtype).wave_bytes
+                needed = cost(plan, self.model.spec, self.model.dtype).wave_bytes
                 check_fits(plan, needed, free_bytes(self.model.device))
             rows = min(plan.batch_tokens, plan.max_wave_rows)
-            self._scratch = Workspace.grown(self._scratch, rows, self.model)
-            return run_wave(self.model, wave, store, self._scratch, watch, self._backend)
+            self._scratch = Scratch.grown(self._scratch, rows, self.model)
+            return run_wave(self.model, wave, store, self._scratch, watch)
 
     def _collect(self, in_flight: deque[tuple[_Run[T], Launched]], clock: DeviceClock, most: int) -> None:
         """Waits for all waves but the ``most`` latest, and puts their scores where they belong."""
@@ -254,11 +175,10 @@ def stream(
     plans: Iterable[tuple[Plan, Callable[[float], None]]],
     model: Model,
     *,
-    backend: kernels.Backend = "auto",
     clock: DeviceClock | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Generator[TargetScores, None, None]:
-    engine = Engine(model, backend)
+    engine = Engine(model)
     pairs = engine.pairs((_Alone(*pair) for pair in plans), stop=stop)
     with closing(pairs):
         for _, scores in pairs:

@@ -6,22 +6,15 @@ they are, and for how long, is the store's; ``run_wave`` takes any.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from psykern import kernels
 from psykern.engine.plan import Wave
 from psykern.engine.upload import upload
+from psykern.models.batch import LayerState
 from psykern.models.model import Model
-
-
-class LayerState(NamedTuple):
-    """What one layer knows of the rows of a store."""
-
-    keys: Tensor  # [M, Hkv, Dh]
-    values: Tensor  # [M, Hkv, Dh]
 
 
 class Store(Protocol):
@@ -42,11 +35,10 @@ class OneLayer:
     the prefixes that go on in the next wave. Of one plan after the other, each from its first wave to its last.
     """
 
-    def __init__(self, model: Model, backend: kernels.Backend) -> None:
-        config = model.config
-        self._num_layers, self._heads = config.num_layers, (config.num_kv_heads, config.head_dim)
+    def __init__(self, model: Model) -> None:
+        self._num_layers, self._heads = model.num_layers, model.spec.layers[0].mixer.kv_shape
         self._empty = torch.empty(0, dtype=model.dtype, device=model.device)
-        self._backend: kernels.Backend = backend
+        self._backend = model.compute.backend
         self._rows = self._empty  # [2, C + N, Hkv, Dh], keys and values of the layer in hand
         self._keep_rows = self._empty  # [C'] int64, wave.keep_rows
         self._carried = self._empty  # [L, 2, C, Hkv, Dh], from the wave before

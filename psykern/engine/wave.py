@@ -20,13 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from psykern import kernels
 from psykern.engine.plan import Wave
 from psykern.engine.store import Store
 from psykern.engine.upload import upload
 from psykern.engine.watch import Span, Watch, now
 from psykern.kernels.segments import Segments
-from psykern.models.layer import Batch, Workspace, decoder_layer
+from psykern.models.batch import Batch, Scratch
 from psykern.models.model import Model
 
 
@@ -47,13 +46,11 @@ class Launched:
             self.arrived.synchronize()
 
 
-def run_wave(
-    model: Model, wave: Wave, store: Store, scratch: Workspace, watch: Watch, backend: kernels.Backend
-) -> Launched:
+def run_wave(model: Model, wave: Wave, store: Store, scratch: Scratch, watch: Watch) -> Launched:
     """Launches all of ``wave``; on a device nothing here waits for it. Waves of a store come in their order."""
-    out, sums = _layers(model, wave, store, scratch, watch, backend)
+    out, sums = _layers(model, wave, store, scratch, watch)
     with watch.part():
-        logprob, is_argmax, entropy, total = _head(wave, model, out, backend)
+        logprob, is_argmax, entropy, total = _head(model, wave, out)
     return Launched(
         wave,
         logprob=logprob.to("cpu", non_blocking=True),
@@ -65,9 +62,7 @@ def run_wave(
     )
 
 
-def _layers(
-    model: Model, wave: Wave, store: Store, scratch: Workspace, watch: Watch, backend: kernels.Backend
-) -> tuple[Tensor, list[Tensor]]:
+def _layers(model: Model, wave: Wave, store: Store, scratch: Scratch, watch: Watch) -> tuple[Tensor, list[Tensor]]:
     """The hidden states of the response rows [R, D], and the sum of the hidden states after the embedding and after
     each layer."""
     hidden = model.embed(upload(wave.token_ids, model.device))  # [N, D]
@@ -75,13 +70,13 @@ def _layers(
     sums = [hidden.sum(dtype=torch.float32)]
     all_rows = _all_rows(wave, hidden)
     response_rows = _response_rows(wave, all_rows, out)
-    num_layers, num_positions = model.config.num_layers, int(wave.positions.max()) + 1
+    num_layers, num_positions = model.num_layers, int(wave.positions.max()) + 1
     for index in range(num_layers):
         layer, is_last = model.layer(index, num_positions), index + 1 == num_layers
         with watch.part():
             state = store.enter(index, wave)
             for call in response_rows if is_last else all_rows:
-                decoder_layer(layer, call.hidden, state.keys, state.values, call.batch, call.out, scratch, backend)
+                layer(call.hidden, call.out, state, call.batch, scratch)
             store.leave(index, wave)
             sums.append((out if is_last else hidden).sum(dtype=torch.float32))
         watch.layers_done((index + 1) / num_layers)
@@ -149,12 +144,11 @@ def _tensor(array: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array))
 
 
-def _head(wave: Wave, model: Model, hidden: Tensor, backend: kernels.Backend) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Final norm and head of the response rows [R, D]: by target of the wave its logprob, whether it is the argmax, and
-    the entropy, [nnz] each; and the sum of the rows' lse and entropy."""
+def _head(model: Model, wave: Wave, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of the response rows [R, D], by target of the wave, its logprob, whether it is the argmax, and the entropy, [nnz]
+    each; and the sum of the rows' lse and entropy."""
     offsets, token_ids = upload(wave.target_offsets, model.device), upload(wave.target_token_ids, model.device)
-    normed = model.final_norm(hidden, backend)
-    result = kernels.option_logprobs(normed, model.head(), offsets, token_ids, backend=backend)
+    result = model.score(hidden, offsets, token_ids)
     row = torch.repeat_interleave(offsets.diff(), output_size=len(token_ids))
     logprob = result.logits - result.lse[row]
     return logprob, result.argmax[row] == token_ids, result.entropy[row], (result.lse + result.entropy).sum()

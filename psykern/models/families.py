@@ -1,28 +1,24 @@
-"""How the families differ, as a table."""
+"""The families that psykern computes, each a function from ``config.json`` to a :class:`ModelSpec`.
+
+They differ in where norms stand, in biases, in rotary embeddings and in sliding windows, and nowhere else. What an
+absent key means is transformers' own default of the family.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
+from psykern.core.errors import CheckpointError
+from psykern.models.attention import AttentionSpec
+from psykern.models.checkpoint import read_config
+from psykern.models.fields import Fields
+from psykern.models.layer import LayerSpec, NormsSpec
+from psykern.models.mlp import MlpSpec
+from psykern.models.spec import ModelSpec
 
-@dataclass(frozen=True, slots=True)
-class Family:
-    """How one ``model_type`` differs. A bias is there always, never, or as a key of ``config.json`` says."""
-
-    norm_after: bool = False  # norms stand after the sublayers (OLMo), not before them
-    qk_norm: Literal["none", "head", "projection"] = "none"
-    qkv_bias: bool | str = False
-    o_bias: bool | str = False
-    mlp_bias: bool | str = False
-    window_switch: str | None = None  # key that turns sliding windows on; None: never
-    full_every: int | None = None  # where `layer_types` is absent: every n-th layer has no window
-    scaled_rope_layers: Literal["all", "full_attention"] = "all"  # layers that old-style `rope_scaling` applies to
-    defaults: Mapping[str, Any] = field(default_factory=dict)  # of absent keys, beside _DEFAULTS
-
-
-# What absent keys of `config.json` mean in every family that does not say otherwise: transformers' own defaults.
 _DEFAULTS: Mapping[str, Any] = {
     "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-6,
@@ -30,39 +26,113 @@ _DEFAULTS: Mapping[str, Any] = {
     "hidden_act": "silu",
     "tie_word_embeddings": False,
 }
-
-_QWEN_DEFAULTS: Mapping[str, Any] = {
+_QWEN2_DEFAULTS = {
+    **_DEFAULTS,
     "max_position_embeddings": 32_768,
     "num_key_value_heads": 32,
     "sliding_window": 4096,
     "max_window_layers": 28,
 }
+_QWEN3_DEFAULTS = {**_QWEN2_DEFAULTS, "head_dim": 128}
+_OLMO2_DEFAULTS = {**_DEFAULTS, "rms_norm_eps": 1e-5}
+_OLMO3_DEFAULTS = {**_OLMO2_DEFAULTS, "sliding_window": 4096, "rope_theta": 500_000.0}
 
-FAMILIES: Mapping[str, Family] = {
-    "llama": Family(qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"),
-    "qwen2": Family(qkv_bias=True, window_switch="use_sliding_window", defaults=_QWEN_DEFAULTS),
-    "qwen3": Family(
-        qk_norm="head",
-        qkv_bias="attention_bias",
-        o_bias="attention_bias",
-        window_switch="use_sliding_window",
-        defaults={**_QWEN_DEFAULTS, "head_dim": 128},
-    ),
-    "olmo2": Family(
-        norm_after=True,
-        qk_norm="projection",
-        qkv_bias="attention_bias",
-        o_bias="attention_bias",
-        defaults={"rms_norm_eps": 1e-5},
-    ),
-    "olmo3": Family(
-        norm_after=True,
-        qk_norm="projection",
-        qkv_bias="attention_bias",
-        o_bias="attention_bias",
-        window_switch="sliding_window",
-        full_every=4,
-        scaled_rope_layers="full_attention",
-        defaults={"rms_norm_eps": 1e-5, "sliding_window": 4096, "rope_theta": 500_000.0},
-    ),
+
+def llama(c: Fields) -> ModelSpec:
+    c = c.or_else(_DEFAULTS)
+    bias = c.boolean("attention_bias")
+    mixer = AttentionSpec.of(c, "full_attention", qkv_bias=bias, o_bias=bias)
+    return decoder(c, [mixer] * c.positive("num_hidden_layers"), MlpSpec.of(c, has_bias=c.boolean("mlp_bias")))
+
+
+def qwen2(c: Fields) -> ModelSpec:
+    c = c.or_else(_QWEN2_DEFAULTS)
+    return decoder(c, by_type(_qwen_types(c), partial(AttentionSpec.of, c, qkv_bias=True)), MlpSpec.of(c))
+
+
+def qwen3(c: Fields) -> ModelSpec:
+    c = c.or_else(_QWEN3_DEFAULTS)
+    bias = c.boolean("attention_bias")
+    mixer = partial(AttentionSpec.of, c, qk_norm="head", qkv_bias=bias, o_bias=bias)
+    return decoder(c, by_type(_qwen_types(c), mixer), MlpSpec.of(c))
+
+
+def olmo2(c: Fields) -> ModelSpec:
+    c = c.or_else(_OLMO2_DEFAULTS)
+    bias = c.boolean("attention_bias")
+    mixer = AttentionSpec.of(c, "full_attention", qk_norm="projection", qkv_bias=bias, o_bias=bias)
+    return decoder(c, [mixer] * c.positive("num_hidden_layers"), MlpSpec.of(c), norms="after")
+
+
+def olmo3(c: Fields) -> ModelSpec:
+    c = c.or_else(_OLMO3_DEFAULTS)
+    bias, scaled = c.boolean("attention_bias"), ("full_attention",)
+    mixer = partial(AttentionSpec.of, c, qk_norm="projection", qkv_bias=bias, o_bias=bias, scaled_rope=scaled)
+    types = layer_types(c, "sliding_window", lambda i: (i + 1) % 4 != 0)
+    return decoder(c, by_type(types, mixer), MlpSpec.of(c), norms="after")
+
+
+FAMILIES: Mapping[str, Callable[[Fields], ModelSpec]] = {
+    "llama": llama,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+    "olmo2": olmo2,
+    "olmo3": olmo3,
 }
+
+
+def read_spec(folder: Path) -> ModelSpec:
+    """From ``folder/config.json``. Raises ``CheckpointError`` for what psykern does not know how to compute."""
+    return parse_spec(read_config(folder), str(folder / "config.json"))
+
+
+def parse_spec(config: Mapping[str, Any], name: str) -> ModelSpec:
+    """Of a parsed ``config.json``; ``name`` is used in errors."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise CheckpointError(f"{name}: model_type: expected one of {', '.join(FAMILIES)}, got {model_type!r}")
+    return FAMILIES[model_type](Fields(config, name))
+
+
+def decoder(
+    c: Fields, mixers: Sequence[AttentionSpec], ffn: MlpSpec, norms: Literal["before", "after"] = "before"
+) -> ModelSpec:
+    """One layer for each mixer, all with the same feed-forward part and norms."""
+    if c.get("quantization_config"):
+        raise c.error("quantization_config: quantised weights are not supported")
+    hidden_size, eps = c.positive("hidden_size"), c.number("rms_norm_eps")
+    both = NormsSpec(norms, hidden_size, eps)
+    return ModelSpec(
+        model_type=c.get("model_type"),
+        vocab_size=c.positive("vocab_size"),
+        hidden_size=hidden_size,
+        eps=eps,
+        max_positions=c.positive("max_position_embeddings"),
+        has_tied_head=c.boolean("tie_word_embeddings"),
+        layers=tuple(LayerSpec(f"model.layers.{i}.", mixer, ffn, both) for i, mixer in enumerate(mixers)),
+    )
+
+
+def by_type(types: Sequence[str], mixer: Callable[[str], AttentionSpec]) -> list[AttentionSpec]:
+    """The mixer of each layer; one for all layers of a type."""
+    kinds = {kind: mixer(kind) for kind in dict.fromkeys(types)}
+    return [kinds[kind] for kind in types]
+
+
+def layer_types(c: Fields, switch: str, has_window: Callable[[int], bool]) -> list[str]:
+    """'sliding_attention' or 'full_attention' for each layer. ``switch``: the key that turns windows on;
+    ``has_window``: says it of layer i where ``layer_types`` is absent."""
+    num_layers, kinds = c.positive("num_hidden_layers"), ("full_attention", "sliding_attention")
+    if not c.get(switch) or c.get("sliding_window") is None:
+        return ["full_attention"] * num_layers
+    c.positive("sliding_window")
+    types = c.get("layer_types")
+    if types is None:
+        types = [kinds[has_window(i)] for i in range(num_layers)]
+    if not isinstance(types, list) or len(types) != num_layers or any(t not in kinds for t in types):
+        raise c.error(f"layer_types: expected {num_layers} of {' or '.join(kinds)}, got {types!r:.80}")
+    return list(types)
+
+
+def _qwen_types(c: Fields) -> list[str]:
+    return layer_types(c, "use_sliding_window", lambda i: i >= c.number("max_window_layers"))

@@ -1,13 +1,12 @@
-"""Decoder-only transformers of the study's families, described by a small table and computed one layer at a time.
+"""A checkpoint opened for scoring: what its layers are made of, and their weights, one layer at a time.
 
-``ModelConfig`` reads ``config.json``; ``Model`` hands out the weights of one layer; ``decoder_layer`` computes that
-layer for one batch of a wave. There is one decoder: the families differ in where norms stand, in biases, in rotary
-embeddings and in sliding windows, and nowhere else.
+``Model.layer`` gives a :class:`Layer`, which computes a batch; ``embed`` and ``score`` are what comes before the layers
+and behind them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -15,73 +14,54 @@ import torch
 from torch import Tensor
 
 from psykern import kernels
+from psykern.kernels.compute import Compute
 from psykern.models.checkpoint import Checkpoint, widen
-from psykern.models.config import ModelConfig
-from psykern.models.layer import Layer
-from psykern.models.names import expected_tensors
-from psykern.models.rope import Rope
-from psykern.models.slots import Layout, Slots, free_bytes
+from psykern.models.families import read_spec
+from psykern.models.layer import Layer, LayerSpec
+from psykern.models.rope import RotaryTables
+from psykern.models.slots import Slots, free_bytes, share_layouts
+from psykern.models.spec import EMBEDDING, FINAL_NORM
 
 _RESIDENT_SHARE = 0.7  # of the free memory: weights beyond that are streamed, the rest is for waves
 _STREAMED_SLOTS = 2  # one is computed with while the other is filled
 
 
 class Model:
-    """A checkpoint opened for scoring: weights are handed out one layer at a time.
+    """See the module.
 
     On a CPU the layers are the mapped file itself, or one layer's copy where they are stored in another dtype. On a
     device they are in slots (:mod:`.slots`), all at once where they fit beside the embedding and the head.
     """
 
-    def __init__(self, folder: Path, *, device: torch.device, dtype: torch.dtype, num_slots: int | None = None) -> None:
+    def __init__(self, folder: Path, compute: Compute, *, num_slots: int | None = None) -> None:
         """``num_slots``: layers that are held at once; None: on a device as many as fit, on a CPU none where the
-        stored dtype is ``dtype``. Raises ``CheckpointError`` where the folder's config, tensors or shapes are not as
-        they must be.
+        stored dtype is that of ``compute``. Raises ``CheckpointError`` where the folder's config, tensors or shapes are
+        not as they must be.
         """
-        self.config = ModelConfig.read(folder)
-        self.device = device
-        self.dtype = dtype
+        self.spec = read_spec(folder)
+        self.compute = compute
         self._checkpoint = Checkpoint.open(folder)
-        optional = ["*.rotary_emb.inv_freq", *(["lm_head.weight"] if self.config.tied_head else [])]
-        shapes = expected_tensors(self.config)
-        self._checkpoint.check(shapes, optional)
-        prefix = "model.layers.0."
-        self._shapes = {n.removeprefix(prefix): shape for n, shape in shapes.items() if n.startswith(prefix)}
-        self._tables: dict[Rope, tuple[Tensor, Tensor]] = {}
+        self._checkpoint.check(self.spec.tensors(), self.spec.unused())
+        self._read = partial(_read_layer, self._checkpoint, self.spec.layers)
+        self._tables = RotaryTables(compute.device, self.spec.max_positions)
         self._outside: dict[str, Tensor] = {}  # embedding, head and final norm on a device
-        self.is_fused = device.type != "cpu" or num_slots is not None  # on a CPU two products are as fast as one
         self._slots = self._make_slots(num_slots)
-        if device.type != "cpu":  # now, so that what is free afterwards is free
-            for name in shapes:
-                if not name.startswith("model.layers."):
-                    self._on_device(name)
+        if compute.device.type != "cpu":  # now, so that what is free afterwards is free
+            for name in self.spec.outside():
+                self._on_device(name)
 
-    def _make_slots(self, num_slots: int | None) -> Slots | None:
-        on_cpu = self.device.type == "cpu"
-        if num_slots is None and on_cpu and all(t.dtype == self.dtype for t in self._stored(0).values()):
-            return None
-        layout = Layout.of(self._shapes)
-        if num_slots is None and on_cpu:
-            num_slots = 1
-        elif num_slots is None:
-            outside = ("model.embed_tokens.weight", "lm_head.weight")
-            stored = (self._checkpoint.tensor(name) for name in outside if name in self._checkpoint.names)
-            needed = sum(tensor.numel() * self._dtype_on_device(tensor).itemsize for tensor in stored)
-            needed += layout.size * self.dtype.itemsize * self.config.num_layers
-            free = free_bytes(self.device) or 0
-            num_slots = self.config.num_layers if needed <= _RESIDENT_SHARE * free else _STREAMED_SLOTS
-        # No method as the source: slots that hold their model keep a device's memory until a garbage collection.
-        return Slots(
-            partial(_stored_layer, self._checkpoint, tuple(self._shapes)),
-            layout,
-            num_layers=self.config.num_layers,
-            num_slots=num_slots,
-            device=self.device,
-            dtype=self.dtype,
-        )
+    @property
+    def device(self) -> torch.device:
+        return self.compute.device
 
-    def _stored(self, index: int) -> dict[str, Tensor]:
-        return _stored_layer(self._checkpoint, self._shapes, index)
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations where they are computed."""
+        return self.compute.dtype
+
+    @property
+    def num_layers(self) -> int:
+        return self.spec.num_layers
 
     @property
     def is_resident(self) -> bool:
@@ -90,32 +70,61 @@ class Model:
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """[N] token ids on the model's device to [N, D] in the compute dtype."""
-        return self._on_device("model.embed_tokens.weight")[token_ids.long()].to(self.dtype)
+        return self._on_device(EMBEDDING)[token_ids.long()].to(self.dtype)
 
     def layer(self, index: int, num_positions: int) -> Layer:
         """Layer ``index`` with rotary tables for at least ``num_positions`` positions.
 
-        Its tensors are valid until the next layer is asked for: that one may take their place.
+        Its weights are valid until the next layer is asked for: that one may take their place.
         """
-        cos, sin = self._rotary_tables(self.config.ropes[index], num_positions)
-        tensors = self._stored(index) if self._slots is None else self._slots.layer(index)
-        return Layer(self.config, tensors, self.config.windows[index], cos, sin, self.is_fused)
+        return self.spec.layers[index].layer(self.tensors(index), self._tables, num_positions, self.compute.backend)
 
-    def final_norm(self, hidden: Tensor, backend: kernels.Backend) -> Tensor:
-        weight = widen(self._on_device("model.norm.weight"), self.dtype)
-        return kernels.add_rms_norm(hidden, None, weight, self.config.rms_norm_eps, backend=backend)[0]
+    def tensors(self, index: int) -> Mapping[str, Tensor]:
+        """The weights of layer ``index`` by their names within it, as :meth:`layer` has them."""
+        return self._read(index) if self._slots is None else self._slots.layer(index)
+
+    def score(self, hidden: Tensor, token_offsets: Tensor, token_ids: Tensor) -> kernels.OptionLogprobs:
+        """Final norm and head of hidden [R, D] for the tokens wanted of each row, as ``kernels.option_logprobs``."""
+        backend = self.compute.backend
+        return kernels.option_logprobs(self.final_norm(hidden), self.head(), token_offsets, token_ids, backend=backend)
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        weight = widen(self._on_device(FINAL_NORM), self.dtype)
+        return kernels.add_rms_norm(hidden, None, weight, self.spec.eps, backend=self.compute.backend)[0]
 
     def head(self) -> Tensor:
         """The head's weight [V, D], on a CPU in the checkpoint's own dtype: ``option_logprobs`` widens it by tiles."""
-        return self._on_device("model.embed_tokens.weight" if self.config.tied_head else "lm_head.weight")
+        return self._on_device(self.spec.head_name)
 
     def non_finite_tensors(self, layer: int) -> list[str]:
         """Names of the tensors of one layer that hold a NaN or an infinity; layer -1: those outside the layers."""
-        prefix = f"model.layers.{layer}."
-        names = [
-            n for n in expected_tensors(self.config) if (n.startswith(prefix) if layer >= 0 else "layers" not in n)
-        ]
-        return [n for n in names if not torch.isfinite(self._checkpoint.tensor(n)).all()]
+        if layer < 0:
+            names = list(self.spec.outside())
+        else:
+            of_layer = self.spec.layers[layer]
+            names = [of_layer.prefix + name for name in of_layer.tensors()]
+        return [name for name in names if not torch.isfinite(self._checkpoint.tensor(name)).all()]
+
+    def _make_slots(self, num_slots: int | None) -> Slots | None:
+        layers = self.spec.layers
+        if num_slots is None and self.device.type == "cpu":
+            names = (layer.prefix + name for layer in layers for name in layer.tensors())
+            if all(self._checkpoint.dtype(name) == self.dtype for name in names):
+                return None
+            num_slots = 1
+            layouts = share_layouts((layer.tensors(), {}) for layer in layers)  # two products are as fast as one here
+        else:
+            layouts = share_layouts((layer.tensors(), layer.fused()) for layer in layers)
+        if num_slots is None:
+            needed = max(layout.size for layout in layouts) * self.dtype.itemsize * len(layers) + self._outside_bytes()
+            num_slots = len(layers) if needed <= _RESIDENT_SHARE * (free_bytes(self.device) or 0) else _STREAMED_SLOTS
+        # No method as the source: slots that hold their model keep a device's memory until a garbage collection.
+        return Slots(self._read, layouts, num_slots=num_slots, device=self.device, dtype=self.dtype)
+
+    def _outside_bytes(self) -> int:
+        """Of the embedding and the head on a device."""
+        stored = (self._checkpoint.tensor(name) for name in {EMBEDDING, self.spec.head_name})
+        return sum(tensor.numel() * self._dtype_on_device(tensor).itemsize for tensor in stored)
 
     def _on_device(self, name: str) -> Tensor:
         """A tensor outside the layers: on a CPU as it is stored, to a device copied once."""
@@ -131,17 +140,8 @@ class Model:
         and a head in half precision is half the bytes."""
         return stored.dtype if self.dtype == torch.float32 else self.dtype
 
-    def _rotary_tables(self, rope: Rope, num_positions: int) -> tuple[Tensor, Tensor]:
-        tables = self._tables.get(rope)
-        if tables is None or len(tables[0]) < num_positions:
-            # Twice as many as before: each time the host waits for the device.
-            rows = max(num_positions, min(self.config.max_positions, 1 << (num_positions - 1).bit_length()))
-            frequencies = torch.tensor(rope.inverse_frequencies, device=self.device)
-            angles = torch.arange(rows, device=self.device)[:, None].float() * frequencies
-            tables = self._tables[rope] = (angles.cos() * rope.scale, angles.sin() * rope.scale)
-        return tables
 
-
-def _stored_layer(checkpoint: Checkpoint, names: Iterable[str], index: int) -> dict[str, Tensor]:
+def _read_layer(checkpoint: Checkpoint, layers: tuple[LayerSpec, ...], index: int) -> dict[str, Tensor]:
     """Layer ``index`` as the file has it, by the names within a layer."""
-    return {name: checkpoint.tensor(f"model.layers.{index}.{name}") for name in names}
+    layer = layers[index]
+    return {name: checkpoint.tensor(layer.prefix + name) for name in layer.tensors()}

@@ -1,4 +1,4 @@
-"""Rotary embeddings: the kinds that ``config.json`` can name, and the frequencies of each."""
+"""Rotary embeddings: the kinds that ``config.json`` can name, the frequencies of each, and their tables."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from psykern.core.errors import CheckpointError
-from psykern.models.families import Family
-from psykern.models.fields import _mapping, _number
+from psykern.models.fields import Fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,32 +21,33 @@ class Rope:
     scale: float
 
 
-def _rope(
-    config: Mapping[str, Any], family: Family, layer_type: str, head_dim: int, max_positions: int, name: str
-) -> Rope:
+def read_rope(c: Fields, layer_type: str, head_dim: int, is_scaled: bool) -> Rope:
     """The rotary embedding of one kind of layer, from ``rope_parameters`` (new) or ``rope_theta`` and
-    ``rope_scaling`` (old)."""
-    new, old = (_mapping(config, key, name) for key in ("rope_parameters", "rope_scaling"))
-    parameters: dict[str, Any] = {"rope_theta": config["rope_theta"]}
+    ``rope_scaling`` (old). ``is_scaled``: the old style's scaling applies to these layers."""
+    new, old = c.mapping("rope_parameters"), c.mapping("rope_scaling")
+    found: dict[str, Any] = {"rope_theta": c.get("rope_theta")}
     if new is not None:
-        parameters |= _mapping(new, layer_type, name) or new
-    elif old is not None and family.scaled_rope_layers in ("all", layer_type):
-        parameters |= old
-    if (parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise CheckpointError(f"{name}: partial_rotary_factor: only 1.0 is supported")
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
+        found |= Fields(new, c.name).mapping(layer_type) or new
+    elif old is not None and is_scaled:
+        found |= old
+    if (found.get("partial_rotary_factor") or c.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise c.error("partial_rotary_factor: only 1.0 is supported")
+    kind = found.get("rope_type", found.get("type", "default"))
     if kind not in _ROPE_NEEDS:
-        raise CheckpointError(f"{name}: rope_type: expected {', '.join(_ROPE_NEEDS)}, got {kind!r}")
-    original = config.get("original_max_position_embeddings") or parameters.get("original_max_position_embeddings")
-    parameters["original_max_position_embeddings"] = original or max_positions
+        raise c.error(f"rope_type: expected {', '.join(_ROPE_NEEDS)}, got {kind!r}")
+    original = c.get("original_max_position_embeddings") or found.get("original_max_position_embeddings")
+    found["original_max_position_embeddings"] = original or c.positive("max_position_embeddings")
+    parameters = Fields(found, c.name)
     for key in _ROPE_NEEDS[kind]:
-        if key not in parameters:
-            raise CheckpointError(f"{name}: rope_type {kind!r} needs {key}")
-        _number(parameters, key, name)
+        if key not in found:
+            raise c.error(f"rope_type {kind!r} needs {key}")
+        parameters.number(key)
+    return _make_rope(kind, parameters.number("rope_theta"), head_dim, found)
 
-    theta, scale = _number(parameters, "rope_theta", name), 1.0
+
+def _make_rope(kind: str, theta: float, head_dim: int, parameters: Mapping[str, Any]) -> Rope:
     wavelengths = theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
-    frequencies = 1.0 / wavelengths
+    frequencies, scale = 1.0 / wavelengths, 1.0
     if kind == "linear":
         frequencies = frequencies / parameters["factor"]
     elif kind == "llama3":
@@ -103,3 +102,23 @@ def _yarn_frequencies(wavelengths: Tensor, theta: float, head_dim: int, p: Mappi
     ramp = (torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low if high != low else 0.001)
     kept = 1 - ramp.clamp(0, 1)
     return (1 / (factor * wavelengths)) * (1 - kept) + (1 / wavelengths) * kept, float(scale)
+
+
+class RotaryTables:
+    """Cosines and sines by position, kept for each rope and made longer when more positions are asked for."""
+
+    def __init__(self, device: torch.device, max_positions: int) -> None:
+        self._device = device
+        self._max_positions = max_positions
+        self._tables: dict[Rope, tuple[Tensor, Tensor]] = {}
+
+    def of(self, rope: Rope, num_positions: int) -> tuple[Tensor, Tensor]:
+        """cos and sin [P, Dh/2] fp32, P at least ``num_positions``."""
+        tables = self._tables.get(rope)
+        if tables is None or len(tables[0]) < num_positions:
+            # Twice as many as before: each time the host waits for the device.
+            rows = max(num_positions, min(self._max_positions, 1 << (num_positions - 1).bit_length()))
+            frequencies = torch.tensor(rope.inverse_frequencies, device=self._device)
+            angles = torch.arange(rows, device=self._device)[:, None].float() * frequencies
+            tables = self._tables[rope] = (angles.cos() * rope.scale, angles.sin() * rope.scale)
+        return tables

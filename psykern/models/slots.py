@@ -1,31 +1,31 @@
 """The weights of one decoder layer at a time, packed in slots of the device's memory.
 
-A slot holds one layer, every tensor at a fixed place of one flat array, so that the projections of queries, keys and
-values, and those of gate and up, are also one matrix each. With as many slots as layers the weights are resident: each
-layer is copied once. With fewer they are streamed: a slot that is no longer computed with takes the layer whose turn is
-next, so that copying overlaps computing. A layer travels from the mapped file through pinned memory, filled by a thread
-of its own, to the slot, on a stream of its own; the computing stream waits for it, the host does not.
+A slot holds one layer, every tensor at a fixed place of one flat array, so that products of one input (of queries, keys
+and values; of gate and up) are also one matrix each. Layers of different kinds have layouts of their own; a slot has
+room for the largest. With as many slots as layers the weights are resident: each layer is copied once. With fewer they
+are streamed: a slot that is no longer computed with takes the layer whose turn is next, so that copying overlaps
+computing. A layer travels from the mapped file through pinned memory, filled by a thread of its own, to the slot, on a
+stream of its own; the computing stream waits for it, the host does not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 from weakref import finalize
 
 import torch
 from torch import Tensor
 
-# Projections that share their input: their weights lie one behind the other, in this order.
-_FUSED = {
-    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "self_attn.kv_proj": ("self_attn.k_proj", "self_attn.v_proj"),
-    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
-}
+from psykern.models.parts import Fused, Shapes
+
 _ALIGNMENT = 128  # elements: 256 bytes of bf16, what vendor libraries and 16-byte loads want
 
-Source = Callable[[int], Mapping[str, Tensor]]  # a layer's tensors by their names within it, on the CPU, any dtype
+# A layer's tensors by their names within it, on the CPU, of any dtype. What changes weights on their way (an adapter
+# that is merged, quantised weights) is such a function around another: layers and slots know nothing of it.
+ReadLayer = Callable[[int], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +37,11 @@ class Layout:
     size: int  # elements
 
     @classmethod
-    def of(cls, shapes: Mapping[str, tuple[int, ...]]) -> Layout:
-        """Of the tensors ``shapes``, by their names within a layer (``mlp.up_proj.weight``)."""
+    def of(cls, shapes: Shapes, fused: Fused) -> Layout:
+        """Of the tensors ``shapes``, by their names within a layer (``mlp.up_proj.weight``). ``fused``: products of
+        one input, by the name of all as one; their weights lie one behind the other, in this order."""
         views: dict[str, tuple[int, tuple[int, ...]]] = {}
-        leaders = {f"{parts[0]}.{kind}": parts for parts in _FUSED.values() for kind in ("weight", "bias")}
+        leaders = {f"{parts[0]}.{kind}": parts for parts in fused.values() for kind in ("weight", "bias")}
         size = 0
         for name in shapes:
             if name in views:
@@ -52,12 +53,12 @@ class Layout:
                 if member not in views:
                     views[member] = (size, shapes[member])
                     size += torch.Size(shapes[member]).numel()
-        for fused, parts in _FUSED.items():
+        for whole, parts in fused.items():
             for kind in ("weight", "bias"):
                 members = [f"{part}.{kind}" for part in parts]
                 if members[0] in views:
                     rows = sum(views[member][1][0] for member in members)
-                    views[f"{fused}.{kind}"] = (views[members[0]][0], (rows, *views[members[0]][1][1:]))
+                    views[f"{whole}.{kind}"] = (views[members[0]][0], (rows, *views[members[0]][1][1:]))
         return cls(views, tuple(shapes), size)
 
     def tensors(self, flat: Tensor) -> dict[str, Tensor]:
@@ -68,33 +69,52 @@ class Layout:
         }
 
 
+def share_layouts(layers: Iterable[tuple[Shapes, Fused]]) -> list[Layout]:
+    """The layout of each layer, of its shapes and what is fused; one and the same for all layers of a kind."""
+    known: dict[object, Layout] = {}
+    layouts = []
+    for shapes, fused in layers:
+        kind = (*shapes.items(), None, *fused.items())
+        if kind not in known:
+            known[kind] = Layout.of(shapes, fused)
+        layouts.append(known[kind])
+    return layouts
+
+
+class _Load(NamedTuple):
+    slot: int
+    tensors: Mapping[str, Tensor]  # views of the slot
+    done: Future[torch.cuda.Event | None]  # the copy has been issued; the event is its end
+
+
 class Slots:
     """Layers in the memory of a device; see the module. Layers are asked for one after the other, round and round."""
 
     def __init__(
         self,
-        source: Source,
-        layout: Layout,
+        read: ReadLayer,
+        layouts: Sequence[Layout],
         *,
-        num_layers: int,
         num_slots: int,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        """``num_slots``: from 1, where a layer is copied when it is asked for, to ``num_layers``."""
-        self._source = source
-        self._layout = layout
-        self._num_layers = num_layers
+        """``layouts``: of each layer. ``num_slots``: from 1, where a layer is copied when it is asked for, to the
+        number of layers."""
+        self._read = read
+        self._layouts = layouts
         self._device = device
-        self._slots = [torch.empty(layout.size, dtype=dtype, device=device) for _ in range(min(num_slots, num_layers))]
-        self._tensors = [layout.tensors(slot) for slot in self._slots]
+        self._dtype = dtype
+        self._size = max(layout.size for layout in layouts)
+        count = min(num_slots, len(layouts))
+        self._slots = [torch.empty(self._size, dtype=dtype, device=device) for _ in range(count)]
         self._is_cuda = device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if self._is_cuda else None
         if self._stream is not None:
             for slot in self._slots:  # a copy may be under way when they are freed
                 slot.record_stream(self._stream)
         self._staging: list[tuple[Tensor, torch.cuda.Event]] = []
-        self._loads: dict[int, tuple[int, Future[torch.cuda.Event | None]]] = {}  # by layer: its slot, when it is there
+        self._loads: dict[int, _Load] = {}  # by layer
         self._num_loaded = 0
         self._current: int | None = None
         executor = ThreadPoolExecutor(1, thread_name_prefix="weights")
@@ -103,34 +123,36 @@ class Slots:
 
     @property
     def is_resident(self) -> bool:
-        return len(self._slots) == self._num_layers
+        return len(self._slots) == len(self._layouts)
 
     def layer(self, index: int) -> Mapping[str, Tensor]:
         """The tensors of layer ``index``. Those of the layer before must not be used any more, unless all stay."""
         if index != self._current:
             self._advance(index)
-        slot, loaded = self._loads[index]
-        event = loaded.result()  # the copy has been issued
+        load = self._loads[index]
+        event = load.done.result()  # the copy has been issued
         if event is not None:
             torch.cuda.current_stream(self._device).wait_event(event)
-        return self._tensors[slot]
+        return load.tensors
 
     def _advance(self, index: int) -> None:
         """Frees the slot of the layer that was computed last and fills what is free with the layers to come."""
         self._current = index
         if self.is_resident and self._loads:
             return
-        upcoming = [(index + i) % self._num_layers for i in range(len(self._slots))]
-        free = [slot for slot in range(len(self._slots)) if slot not in {s for s, _ in self._loads.values()}]
+        upcoming = [(index + i) % len(self._layouts) for i in range(len(self._slots))]
+        taken = {load.slot for load in self._loads.values()}
+        free = [slot for slot in range(len(self._slots)) if slot not in taken]
         for layer in [layer for layer in self._loads if layer not in upcoming]:
-            slot, loaded = self._loads.pop(layer)
-            loaded.result()
-            free.append(slot)
-        done = self._record() if free else None
+            load = self._loads.pop(layer)
+            load.done.result()
+            free.append(load.slot)
+        computed = self._record() if free else None
         for layer in upcoming:
             if layer not in self._loads and free:
                 slot = free.pop(0)
-                self._loads[layer] = (slot, self._executor.submit(self._load, layer, slot, done))
+                tensors = self._layouts[layer].tensors(self._slots[slot])
+                self._loads[layer] = _Load(slot, tensors, self._executor.submit(self._load, layer, slot, computed))
 
     def _record(self) -> torch.cuda.Event | None:
         """The moment at which everything that was issued so far is computed."""
@@ -139,21 +161,21 @@ class Slots:
     def _load(self, layer: int, slot: int, free: torch.cuda.Event | None) -> torch.cuda.Event | None:
         """In the thread: layer ``layer`` into ``slot``, once ``free`` has passed."""
         with torch.inference_mode():
-            tensors = self._source(layer)
+            layout, tensors = self._layouts[layer], self._read(layer)
             if self._stream is None:
-                self._fill(self._tensors[slot], tensors)
+                _fill(layout, self._slots[slot], tensors)
                 return None
             staging, sent = self._next_staging()
             sent.synchronize()
-            self._fill(self._layout.tensors(staging), tensors)
+            _fill(layout, staging, tensors)
             with torch.cuda.stream(self._stream):
                 if free is not None:
                     self._stream.wait_event(free)
-                self._slots[slot].copy_(staging, non_blocking=True)
+                self._slots[slot][: layout.size].copy_(staging[: layout.size], non_blocking=True)
                 sent.record(self._stream)
                 loaded = self._stream.record_event()
             self._num_loaded += 1
-            if self.is_resident and self._num_loaded == self._num_layers:
+            if self.is_resident and self._num_loaded == len(self._layouts):
                 sent.synchronize()
                 self._staging.clear()
             return loaded
@@ -161,15 +183,17 @@ class Slots:
     def _next_staging(self) -> tuple[Tensor, torch.cuda.Event]:
         """One of two pinned arrays, in turn: one is filled while the other is sent."""
         if len(self._staging) < 2:
-            pinned = torch.empty(self._layout.size, dtype=self._slots[0].dtype, pin_memory=True)
+            pinned = torch.empty(self._size, dtype=self._dtype, pin_memory=True)
             self._staging.append((pinned, torch.cuda.Event()))
             return self._staging[-1]
         self._staging.reverse()
         return self._staging[-1]
 
-    def _fill(self, target: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-        for name in self._layout.names:
-            target[name].copy_(tensors[name])
+
+def _fill(layout: Layout, flat: Tensor, tensors: Mapping[str, Tensor]) -> None:
+    target = layout.tensors(flat)
+    for name in layout.names:
+        target[name].copy_(tensors[name])
 
 
 def free_bytes(device: torch.device) -> int | None:

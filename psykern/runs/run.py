@@ -37,10 +37,15 @@ from psykern.data.feed import Feed
 from psykern.data.rows import DataFile, find_data, hash_file
 from psykern.data.token_cache import TokenCache
 from psykern.engine import engine
+from psykern.engine.budgets import Budgets
+from psykern.engine.budgets import budgets as default_budgets
+from psykern.engine.budgets import cost as plan_cost
 from psykern.engine.plan import Plan, plan
+from psykern.kernels.compute import Compute
 from psykern.models.checkpoint import hash_model, resolve_model
-from psykern.models.config import ModelConfig
+from psykern.models.families import read_spec
 from psykern.models.model import Model
+from psykern.models.spec import ModelSpec
 from psykern.runs import folder as records
 from psykern.runs.folder import Counts, Manifest, RunFolder, UnitReport
 from psykern.runs.progress import Progress
@@ -159,8 +164,8 @@ def load(model: str | Path, settings: Settings, conditions: Sequence[Condition],
     with clock("load"):
         folder = resolve_model(model)
         chat = ChatTemplate.load(folder) if "chat" in conditions else None  # what can be missing comes first
-        decoder = Model(folder, device=device, dtype=dtype)
-        tokenizer = _load_tokenizer(folder, decoder.config)
+        decoder = Model(folder, Compute(device, dtype, kernels.resolve(settings.backend, device)))
+        tokenizer = _load_tokenizer(folder, decoder.spec)
     with clock("hash"):
         return Loaded(str(model), hash_model(folder), decoder, tokenizer, chat)
 
@@ -170,7 +175,7 @@ def load_tokenizers(model: str | Path, settings: Settings, clock: Clock) -> tupl
     with clock("load"):
         folder = resolve_model(model, weights=False)
         chat = ChatTemplate.load(folder) if settings.condition == "chat" else None
-        return _load_tokenizer(folder, ModelConfig.read(folder)), chat
+        return _load_tokenizer(folder, read_spec(folder)), chat
 
 
 def find_and_hash(
@@ -228,7 +233,7 @@ class _Job:
 
 
 def _jobs(
-    units: Iterator[EncodedUnit], settings: Settings, config: ModelConfig, budgets: engine.Budgets, clock: Clock
+    units: Iterator[EncodedUnit], settings: Settings, config: ModelSpec, budgets: Budgets, clock: Clock
 ) -> Iterator[_Job]:
     for unit in units:
         with clock("plan"):
@@ -257,7 +262,7 @@ def score_units(
     """Scores ``units`` and writes their parts; gives what went through."""
     done = Counts()
     underway: deque[_Job] = deque()
-    budgets = engine.Budgets(manifest.wave_tokens, manifest.batch_tokens)
+    budgets = Budgets(manifest.wave_tokens, manifest.batch_tokens)
 
     def write(scored: tuple[_Job, TargetScores]) -> None:
         nonlocal done
@@ -271,7 +276,7 @@ def score_units(
         done += counts
 
     with ahead(units) as encoded:
-        jobs = _jobs(encoded, settings, loaded.decoder.config, budgets, clock)
+        jobs = _jobs(encoded, settings, loaded.decoder.spec, budgets, clock)
         with ahead(jobs) as planned, behind(write) as put:
 
             def plans() -> Iterator[tuple[Plan, Callable[[float], None]]]:
@@ -280,7 +285,7 @@ def score_units(
                     started = progress.start(job.unit.info.characters, job.plan.num_responses, job.plan.num_tokens)
                     yield job.plan, started
 
-            stream = engine.stream(plans(), loaded.decoder, backend=settings.backend, clock=device_clock, stop=stop)
+            stream = engine.stream(plans(), loaded.decoder, clock=device_clock, stop=stop)
             with closing(stream):
                 for scores in timed(stream, clock, "run"):
                     put((underway.popleft(), scores))
@@ -357,7 +362,7 @@ def estimate(
     """What :func:`score` would cost, per study, from the model's config and tokenizer alone: no weights are needed."""
     settings = settings or Settings()
     device, dtype = _device_and_dtype(settings)
-    config = ModelConfig.read(resolve_model(model, weights=False))
+    config = read_spec(resolve_model(model, weights=False))
     tokenizer, chat = load_tokenizers(model, settings, Clock())
     budgets = _budgets(settings, config, device, dtype)
     rejects: list[RowError] = []
@@ -375,8 +380,8 @@ def estimate(
     return Estimate(tuple(plans[study] for study in sorted(plans)), tuple(rejects))
 
 
-def _study_plan(study: str, planned: Plan, config: ModelConfig, dtype: torch.dtype) -> StudyPlan:
-    cost = engine.cost(planned, config, dtype)
+def _study_plan(study: str, planned: Plan, config: ModelSpec, dtype: torch.dtype) -> StudyPlan:
+    cost = plan_cost(planned, config, dtype)
     return StudyPlan(
         study=study,
         transcripts=planned.num_transcripts,
@@ -451,13 +456,13 @@ def _unit_tokens(settings: Settings, device: torch.device) -> int:
     return settings.unit_tokens or _UNIT_TOKENS[device.type]
 
 
-def _budgets(settings: Settings, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> engine.Budgets:
+def _budgets(settings: Settings, config: ModelSpec, device: torch.device, dtype: torch.dtype) -> Budgets:
     """What the settings say, and what suits the device where they say nothing."""
-    default = engine.budgets(config, device, dtype)
-    return engine.Budgets(settings.wave_tokens or default.wave_tokens, settings.batch_tokens or default.batch_tokens)
+    default = default_budgets(config, device, dtype)
+    return Budgets(settings.wave_tokens or default.wave_tokens, settings.batch_tokens or default.batch_tokens)
 
 
-def _load_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
+def _load_tokenizer(folder: Path, config: ModelSpec) -> Tokenizer:
     tokenizer = Tokenizer.load(folder)
     if tokenizer.size > config.vocab_size:
         raise CheckpointError(
@@ -485,7 +490,7 @@ def manifest_of(loaded: Loaded, data: tuple[records.DataFile, ...], settings: Se
     """As the run begins."""
     decoder = loaded.decoder
     device = decoder.device
-    budgets = _budgets(settings, decoder.config, device, decoder.dtype)
+    budgets = _budgets(settings, decoder.spec, device, decoder.dtype)
     return Manifest(
         model_id=loaded.name,
         model_hash=loaded.hash,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from support.groups import random_group
 
-from psykern.engine import engine
+from psykern.engine.budgets import cost
 from psykern.engine.plan import plan
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,25 +48,29 @@ H100 = roofline.Roof(roofline.DEVICES[0])
 
 @pytest.mark.parametrize("name", shapes.SHAPES)
 def test_a_shape_has_the_published_number_of_weights(name: str) -> None:
-    assert shapes.num_weights(shapes.model_config(name)) / 1e9 == pytest.approx(PUBLISHED[name], rel=0.015)
+    assert shapes.num_weights(shapes.model_spec(name)) / 1e9 == pytest.approx(PUBLISHED[name], rel=0.015)
 
 
 @pytest.mark.parametrize("name", ["Qwen3-0.6B", "Qwen2.5-7B", "OLMo-3-7B"])
 def test_flops_are_those_that_the_engine_counts_for_a_plan(name: str) -> None:
     """Of transcripts that share prefixes, with options of several tokens; windows that act."""
-    config = shapes.model_config(name)
+    spec = shapes.model_spec(name)
     if name == "OLMo-3-7B":
-        config = replace(config, windows=tuple(40 if w else None for w in config.windows))
+        windows = [40 if layer.mixer.window else None for layer in spec.layers]
+        mixers = [replace(layer.mixer, window=window) for layer, window in zip(spec.layers, windows, strict=True)]
+        layers = (replace(layer, mixer=mixer) for layer, mixer in zip(spec.layers, mixers, strict=True))
+        spec = replace(spec, layers=tuple(layers))
     planned = plan(
         random_group(np.random.default_rng(5), 10, 320, 3), wave_tokens=100_000, batch_tokens=512, min_share=4
     )
-    expected = engine.cost(planned, config, torch.bfloat16)
+    expected = cost(planned, spec, torch.bfloat16)
     rows, responses = planned.num_computed, planned.num_response_rows
-    works = roofline.head_work(config, responses)
-    for window in config.windows[:-1]:
-        works += roofline.layer_work(config, rows, rows, planned.visible_keys(window), 1)
-    keys = planned.visible_keys_of_responses(config.windows[-1])
-    works += roofline.layer_work(config, rows, responses, keys, 1)
+    works = roofline.head_work(spec, responses)
+    *body, last = spec.layers
+    for layer in body:
+        works += roofline.layer_work(layer, rows, rows, planned.visible_keys(layer.mixer.window), 1)
+    keys = planned.visible_keys_of_responses(last.mixer.window)
+    works += roofline.layer_work(last, rows, responses, keys, 1)
     flops = {
         "attention": sum(w.flops for w in works if w.op == "attention"),
         "head": sum(w.flops for w in works if w.op == "option_logprobs"),
@@ -79,8 +83,8 @@ def test_flops_are_those_that_the_engine_counts_for_a_plan(name: str) -> None:
 
 def test_bytes_and_times_of_a_layer_by_hand() -> None:
     """Qwen3-0.6B: D 1024, F 3072, 16 heads of 128 on 8; 1,000 rows of one transcript."""
-    config = shapes.model_config("Qwen3-0.6B")
-    works = {w.op: w for w in roofline.layer_work(config, 1000, 1000, 500_500, 1)}
+    spec = shapes.model_spec("Qwen3-0.6B")
+    works = {w.op: w for w in roofline.layer_work(spec.layers[0], 1000, 1000, 500_500, 1)}
     assert works["qkv_proj"].flops == 2 * 1000 * 1024 * 4096
     assert works["qkv_proj"].bytes == 2 * (1000 * 1024 + 1024 * 4096 + 1000 * 4096)
     assert works["down_proj"].bytes == 2 * (1000 * 3072 + 3072 * 1024 + 1000 * 1024)
@@ -95,11 +99,11 @@ def test_bytes_and_times_of_a_layer_by_hand() -> None:
 
 
 def test_keys_and_values_that_no_cache_holds_are_read_for_each_tile_of_queries() -> None:
-    config = shapes.model_config("Qwen3-0.6B")
+    spec = shapes.model_spec("Qwen3-0.6B")
     path = 2 * 40_000 * 1024 * 2  # bytes of the keys and values of 40,000 tokens
     keys = 40_000 * 40_001 // 2
     works = [
-        next(w for w in roofline.layer_work(config, 40_000, 40_000, keys, 1, l2) if w.op == "attention")
+        next(w for w in roofline.layer_work(spec.layers[0], 40_000, 40_000, keys, 1, l2) if w.op == "attention")
         for l2 in (2.01 * path, 1.9 * path)
     ]
     queries = 2 * 40_000 * 2048 * 2
@@ -125,21 +129,21 @@ def test_the_lengths_are_those_of_the_statistics(shared: Path) -> None:
 
 
 def test_a_model_larger_than_the_memory_waits_for_its_weights_only_in_small_waves() -> None:
-    config = shapes.model_config("Qwen2.5-72B")
-    large, small = (roofline.predict(config, H100, roofline.PSYCH_201, 16_384, rows) for rows in (131_072, 4096))
+    spec = shapes.model_spec("Qwen2.5-72B")
+    large, small = (roofline.predict(spec, H100, roofline.PSYCH_201, 16_384, rows) for rows in (131_072, 4096))
     assert large.is_streamed and small.is_streamed
     seconds = 0.92e9 / 4096 * 2 * 72.706e9 / (64e9 * 0.8)
     assert small.hours_weights == pytest.approx(seconds / 3600, rel=1e-3)
     assert small.hours(0.0) == small.hours_weights > small.hours_compute
     assert large.hours(0.0) == large.hours_compute > large.hours_weights
-    fits = roofline.predict(shapes.model_config("Qwen3-8B"), H100, roofline.PSYCH_201, 16_384, 131_072)
+    fits = roofline.predict(shapes.model_spec("Qwen3-8B"), H100, roofline.PSYCH_201, 16_384, 131_072)
     assert not fits.is_streamed and fits.hours_weights == 0.0
 
 
 def test_the_hours_of_the_dataset_by_hand() -> None:
     """Qwen3-8B: 6.9 billion weights in the layers; the products alone, and everything with attention, on an H100."""
-    config = shapes.model_config("Qwen3-8B")
-    found = roofline.predict(config, H100, roofline.PSYCH_201, 16_384, 131_072)
+    spec = shapes.model_spec("Qwen3-8B")
+    found = roofline.predict(spec, H100, roofline.PSYCH_201, 16_384, 131_072)
     rows, responses = 0.92e9, 0.034e9
     layer = 4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 12_288
     products = 2 * (rows * 35 * layer + rows * 2 * 4096 * 1024 + responses * (layer - 2 * 4096 * 1024))

@@ -18,16 +18,18 @@ from support.groups import encoded, random_group, wanted
 
 from psykern.core.errors import NonFiniteError, OutOfMemoryError
 from psykern.core.types import EncodedTranscript, TargetScores
-from psykern.engine import engine, wave
+from psykern.engine import budgets, engine
 from psykern.engine.engine import Engine
 from psykern.engine.plan import Plan, plan
 from psykern.kernels import Backend
-from psykern.models.config import ModelConfig
+from psykern.kernels.compute import Compute
+from psykern.models.families import read_spec
+from psykern.models.layer import Layer
 from psykern.models.model import Model
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-from shapes import model_config
+from shapes import model_spec
 
 TOLERANCE = 1e-4  # nats, against fp32 transformers
 INVARIANCE = 1e-5  # nats, between budgets and batch mates
@@ -42,9 +44,9 @@ def score(
     min_share: int = 4,
     backend: Backend = "auto",
 ) -> TargetScores:
-    model = Model(folder, device=torch.device("cpu"), dtype=torch.float32)
+    model = Model(folder, Compute.resolve("cpu", backend=backend))
     planned = plan(group, wave_tokens=wave_tokens, batch_tokens=batch_tokens, min_share=min_share)
-    return Engine(model, backend).run(planned)
+    return Engine(model).run(planned)
 
 
 def assert_scores(scores: TargetScores, group: Sequence[EncodedTranscript], oracle: torch.nn.Module) -> None:
@@ -94,8 +96,8 @@ def test_fused_layers_that_are_streamed_equal_transformers(
 ) -> None:
     """As on a device: weights in slots, 2 of 3 or 4 layers or all 3, one product for all that take the same input."""
     oracle = make_model(tmp_path, **CONFIGS[name])
-    model = Model(tmp_path, device=torch.device("cpu"), dtype=torch.float32, num_slots=num_slots)
-    assert model.is_fused
+    model = Model(tmp_path, Compute.resolve("cpu"), num_slots=num_slots)
+    assert model.layer(0, 1).mixer.fused is not None
     scores = Engine(model).run(plan(group, wave_tokens=200, batch_tokens=64, min_share=4))
     assert_scores(scores, group, oracle)
 
@@ -112,7 +114,7 @@ class Item:
 def test_pairs_are_the_scores_of_each_plan_with_its_item(tmp_path: Path, group: list[EncodedTranscript]) -> None:
     """Between them one without a target; the scratch arrays grow from plan to plan."""
     make_model(tmp_path, **CONFIGS["qwen3"])
-    runner = Engine(Model(tmp_path, device=torch.device("cpu"), dtype=torch.float32))
+    runner = Engine(Model(tmp_path, Compute.resolve("cpu")))
     groups = [group[:3], [encoded([], [])], group, group[5:6]]
     shares: list[list[float]] = [[] for _ in groups]
     items = [
@@ -134,7 +136,7 @@ def test_an_error_of_the_items_comes_after_the_scores_before_it(tmp_path: Path, 
         yield Item("without a target", plan([encoded([], [])], wave_tokens=64, batch_tokens=64))
         raise ValueError("no more")
 
-    pairs = Engine(Model(tmp_path, device=torch.device("cpu"), dtype=torch.float32)).pairs(items())
+    pairs = Engine(Model(tmp_path, Compute.resolve("cpu"))).pairs(items())
     assert [next(pairs)[0].name for _ in range(2)] == ["one", "without a target"]
     with pytest.raises(ValueError, match="no more"):
         next(pairs)
@@ -146,7 +148,7 @@ def test_a_stop_finishes_what_was_begun_and_begins_no_other(
 ) -> None:
     """Whatever is in flight: as on a CPU, and as on a device."""
     make_model(tmp_path, **CONFIGS["llama"])
-    runner = Engine(Model(tmp_path, device=torch.device("cpu"), dtype=torch.float32))
+    runner = Engine(Model(tmp_path, Compute.resolve("cpu")))
     runner.most_in_flight = most_in_flight
     planned = plan(group, wave_tokens=64, batch_tokens=64)
     assert planned.num_waves > 3
@@ -164,7 +166,7 @@ def test_a_stop_finishes_what_was_begun_and_begins_no_other(
 
 def test_leaving_early_ends_the_thread(tmp_path: Path, group: list[EncodedTranscript]) -> None:
     make_model(tmp_path, **CONFIGS["llama"])
-    runner = Engine(Model(tmp_path, device=torch.device("cpu"), dtype=torch.float32))
+    runner = Engine(Model(tmp_path, Compute.resolve("cpu")))
     planned = plan(group, wave_tokens=64, batch_tokens=64)
     before = threading.active_count()
     pairs = runner.pairs(Item(str(i), planned) for i in itertools.count())
@@ -178,7 +180,7 @@ def test_leaving_early_ends_the_thread(tmp_path: Path, group: list[EncodedTransc
 def test_threads_that_share_an_engine_get_their_own_scores(tmp_path: Path, group: list[EncodedTranscript]) -> None:
     """Their waves are interleaved: of other sizes, other prefixes to carry, the same scratch and weight slots."""
     make_model(tmp_path, dtype=torch.bfloat16, **CONFIGS["qwen3"])
-    model = Model(tmp_path, device=torch.device("cpu"), dtype=torch.float32, num_slots=1)
+    model = Model(tmp_path, Compute.resolve("cpu"), num_slots=1)
     runner = Engine(model)
     plans = [plan(group[i:], wave_tokens=40 + 7 * i, batch_tokens=16 + 5 * i, min_share=4) for i in range(3)]
     expected = [Engine(model).run(planned) for planned in plans]
@@ -195,7 +197,7 @@ def test_budgets_sharing_and_company_do_not_change_scores(
 ) -> None:
     make_model(tmp_path, **CONFIGS[name])
     expected = score(group, tmp_path, backend=backend)
-    for budgets in (
+    for sizes in (
         {"wave_tokens": 64, "batch_tokens": 64},
         {"wave_tokens": 64, "batch_tokens": 7},
         {"wave_tokens": 33, "batch_tokens": 1},
@@ -203,9 +205,9 @@ def test_budgets_sharing_and_company_do_not_change_scores(
         {"min_share": 10**6},
         {"min_share": 1, "wave_tokens": 50, "batch_tokens": 20},
     ):
-        got = score(group, tmp_path, backend=backend, **budgets)
-        assert np.abs(got.logprob - expected.logprob).max() <= INVARIANCE, budgets
-        assert np.abs(got.entropy - expected.entropy).max() <= INVARIANCE, budgets
+        got = score(group, tmp_path, backend=backend, **sizes)
+        assert np.abs(got.logprob - expected.logprob).max() <= INVARIANCE, sizes
+        assert np.abs(got.entropy - expected.entropy).max() <= INVARIANCE, sizes
     alone = [score([t], tmp_path, backend=backend) for t in group]
     spans = np.cumsum([0] + [int((t.spans_tok[:, 1] - t.spans_tok[:, 0]).sum()) for t in group])
     for i, (t, scores) in enumerate(zip(group, alone, strict=True)):
@@ -311,14 +313,14 @@ def test_running_out_of_memory_says_which_budget_to_lower(
     def fail(*_: object) -> None:
         torch.empty(2**60)
 
-    monkeypatch.setattr(wave, "decoder_layer", fail)
+    monkeypatch.setattr(Layer, "__call__", fail)
     with pytest.raises(OutOfMemoryError, match=r"out of memory: .*lower --wave-tokens"):
         score(group, tmp_path)
 
 
 def test_progress_ends_at_one(tmp_path: Path, group: list[EncodedTranscript]) -> None:
     make_model(tmp_path, **CONFIGS["llama"])
-    model = Model(tmp_path, device=torch.device("cpu"), dtype=torch.float32)
+    model = Model(tmp_path, Compute.resolve("cpu"))
     shares: list[float] = []
     Engine(model).run(plan(group, wave_tokens=64, batch_tokens=64), shares.append)
     assert shares == sorted(shares)
@@ -328,7 +330,7 @@ def test_progress_ends_at_one(tmp_path: Path, group: list[EncodedTranscript]) ->
 def test_memory_of_a_wave_counts_everything_that_grows_with_it(tmp_path: Path) -> None:
     """By hand for one transcript of 999 rows in waves of 100: 900 carried rows, in fp32."""
     make_model(tmp_path, **CONFIGS["llama"])  # hidden 64, inner 96, 3 layers, 4 query heads and 2 key heads of 16
-    config = ModelConfig.read(tmp_path)
+    spec = read_spec(tmp_path)
     planned = plan([encoded(range(1000), [(500, 501), (999, 1000)])], wave_tokens=100, batch_tokens=50, min_share=1)
     hidden, store = 100 * 64, 2 * (100 + 900) * 32
     carried = 2 * (2 * 900 * 32 * 3)  # of the last wave, and what is kept for the next
@@ -336,7 +338,7 @@ def test_memory_of_a_wave_counts_everything_that_grows_with_it(tmp_path: Path) -
     batch = 50 * (5 * 64 + 3 * 64 + 3 * 96)
     assert planned.max_carried_rows == 900
     expected = 4 * (hidden + store + carried + head + batch)
-    assert engine.cost(planned, config, torch.float32).wave_bytes == expected + 3 * 32 * 2**20
+    assert budgets.cost(planned, spec, torch.float32).wave_bytes == expected + 3 * 32 * 2**20
 
 
 @pytest.mark.parametrize(
@@ -351,6 +353,6 @@ def test_memory_of_a_wave_counts_everything_that_grows_with_it(tmp_path: Path) -
 def test_waves_are_as_large_as_a_device_has_memory_for(
     shape: str, free_gib: int, wave_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "free_bytes", lambda device: free_gib * 2**30)
-    got = engine.budgets(model_config(shape), torch.device("cuda"), torch.bfloat16)
+    monkeypatch.setattr(budgets, "free_bytes", lambda device: free_gib * 2**30)
+    got = budgets.budgets(model_spec(shape), torch.device("cuda"), torch.bfloat16)
     assert (got.wave_tokens, got.batch_tokens) == (wave_tokens, 16_384)

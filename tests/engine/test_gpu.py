@@ -24,6 +24,8 @@ from psykern.core.types import EncodedTranscript, TargetScores
 from psykern.engine import engine
 from psykern.engine.engine import Engine
 from psykern.engine.plan import plan
+from psykern.kernels import resolve
+from psykern.kernels.compute import Compute
 from psykern.models.model import Model
 
 RMS = {torch.float32: 0.003, torch.bfloat16: 0.035, torch.float16: 0.01}  # nats; fp16 has 8 times bf16's resolution
@@ -60,7 +62,7 @@ def score(
     wave_tokens: int = 4096,
     num_slots: int | None = None,
 ) -> TargetScores:
-    model = Model(folder, device=device, dtype=dtype, num_slots=num_slots)
+    model = Model(folder, Compute(device, dtype, resolve("auto", device)), num_slots=num_slots)
     planned = plan(group, wave_tokens=wave_tokens, batch_tokens=512, min_share=4)
     return Engine(model).run(planned)
 
@@ -126,7 +128,7 @@ def test_carried_prefixes_give_the_scores_of_one_wave(
 
 def test_the_idle_share_is_told(device: torch.device, tmp_path: Path, group: list[EncodedTranscript]) -> None:
     make_model(tmp_path, **CONFIGS["qwen3"])
-    runner = Engine(Model(tmp_path, device=device, dtype=torch.float32))
+    runner = Engine(Model(tmp_path, Compute(device, torch.float32, resolve("auto", device))))
     for _ in range(2):
         runner.run(plan(group, wave_tokens=64, batch_tokens=512, min_share=4))
         if device.type == "cpu":

@@ -20,6 +20,7 @@ from support.logprobs import TOLERANCES, fp64, problem, run
 
 from psykern.engine.engine import Engine
 from psykern.engine.plan import plan
+from psykern.kernels.compute import Compute
 from psykern.models.model import Model
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
@@ -129,8 +130,8 @@ def test_the_engine_scores_as_with_the_reference(name: str, wave_tokens: int, tm
     group = random_group(np.random.default_rng(5), 3, 320, 2)
     planned = plan(group, wave_tokens=wave_tokens, batch_tokens=32, min_share=4)
     assert (planned.max_carried_rows > 0) == (wave_tokens == 48)
-    model = Model(tmp_path, device=torch.device("cpu"), dtype=torch.float32)
-    got, expected = (Engine(model, backend).run(planned) for backend in ("triton", "reference"))
+    places = (Compute.resolve("cpu", backend=backend) for backend in ("triton", "reference"))
+    got, expected = (Engine(Model(tmp_path, place)).run(planned) for place in places)
     assert len(got.logprob) >= 20
     assert np.abs(got.logprob - expected.logprob).max() <= 1e-5
     assert np.abs(got.entropy - expected.entropy).max() <= 1e-5

@@ -40,27 +40,28 @@ for name in ("option_logprobs", "prefix_attention"):
 """
 ENGINE = """
 from support.checkpoints import CONFIGS, make_model
+from psykern.kernels.compute import Compute
 from psykern.models.model import Model
 from psykern.engine.plan import plan
 from psykern.engine.store import OneLayer
 from psykern.engine.watch import Watch
 from psykern.engine.wave import run_wave
-from psykern.models.layer import Workspace
+from psykern.models.batch import Scratch
 from support.groups import random_group
 
 mapped = Model._on_device
 Model._on_device = lambda model, name: mapped(model, name).clone()  # aligned, as a device's memory is
 family, head_dim, folder = sys.argv[1:]
 make_model(Path(folder), dtype=torch.bfloat16, **CONFIGS[family] | {"hidden_size": 512, "head_dim": int(head_dim)})
-model = Model(Path(folder), device=torch.device("cpu"), dtype=torch.bfloat16, num_slots=2)
+model = Model(Path(folder), Compute(torch.device("cpu"), torch.bfloat16, "triton"), num_slots=2)
 group = random_group(np.random.default_rng(5), 10, 320, 3)
 for wave_tokens, batch_tokens in ((4096, 512), (64, 512), (50, 17), (50, 31), (300, 100)):
     print("run", flush=True)
     planned = plan(group, wave_tokens=wave_tokens, batch_tokens=batch_tokens, min_share=4)
-    store, scratch = OneLayer(model, "triton"), Workspace.make(batch_tokens, model)
+    store, scratch = OneLayer(model), Scratch.make(batch_tokens, model)
     for wave in planned.waves():
         with torch.inference_mode():
-            run_wave(model, wave, store, scratch, Watch(model.device, lambda share: None), "triton")
+            run_wave(model, wave, store, scratch, Watch(model.device, lambda share: None))
 """
 ILLEGAL = {
     "grid": """

@@ -17,12 +17,12 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from psykern.core.errors import CheckpointError
 from psykern.kernels import Backend, Segments
-from psykern.models.config import ModelConfig
-from psykern.models.families import FAMILIES
-from psykern.models.layer import Batch, Workspace, decoder_layer
+from psykern.kernels.compute import Compute
+from psykern.models.batch import Batch, LayerState, Scratch
+from psykern.models.families import FAMILIES, read_spec
 from psykern.models.model import Model
-from psykern.models.names import expected_tensors
 from psykern.models.rope import Rope
+from psykern.models.spec import ModelSpec
 
 CPU = torch.device("cpu")
 SIZES: dict[str, Any] = {
@@ -47,10 +47,10 @@ def write(folder: Path, absent: str | None = None, **config: Any) -> Path:
     return folder
 
 
-def read_both(folder: Path, absent: str | None = None, **config: Any) -> tuple[ModelConfig, PreTrainedConfig]:
+def read_both(folder: Path, absent: str | None = None, **config: Any) -> tuple[ModelSpec, PreTrainedConfig]:
     """The same config.json as psykern and as transformers read it."""
     write(folder, absent, **config)
-    return ModelConfig.read(folder), AutoConfig.from_pretrained(folder)
+    return read_spec(folder), AutoConfig.from_pretrained(folder)
 
 
 def rotary_of(config: PreTrainedConfig, layer_type: str) -> tuple[Tensor, float]:
@@ -60,6 +60,14 @@ def rotary_of(config: PreTrainedConfig, layer_type: str) -> tuple[Tensor, float]
     module = getattr(modeling, f"{name.capitalize()}RotaryEmbedding")(config)
     prefix = f"{layer_type}_" if hasattr(module, f"{layer_type}_inv_freq") else ""
     return getattr(module, f"{prefix}inv_freq"), getattr(module, f"{prefix}attention_scaling")
+
+
+def ropes_of(spec: ModelSpec) -> tuple[Rope, ...]:
+    return tuple(layer.mixer.rope for layer in spec.layers)
+
+
+def windows_of(spec: ModelSpec) -> list[int | None]:
+    return [layer.mixer.window for layer in spec.layers]
 
 
 def assert_rope(rope: Rope, frequencies: Tensor, scale: float) -> None:
@@ -97,11 +105,11 @@ def test_rope_equals_transformers(style: str, model_type: str, parameters: dict[
         rope: dict[str, Any] = {"rope_theta": THETA, "rope_scaling": parameters}
     else:
         rope = {"rope_parameters": parameters | {"rope_theta": THETA}}
-    config, theirs = read_both(tmp_path, model_type=model_type, **rope)
-    assert len(set(config.ropes)) == 1
-    assert_rope(config.ropes[0], *rotary_of(theirs, "full_attention"))
+    spec, theirs = read_both(tmp_path, model_type=model_type, **rope)
+    (ours,) = set(ropes_of(spec))
+    assert_rope(ours, *rotary_of(theirs, "full_attention"))
     if parameters["rope_type"] != "default":  # transformers' table of functions has no entry for it
-        assert_rope(config.ropes[0], *ROPE_INIT_FUNCTIONS[parameters["rope_type"]](theirs, CPU))
+        assert_rope(ours, *ROPE_INIT_FUNCTIONS[parameters["rope_type"]](theirs, CPU))
 
 
 @each_rope
@@ -109,7 +117,7 @@ def test_old_and_new_style_are_one_rope(parameters: dict[str, Any], tmp_path: Pa
     old = {"rope_theta": THETA, "rope_scaling": parameters}
     older = {"rope_theta": THETA, "rope_scaling": {"type" if k == "rope_type" else k: v for k, v in parameters.items()}}
     new = {"rope_parameters": parameters | {"rope_theta": THETA}}
-    ropes = {ModelConfig.read(write(tmp_path, model_type="qwen2", **rope)).ropes for rope in (old, older, new)}
+    ropes = {ropes_of(read_spec(write(tmp_path, model_type="qwen2", **rope))) for rope in (old, older, new)}
     assert len(ropes) == 1
 
 
@@ -134,31 +142,30 @@ def test_old_and_new_style_are_one_rope(parameters: dict[str, Any], tmp_path: Pa
     ids=["old-yarn", "old-default", "nested-yarn", "nested-two-thetas"],
 )
 def test_olmo3_scales_its_full_layers_only(rope: dict[str, Any], tmp_path: Path) -> None:
-    config, theirs = read_both(tmp_path, model_type="olmo3", sliding_window=16, **rope)
+    spec, theirs = read_both(tmp_path, model_type="olmo3", sliding_window=16, **rope)
     assert theirs.layer_types == ["sliding_attention"] * 3 + ["full_attention"] + theirs.layer_types[4:]
     for i, kind in enumerate(theirs.layer_types):
-        assert_rope(config.ropes[i], *rotary_of(theirs, kind))
+        assert_rope(ropes_of(spec)[i], *rotary_of(theirs, kind))
 
 
 def test_original_length_beside_the_rope_goes_before_that_within(tmp_path: Path) -> None:
-    config, theirs = read_both(
+    spec, theirs = read_both(
         tmp_path, model_type="llama", original_max_position_embeddings=128, rope_theta=THETA, rope_scaling=OLD_LLAMA3
     )
-    assert_rope(config.ropes[0], *rotary_of(theirs, "full_attention"))
+    assert_rope(ropes_of(spec)[0], *rotary_of(theirs, "full_attention"))
 
 
 @pytest.mark.parametrize("name", ["default", "llama3", "yarn"])
 def test_rotary_tables_equal_transformers_and_grow(name: str, tmp_path: Path) -> None:
     """The tables of a layer: asked for few positions, then for more, then for few again."""
     oracle = make_model(tmp_path, model_type="llama", rope_parameters=ROPES[name] | {"rope_theta": THETA})
-    model = Model(tmp_path, device=CPU, dtype=torch.float32)
+    model = Model(tmp_path, Compute.resolve("cpu"))
     for num_positions in (5, 300, 7):
-        layer = model.layer(1, num_positions)
-        assert len(layer.cos) >= num_positions
-        cos, sin = oracle.model.rotary_emb(torch.zeros(1), torch.arange(len(layer.cos))[None])
-        half = layer.cos.shape[1]
-        torch.testing.assert_close(layer.cos, cos[0, :, :half], rtol=0, atol=1e-6)
-        torch.testing.assert_close(layer.sin, sin[0, :, :half], rtol=0, atol=1e-6)
+        cos, sin = model.layer(1, num_positions).mixer.rotary
+        assert len(cos) >= num_positions
+        expected = oracle.model.rotary_emb(torch.zeros(1), torch.arange(len(cos))[None])
+        for table, theirs in zip((cos, sin), expected, strict=True):
+            torch.testing.assert_close(table, theirs[0, :, : cos.shape[1]], rtol=0, atol=1e-6)
 
 
 # --- sliding windows
@@ -205,14 +212,12 @@ def test_olmo3_windows_equal_transformers(config: dict[str, Any], tmp_path: Path
 
 @pytest.mark.parametrize("model_type", ["llama", "olmo2"])
 def test_families_without_windows_have_none(model_type: str, tmp_path: Path) -> None:
-    config, _ = read_both(tmp_path, model_type=model_type, sliding_window=16, use_sliding_window=True)
-    assert config.windows == (None,) * 8
+    spec, _ = read_both(tmp_path, model_type=model_type, sliding_window=16, use_sliding_window=True)
+    assert windows_of(spec) == [None] * 8
 
 
-def assert_windows(config: ModelConfig, theirs: PreTrainedConfig) -> None:
-    assert config.windows == tuple(
-        theirs.sliding_window if t == "sliding_attention" else None for t in theirs.layer_types
-    )
+def assert_windows(spec: ModelSpec, theirs: PreTrainedConfig) -> None:
+    assert windows_of(spec) == [theirs.sliding_window if t == "sliding_attention" else None for t in theirs.layer_types]
 
 
 # --- sizes, defaults, tensors
@@ -223,42 +228,47 @@ def test_config_and_tensors_equal_transformers(name: str, tmp_path: Path) -> Non
     """As transformers saves them: sizes, windows, ropes; names and shapes of all tensors but a tied head."""
     oracle = make_model(tmp_path, **CONFIGS[name])
     theirs = oracle.config
-    config = ModelConfig.read(tmp_path)
+    spec = read_spec(tmp_path)
     layer_types = getattr(theirs, "layer_types", None) or ["full_attention"] * theirs.num_hidden_layers
-    assert config.windows == tuple(theirs.sliding_window if t == "sliding_attention" else None for t in layer_types)
-    assert config.num_layers == theirs.num_hidden_layers
-    for rope, kind in zip(config.ropes, layer_types, strict=True):
+    assert windows_of(spec) == [theirs.sliding_window if t == "sliding_attention" else None for t in layer_types]
+    assert spec.num_layers == theirs.num_hidden_layers
+    for rope, kind in zip(ropes_of(spec), layer_types, strict=True):
         assert_rope(rope, *rotary_of(theirs, kind))
-    assert config.tied_head == theirs.tie_word_embeddings
-    assert config.rms_norm_eps == theirs.rms_norm_eps
-    assert config.max_positions == theirs.max_position_embeddings
+    assert spec.has_tied_head == theirs.tie_word_embeddings
+    assert {spec.eps, *(eps for layer in spec.layers for eps in (layer.norms.eps, layer.mixer.eps))} == {
+        theirs.rms_norm_eps
+    }
+    assert spec.max_positions == theirs.max_position_embeddings
     tied = {"lm_head.weight"} if theirs.tie_word_embeddings else set()
     tensors = {n: tuple(t.shape) for n, t in oracle.state_dict().items() if n not in tied}
-    assert expected_tensors(config) == tensors
+    assert spec.tensors() == tensors
 
 
-READ_AS: dict[str, tuple[Callable[[ModelConfig], object], Callable[[PreTrainedConfig], object]]] = {
-    "rms_norm_eps": (lambda config: config.rms_norm_eps, lambda theirs: theirs.rms_norm_eps),
-    "max_position_embeddings": (lambda config: config.max_positions, lambda theirs: theirs.max_position_embeddings),
-    "tie_word_embeddings": (lambda config: config.tied_head, lambda theirs: theirs.tie_word_embeddings),
-    "attention_bias": (lambda config: config.o_bias, lambda theirs: getattr(theirs, "attention_bias", False)),
-    "mlp_bias": (lambda config: config.mlp_bias, lambda theirs: getattr(theirs, "mlp_bias", False)),
-    "num_key_value_heads": (lambda config: config.num_kv_heads, lambda theirs: theirs.num_key_value_heads),
+READ_AS: dict[str, tuple[Callable[[ModelSpec], object], Callable[[PreTrainedConfig], object]]] = {
+    "rms_norm_eps": (lambda spec: spec.eps, lambda theirs: theirs.rms_norm_eps),
+    "max_position_embeddings": (lambda spec: spec.max_positions, lambda theirs: theirs.max_position_embeddings),
+    "tie_word_embeddings": (lambda spec: spec.has_tied_head, lambda theirs: theirs.tie_word_embeddings),
+    "attention_bias": (
+        lambda spec: spec.layers[0].mixer.o_bias,
+        lambda theirs: getattr(theirs, "attention_bias", False),
+    ),
+    "mlp_bias": (lambda spec: spec.layers[0].ffn.has_bias, lambda theirs: getattr(theirs, "mlp_bias", False)),
+    "num_key_value_heads": (lambda spec: spec.layers[0].mixer.num_kv_heads, lambda theirs: theirs.num_key_value_heads),
 }
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 @pytest.mark.parametrize("key", READ_AS)
 def test_an_absent_key_means_what_transformers_takes_it_for(key: str, model_type: str, tmp_path: Path) -> None:
-    config, theirs = read_both(tmp_path, key, model_type=model_type, num_attention_heads=32)  # 32: Qwen's own default
+    spec, theirs = read_both(tmp_path, key, model_type=model_type, num_attention_heads=32)  # 32: Qwen's own default
     mine, wanted = READ_AS[key]
-    assert mine(config) == wanted(theirs)
+    assert mine(spec) == wanted(theirs)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_an_absent_rope_means_what_transformers_takes_it_for(model_type: str, tmp_path: Path) -> None:
-    config, theirs = read_both(tmp_path, model_type=model_type, sliding_window=16)
-    for rope, kind in zip(config.ropes, getattr(theirs, "layer_types", ["full_attention"] * 8), strict=True):
+    spec, theirs = read_both(tmp_path, model_type=model_type, sliding_window=16)
+    for rope, kind in zip(ropes_of(spec), getattr(theirs, "layer_types", ["full_attention"] * 8), strict=True):
         assert_rope(rope, *rotary_of(theirs, kind))
 
 
@@ -274,10 +284,10 @@ def test_an_absent_window_means_what_transformers_takes_it_for(
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_an_absent_head_size_means_what_transformers_takes_it_for(model_type: str, tmp_path: Path) -> None:
     """Qwen3's heads have 128 numbers whatever the hidden size, those of the others share it out."""
-    config, theirs = read_both(tmp_path, "head_dim", model_type=model_type)
+    spec, theirs = read_both(tmp_path, "head_dim", model_type=model_type)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(theirs)
-    assert config.num_heads * config.head_dim == model.model.layers[0].self_attn.q_proj.out_features
+    assert spec.layers[0].mixer.q_size == model.model.layers[0].self_attn.q_proj.out_features
 
 
 @pytest.mark.parametrize(
@@ -293,9 +303,9 @@ def test_the_head_of_a_device_is_in_half_precision_where_its_rows_are(
     stored: torch.dtype, dtype: torch.dtype, expected: torch.dtype, tmp_path: Path
 ) -> None:
     make_model(tmp_path, dtype=stored, **CONFIGS["llama"])
-    model = Model(tmp_path, device=CPU, dtype=dtype)
+    model = Model(tmp_path, Compute(CPU, dtype, "cpu"))
     assert model.head().dtype == stored
-    model.device = torch.device("meta")
+    model.compute = Compute(torch.device("meta"), dtype, "cpu")
     assert model.head().dtype == expected
 
 
@@ -353,7 +363,7 @@ def test_a_config_that_cannot_be_computed_names_file_and_key(
     config: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(CheckpointError, match=message) as error:
-        ModelConfig.read(write(tmp_path, **({"model_type": "llama"} | config)))
+        read_spec(write(tmp_path, **({"model_type": "llama"} | config)))
     assert str(error.value).startswith(f"{tmp_path / 'config.json'}: ")
 
 
@@ -376,17 +386,19 @@ def test_windows_that_cannot_be_read_name_file_and_key(config: dict[str, Any], m
         "max_window_layers": 2,
     }
     with pytest.raises(CheckpointError, match=message) as error:
-        ModelConfig.read(write(tmp_path, **(windowed | config)))
+        read_spec(write(tmp_path, **(windowed | config)))
     assert str(error.value).startswith(f"{tmp_path / 'config.json'}: ")
 
 
 # --- a model's parts
 
 
-def opened(folder: Path, dtype: torch.dtype = torch.float32, **config: Any) -> tuple[Model, PreTrainedModel]:
+def opened(
+    folder: Path, dtype: torch.dtype = torch.float32, backend: Backend = "cpu", **config: Any
+) -> tuple[Model, PreTrainedModel]:
     """A model and its oracle in fp32; ``dtype`` is that of the saved weights."""
     oracle = make_model(folder, dtype=dtype, **config)
-    return Model(folder, device=CPU, dtype=torch.float32), oracle
+    return Model(folder, Compute.resolve("cpu", backend=backend)), oracle
 
 
 def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
@@ -399,18 +411,18 @@ def test_weights_are_widened_but_the_head(dtype: torch.dtype, tmp_path: Path) ->
     model, oracle = opened(tmp_path, dtype, **CONFIGS["llama"])
     ids = torch.tensor([3, 319, 3, 0], dtype=torch.int32)
     assert torch.equal(model.embed(ids), oracle.model.embed_tokens.weight[ids.long()])
-    assert {t.dtype for t in model.layer(0, 1).tensors.values()} == {torch.float32}
+    assert {t.dtype for t in model.tensors(0).values()} == {torch.float32}
     assert model.head().dtype == dtype
     assert torch.equal(model.head().float(), oracle.lm_head.weight)
     hidden = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(model.final_norm(hidden, "reference"), oracle.model.norm(hidden), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(model.final_norm(hidden), oracle.model.norm(hidden), rtol=1e-6, atol=1e-6)
 
 
 def test_each_layer_has_its_own_weights(tmp_path: Path) -> None:
     model, oracle = opened(tmp_path, **CONFIGS["olmo3"])
-    for i in range(model.config.num_layers):
+    for i in range(model.num_layers):
         theirs = oracle.model.layers[i].state_dict()
-        mine = model.layer(i, 1).tensors
+        mine = model.tensors(i)
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
@@ -420,7 +432,7 @@ def test_weights_that_do_not_fit_the_config_are_refused(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 95, "num_hidden_layers": 2}))
     with pytest.raises(CheckpointError) as error:
-        Model(tmp_path, device=CPU, dtype=torch.float32)
+        Model(tmp_path, Compute.resolve("cpu"))
     assert "model.layers.2.mlp.up_proj.weight" in str(error.value)
     assert "model.layers.0.mlp.gate_proj.weight (expected [95, 64], got [96, 64])" in str(error.value)
 
@@ -430,7 +442,7 @@ def test_weights_that_do_not_fit_the_config_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_one_layer_equals_transformers_for_all_rows_and_for_some(name: str, backend: Backend, tmp_path: Path) -> None:
     """Layer 1 on one transcript of 40 tokens that stands behind 3 rows of the store which it does not see."""
-    model, oracle = opened(tmp_path, **CONFIGS[name])
+    model, oracle = opened(tmp_path, backend=backend, **CONFIGS[name])
     states: list[Tensor] = []
     oracle.model.layers[1].register_forward_hook(lambda _, given, gives: states.extend((given[0], gives)))
     oracle.model(torch.randint(320, (1, 40), generator=torch.Generator().manual_seed(0)), use_cache=False)
@@ -438,7 +450,7 @@ def test_one_layer_equals_transformers_for_all_rows_and_for_some(name: str, back
 
     for rows in (None, torch.tensor([0, 7, 8, 30, 39]), torch.tensor([39])):
         num_queries = 40 if rows is None else len(rows)
-        keys, values = torch.full((2, 43, model.config.num_kv_heads, model.config.head_dim), torch.nan)
+        keys, values = torch.full((2, 43, *model.spec.layers[1].mixer.kv_shape), torch.nan)
         batch = Batch(
             positions=torch.arange(40, dtype=torch.int32),
             store_row=3,
@@ -453,7 +465,7 @@ def test_one_layer_equals_transformers_for_all_rows_and_for_some(name: str, back
         )
         given = hidden.clone()
         out = given if rows is None else torch.full((num_queries, 64), torch.nan)
-        decoder_layer(model.layer(1, 40), given, keys, values, batch, out, Workspace.make(40, model), backend)
+        model.layer(1, 40)(given, out, LayerState(keys, values), batch, Scratch.make(40, model))
         torch.testing.assert_close(out, expected if rows is None else expected[rows], rtol=1e-4, atol=1e-4)
         assert keys[:3].isnan().all() and keys[3:].isfinite().all() and values[3:].isfinite().all()
 
@@ -463,14 +475,14 @@ def test_one_layer_equals_transformers_for_all_rows_and_for_some(name: str, back
 def test_a_layer_allocates_no_array_of_its_rows(name: str, tmp_path: Path) -> None:
     """Of 2,000 rows with 64 hidden floats each; what is allocated are scalars of the checks of arguments."""
     model, _ = opened(tmp_path, **CONFIGS[name])
-    rows, heads = 2000, (model.config.num_kv_heads, model.config.head_dim)
-    layer, work, hidden = model.layer(0, rows), Workspace.make(rows, model), torch.randn(rows, 64)
+    rows, heads = 2000, model.spec.layers[0].mixer.kv_shape
+    layer, scratch, hidden = model.layer(0, rows), Scratch.make(rows, model), torch.randn(rows, 64)
     positions, ends = torch.arange(rows, dtype=torch.int32), torch.tensor([0, rows], dtype=torch.int32)
     segments = Segments(positions, ends, torch.tensor([0, 1], dtype=torch.int32), ends[None])
-    batch = Batch(positions, 0, None, positions, segments)
+    batch = Batch(positions=positions, store_row=0, query_rows=None, query_positions=positions, segments=segments)
     keys, values = torch.empty(2, rows, *heads)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        decoder_layer(layer, hidden, keys, values, batch, hidden, work, "cpu")
+        layer(hidden, hidden, LayerState(keys, values), batch, scratch)
     allocated = {event.name: event.cpu_memory_usage for event in profile.events() if event.cpu_memory_usage > 4 * rows}
     assert hidden.isfinite().all() and not allocated
 
@@ -481,6 +493,6 @@ def test_tensors_that_are_not_finite_are_found_by_layer(tmp_path: Path) -> None:
         oracle.model.layers[1].mlp.up_proj.weight[3, 4] = torch.inf
         oracle.model.norm.weight[0] = torch.nan
     oracle.save_pretrained(tmp_path)
-    model = Model(tmp_path, device=CPU, dtype=torch.float32)
+    model = Model(tmp_path, Compute.resolve("cpu"))
     found = [model.non_finite_tensors(layer) for layer in (-1, 0, 1, 2)]
     assert found == [["model.norm.weight"], [], ["model.layers.1.mlp.up_proj.weight"], []]

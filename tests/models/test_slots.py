@@ -9,6 +9,7 @@ import torch
 from support.checkpoints import CONFIGS, make_model
 from torch import Tensor
 
+from psykern.kernels.compute import Compute
 from psykern.models.model import Model
 from psykern.models.slots import Layout, Slots
 
@@ -24,29 +25,27 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "mlp.down_proj.weight": (6, 5),
     "input_layernorm.weight": (6,),
 }
+FUSED: dict[str, tuple[str, ...]] = {
+    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attn.kv_proj": ("self_attn.k_proj", "self_attn.v_proj"),
+    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+}
+LAYOUT = Layout.of(SHAPES, FUSED)
 NUM_LAYERS = 5
+CPU = torch.device("cpu")
 
 
-def source(index: int) -> dict[str, Tensor]:
+def read(index: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(index)
     return {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in SHAPES.items()}
 
 
 def slots(num_slots: int) -> Slots:
-    return Slots(
-        source,
-        Layout.of(SHAPES),
-        num_layers=NUM_LAYERS,
-        num_slots=num_slots,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-    )
+    return Slots(read, [LAYOUT] * NUM_LAYERS, num_slots=num_slots, device=CPU, dtype=torch.float32)
 
 
 def test_projections_of_one_input_are_one_matrix() -> None:
-    layout = Layout.of(SHAPES)
-    flat = torch.arange(layout.size, dtype=torch.float32)
-    tensors = layout.tensors(flat)
+    tensors = LAYOUT.tensors(torch.arange(LAYOUT.size, dtype=torch.float32))
     for fused, parts in {"qkv_proj": "qkv", "kv_proj": "kv"}.items():
         for kind in ("weight", "bias"):
             apart = [tensors[f"self_attn.{part}_proj.{kind}"] for part in parts]
@@ -57,14 +56,13 @@ def test_projections_of_one_input_are_one_matrix() -> None:
 
 
 def test_no_two_tensors_overlap_and_all_begin_aligned() -> None:
-    layout = Layout.of(SHAPES)
-    assert set(layout.names) == set(SHAPES)
-    taken = torch.zeros(layout.size)
+    assert set(LAYOUT.names) == set(SHAPES)
+    taken = torch.zeros(LAYOUT.size)
     for name in SHAPES:
-        layout.tensors(taken)[name].add_(1)
+        LAYOUT.tensors(taken)[name].add_(1)
     assert taken.max() == 1
     for name in ("self_attn.q_proj.weight", "self_attn.q_proj.bias", "mlp.gate_proj.weight", "input_layernorm.weight"):
-        assert layout.views[name][0] % 128 == 0
+        assert LAYOUT.views[name][0] % 128 == 0
 
 
 @pytest.mark.parametrize("num_slots", [1, 2, 3, NUM_LAYERS, NUM_LAYERS + 1])
@@ -74,30 +72,30 @@ def test_every_layer_is_the_one_asked_for(num_slots: int, order: list[int]) -> N
     assert held.is_resident == (num_slots >= NUM_LAYERS)
     for index in order:
         tensors = held.layer(index)
-        for name, expected in source(index).items():
+        for name, expected in read(index).items():
             assert torch.equal(tensors[name], expected.float())
 
 
 def test_a_resident_layer_is_read_once() -> None:
-    read: list[int] = []
+    asked: list[int] = []
 
     def counted(index: int) -> dict[str, Tensor]:
-        read.append(index)
-        return source(index)
+        asked.append(index)
+        return read(index)
 
-    held = Slots(counted, Layout.of(SHAPES), num_layers=3, num_slots=3, device=torch.device("cpu"), dtype=torch.float32)
+    held = Slots(counted, [LAYOUT] * 3, num_slots=3, device=CPU, dtype=torch.float32)
     for index in [0, 1, 2] * 4:
         held.layer(index)
-    assert read == [0, 1, 2]
+    assert asked == [0, 1, 2]
 
 
 def test_an_error_of_reading_is_raised_where_the_layer_is_asked_for() -> None:
     def broken(index: int) -> dict[str, Tensor]:
         if index == 1:
             raise OSError("the disk is gone")
-        return source(index)
+        return read(index)
 
-    held = Slots(broken, Layout.of(SHAPES), num_layers=3, num_slots=2, device=torch.device("cpu"), dtype=torch.float32)
+    held = Slots(broken, [LAYOUT] * 3, num_slots=2, device=CPU, dtype=torch.float32)
     held.layer(0)
     with pytest.raises(OSError, match="the disk is gone"):
         held.layer(1)
@@ -105,12 +103,12 @@ def test_an_error_of_reading_is_raised_where_the_layer_is_asked_for() -> None:
 
 def test_a_cpu_maps_its_weights_and_copies_one_layer_only_to_widen_it(tmp_path: Path) -> None:
     make_model(tmp_path, **CONFIGS["llama"])
-    mapped = Model(tmp_path, device=torch.device("cpu"), dtype=torch.float32)
-    assert mapped.is_resident and not mapped.is_fused
-    one, two = mapped.layer(0, 1).tensors, mapped.layer(0, 1).tensors
+    mapped = Model(tmp_path, Compute.resolve("cpu"))
+    assert mapped.is_resident and mapped.layer(0, 1).mixer.fused is None
+    one, two = mapped.tensors(0), mapped.tensors(0)
     assert all(one[name].data_ptr() == two[name].data_ptr() for name in one)
     make_model(tmp_path, dtype=torch.bfloat16, **CONFIGS["llama"])
-    widened = Model(tmp_path, device=torch.device("cpu"), dtype=torch.float32)
-    assert not widened.is_resident and not widened.is_fused
+    widened = Model(tmp_path, Compute.resolve("cpu"))
+    assert not widened.is_resident and widened.layer(0, 1).mixer.fused is None
     name = "mlp.up_proj.weight"
-    assert widened.layer(0, 1).tensors[name].data_ptr() == widened.layer(1, 1).tensors[name].data_ptr()
+    assert widened.tensors(0)[name].data_ptr() == widened.tensors(1)[name].data_ptr()

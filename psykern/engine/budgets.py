@@ -1,0 +1,97 @@
+"""How many rows are computed together, and what a plan costs: arithmetic and memory, as a model's parts say it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from psykern.engine.plan import Plan
+from psykern.models.slots import free_bytes
+from psykern.models.spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Budgets:
+    """Rows that are computed together."""
+
+    wave_tokens: int  # a layer's weights are read once for these
+    batch_tokens: int  # what one product of a layer takes
+
+
+# A product with a wide weight is 8 % faster with 2,048 rows than with 1,024 (benchmarks/results).
+CPU_BUDGETS = Budgets(wave_tokens=32_768, batch_tokens=2048)
+
+_DEVICE_BATCH = 16_384  # rows: a launch costs the host more than the smallest model's product of fewer
+_DEVICE_WAVE = (16_384, 131_072)  # rows at least, where memory is short, and at most
+_CARRIED = 45_056  # rows from wave to wave: a tenth more than the longest transcript of the 15 studies, 41,002 tokens
+_WAVE_SHARE = 0.6  # of a device's free memory; the rest is for fragments and for what others take
+
+_HEAD_TILES = 3 * 32 * 2**20  # bytes that option_logprobs holds in the reference backend
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a plan costs under a model: floating-point operations (a multiply-add counts two) and memory in bytes."""
+
+    flops_body: int  # linear layers
+    flops_attention: int  # queries times keys, and weights times values
+    flops_head: int  # the vocabulary's logits
+    wave_bytes: int  # the largest wave's hidden states, store, carried keys and values, and a batch's arrays, at most
+
+
+def cost(plan: Plan, spec: ModelSpec, dtype: torch.dtype) -> Cost:
+    """The arithmetic and memory of running ``plan``; weights are not counted."""
+    flops = [layer.flops() for layer in spec.layers]
+    # The last layer computes an output of the response rows alone.
+    body = plan.num_computed * sum(layer.per_row for layer in flops)
+    body += plan.num_computed * sum(layer.per_query for layer in flops[:-1])
+    body += plan.num_response_rows * flops[-1].per_query
+    windows = [layer.mixer.window for layer in spec.layers]
+    visible = {window: plan.visible_keys(window) for window in set(windows[:-1])}
+    keys = [*(visible[window] for window in windows[:-1]), plan.visible_keys_of_responses(windows[-1])]
+    return Cost(
+        flops_body=body,
+        flops_attention=sum(layer.per_visible_key * seen for layer, seen in zip(flops, keys, strict=True)),
+        flops_head=2 * plan.num_response_rows * spec.hidden_size * spec.vocab_size,
+        wave_bytes=_wave_numbers(plan, spec) * dtype.itemsize + _HEAD_TILES,
+    )
+
+
+def _wave_numbers(plan: Plan, spec: ModelSpec) -> int:
+    """Numbers that the largest wave holds."""
+    rows, carried = plan.max_wave_rows, plan.max_carried_rows
+    hidden = rows * spec.hidden_size
+    store = (rows + carried) * _store_numbers(spec)
+    kept = 2 * carried * _carried_numbers(spec)  # from the last wave, and to the next
+    out = 2 * plan.max_response_rows * spec.hidden_size
+    return hidden + store + kept + out + min(plan.batch_tokens, rows) * _batch_numbers(spec)
+
+
+def budgets(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Budgets:
+    """Budgets that fit ``device`` as it is now: on a device with memory of its own, waves as large as that allows when
+    one of the longest transcripts is carried from wave to wave."""
+    if device.type == "cpu":
+        return CPU_BUDGETS
+    longest = min(spec.max_positions, _CARRIED)
+    fixed = _DEVICE_BATCH * _batch_numbers(spec) + longest * (2 * _carried_numbers(spec) + 2 * _store_numbers(spec))
+    free = _WAVE_SHARE * (free_bytes(device) or 0) - _HEAD_TILES
+    rows = int((free / dtype.itemsize - fixed) // (2 * spec.hidden_size + _store_numbers(spec)))
+    least, most = _DEVICE_WAVE
+    rows = max(least, min(rows - rows % _DEVICE_BATCH, most))
+    return Budgets(wave_tokens=rows, batch_tokens=min(_DEVICE_BATCH, rows))
+
+
+def _store_numbers(spec: ModelSpec) -> int:
+    """Keys and values of a row in the layer that has most of them: the store is that of one layer."""
+    return max(2 * layer.mixer.kv_size for layer in spec.layers)
+
+
+def _carried_numbers(spec: ModelSpec) -> int:
+    """Keys and values of a row in all layers."""
+    return sum(2 * layer.mixer.kv_size for layer in spec.layers)
+
+
+def _batch_numbers(spec: ModelSpec) -> int:
+    """What a row of a batch needs between a layer's operations, at most."""
+    return max(layer.most_memory for layer in spec.layers)

@@ -1,0 +1,94 @@
+"""The gated feed-forward part, SwiGLU: ``(silu(x Wg) * (x Wu)) Wd``. Source: Shazeer 2020, arXiv 2002.05202."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from psykern import kernels
+from psykern.core.settings import Backend
+from psykern.models.batch import Scratch
+from psykern.models.fields import Fields
+from psykern.models.parts import Flops, Fused, Linear, Shapes, linear_shapes
+
+
+@dataclass(frozen=True, slots=True)
+class MlpSpec:
+    hidden_size: int
+    intermediate_size: int
+    has_bias: bool
+
+    @classmethod
+    def of(cls, c: Fields, *, has_bias: bool = False) -> MlpSpec:
+        sizes = c.positive("hidden_size"), c.positive("intermediate_size")
+        if (act := c.get("hidden_act")) != "silu":
+            raise c.error(f"hidden_act: expected 'silu', got {act!r}")
+        return cls(*sizes, has_bias)
+
+    @property
+    def scratch(self) -> int:
+        """Numbers per row: gate and up."""
+        return 2 * self.intermediate_size
+
+    @property
+    def most_memory(self) -> int:
+        """Numbers per row at most, with what kernels may take for themselves."""
+        return 3 * self.intermediate_size
+
+    def tensors(self) -> Shapes:
+        return {
+            **linear_shapes("mlp.gate_proj", self.intermediate_size, self.hidden_size, self.has_bias),
+            **linear_shapes("mlp.up_proj", self.intermediate_size, self.hidden_size, self.has_bias),
+            **linear_shapes("mlp.down_proj", self.hidden_size, self.intermediate_size, self.has_bias),
+        }
+
+    def fused(self) -> Fused:
+        return {"mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj")}
+
+    def flops(self) -> Flops:
+        return Flops(per_query=2 * 3 * self.hidden_size * self.intermediate_size)
+
+    def mlp(self, tensors: Mapping[str, Tensor], backend: Backend) -> Mlp:
+        """With a layer's weights."""
+        return Mlp(
+            spec=self,
+            gate=Linear.of(tensors, "mlp.gate_proj"),
+            up=Linear.of(tensors, "mlp.up_proj"),
+            down=Linear.of(tensors, "mlp.down_proj"),
+            gate_up=Linear.find(tensors, "mlp.gate_up_proj"),
+            backend=backend,
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Mlp:
+    """One layer's feed-forward part; see the module. Both ways to call it write to ``scratch.ffn`` too."""
+
+    spec: MlpSpec
+    gate: Linear
+    up: Linear
+    down: Linear
+    gate_up: Linear | None  # None: each product on its own
+    backend: Backend
+
+    def __call__(self, x: Tensor, scratch: Scratch) -> Tensor:
+        """Of x [m, D], which must not stand in ``scratch.normed``: there the result [m, D] is written."""
+        return self.down(self._inner(x, scratch), scratch.normed[: len(x)])
+
+    def add(self, x: Tensor, total: Tensor, scratch: Scratch) -> None:
+        """Of x [m, D], added to ``total`` [m, D] by the last product itself."""
+        self.down.add(self._inner(x, scratch), total)
+
+    def _inner(self, x: Tensor, scratch: Scratch) -> Tensor:
+        """[m, F] what the last product takes, in ``scratch.ffn``."""
+        m, columns = len(x), self.spec.intermediate_size
+        room = scratch.ffn[: 2 * m * columns]
+        if self.gate_up is not None:
+            gate, up = self.gate_up(x, room.view(m, 2 * columns)).chunk(2, dim=1)
+        else:
+            gate, up = room.view(2, m, columns)
+            self.gate(x, gate)
+            self.up(x, up)
+        return kernels.silu_mul(gate, up, out=gate, backend=self.backend)

@@ -1,0 +1,43 @@
+"""A model as its ``config.json`` describes it: a tuple of layers, and what stands before and behind them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from psykern.models.layer import LayerSpec
+from psykern.models.parts import Shapes
+
+EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    eps: float  # of the final norm
+    max_positions: int
+    has_tied_head: bool  # the head is the embedding
+    layers: tuple[LayerSpec, ...]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def head_name(self) -> str:
+        return EMBEDDING if self.has_tied_head else HEAD
+
+    def outside(self) -> Shapes:
+        """The tensors outside the layers."""
+        vocabulary = (self.vocab_size, self.hidden_size)
+        return {EMBEDDING: vocabulary, FINAL_NORM: (self.hidden_size,), self.head_name: vocabulary}
+
+    def tensors(self) -> Shapes:
+        """Every tensor of a checkpoint, as ``transformers`` names them."""
+        layers = {layer.prefix + name: shape for layer in self.layers for name, shape in layer.tensors().items()}
+        return {**self.outside(), **layers}
+
+    def unused(self) -> list[str]:
+        """Names and patterns of tensors that a checkpoint may hold and that are not needed."""
+        return ["*.rotary_emb.inv_freq", *([HEAD] if self.has_tied_head else [])]
