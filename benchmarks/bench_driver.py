@@ -14,9 +14,10 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -32,28 +33,23 @@ from psykern import Settings, demo
 from psykern.core.types import TargetScores
 from psykern.data.encode import Tokenizer
 from psykern.engine import engine
+from psykern.engine.engine import Engine
 from psykern.engine.plan import Plan
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from support.instant import InstantEngine
 
 PHASES = ("hash", "scan", "read", "encode", "plan", "run", "write")  # of the manifest; they overlap
 MADE_LOGPROB = -1.0  # nats per token
 
 
-def instant(
-    plans: Iterable[tuple[Plan, Callable[[float], None]]],
-    model: object,
-    *,
-    stop: Callable[[], bool] = lambda: False,
-    **ignored: object,
-) -> Iterator[TargetScores]:
-    """In place of ``engine.stream``: MADE_LOGPROB for every target that a wave holds, NaN for one that none does."""
-    for plan, progress in plans:
-        if stop():
-            return
-        logprob = np.full(plan.num_targets, np.nan, np.float32)
-        for wave in plan.waves():
-            logprob[wave.target_ids] = MADE_LOGPROB
-        progress(1.0)
-        yield TargetScores(logprob, np.ones(plan.num_targets, np.bool_), -logprob)
+def made_scores(plan: Plan) -> TargetScores:
+    """MADE_LOGPROB for every target that a wave holds, NaN for one that none does."""
+    logprob = np.full(plan.num_targets, np.nan, np.float32)
+    for wave in plan.waves():
+        logprob[wave.target_ids] = MADE_LOGPROB
+    return TargetScores(logprob, np.ones(plan.num_targets, np.bool_), -logprob)
 
 
 def make_tiny(folder: Path) -> None:
@@ -76,7 +72,7 @@ def make_tiny(folder: Path) -> None:
 
 def score_at_once(model: Path, data: Path, out: Path, settings: Settings, cache: Path | None = None) -> psykern.Run:
     """A run with the instant engine. Raises SystemExit where records are not what it gave."""
-    with mock.patch.object(engine, "stream", instant):
+    with mock.patch.object(Engine, "pairs", InstantEngine(made_scores).pairs):
         run = psykern.score(model, data, out, settings, cache=cache)
     table = psykern.read_run(out, columns=["num_tokens", "logprob"])
     scored = np.array(table["num_tokens"]) > 0
@@ -114,16 +110,16 @@ def bench_rates(folder: Path, data: Path, settings: Settings, repeats: int) -> l
 def bench_overhead(folder: Path, data: Path, settings: Settings, layers: int) -> list[dict[str, object]]:
     """One row: what of a real run is not the waves' arithmetic."""
     make_checkpoint(folder, layers)
-    compute, seconds = engine._compute, 0.0
+    run_wave, seconds = engine.run_wave, 0.0
 
     def timed(*arguments: Any) -> Any:
         nonlocal seconds
         start = time.perf_counter()
-        result = compute(*arguments)
+        result = run_wave(*arguments)
         seconds += time.perf_counter() - start
         return result
 
-    with mock.patch.object(engine, "_compute", timed):
+    with mock.patch.object(engine, "run_wave", timed):
         run = psykern.score(folder / "torch.float32", data, folder / "run", settings)
     phases, counts = run.manifest.seconds, run.manifest.counts
     whole = phases["total"] - phases["load"] - phases["hash"]

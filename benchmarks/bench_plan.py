@@ -24,8 +24,8 @@ from harness import time_side_by_side, write_csv
 from psykern.core.errors import Source
 from psykern.core.types import EncodedTranscript, TargetScores
 from psykern.data.encode import Tokenizer
-from psykern.engine import engine
 from psykern.engine.budgets import CPU_BUDGETS
+from psykern.engine.engine import Engine
 from psykern.engine.plan import Plan, plan
 from psykern.kernels.compute import Compute
 from psykern.models.model import Model
@@ -54,7 +54,7 @@ def bench_minima(
     name: str, transcripts: list[EncodedTranscript], model: Model, repeats: int
 ) -> list[dict[str, object]]:
     def run(min_share: int) -> TargetScores:
-        return engine.run(plan_with(transcripts, min_share), model)
+        return Engine(model).run(plan_with(transcripts, min_share))
 
     scores = {minimum: run(minimum).logprob for minimum in MINIMA}  # the warm-up too
     for minimum, got in scores.items():

@@ -18,13 +18,15 @@ import gzip
 import json
 import re
 import shutil
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -35,9 +37,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import psykern
 from psykern import Settings
 from psykern.core.types import TargetScores
-from psykern.engine import engine
+from psykern.engine.engine import Engine
 from psykern.engine.plan import Plan
 from psykern.runs import folder as records
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from support.instant import InstantEngine
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 TRANSCRIPTS, RESPONSES, TOKENS = 208_021, 25_906_599, 1.0e9  # of Psych-201
@@ -128,32 +134,19 @@ def make_model(folder: Path) -> Path:
     return folder
 
 
-@contextmanager
-def instant_model() -> Iterator[None]:
+def drawn_scores(rng: np.random.Generator, plan: Plan) -> TargetScores:
     """Every wave is laid out as for a model; scores are drawn, so that records pack as badly as real ones."""
-    rng = np.random.default_rng(0)
-
-    def stream(plans: Iterable[tuple[Plan, Callable[[float], None]]], *_: Any, **__: Any) -> Iterator[TargetScores]:
-        for plan, progress in plans:
-            for _ in plan.waves():
-                pass
-            n = plan.num_targets
-            progress(1.0)
-            logprob = -rng.exponential(size=n).astype(np.float32)
-            yield TargetScores(logprob, logprob > -0.5, rng.random(n, np.float32))
-
-    real = engine.stream
-    engine.stream = stream  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        engine.stream = real
+    for _ in plan.waves():
+        pass
+    logprob = -rng.exponential(size=plan.num_targets).astype(np.float32)
+    return TargetScores(logprob, logprob > -0.5, rng.random(plan.num_targets, np.float32))
 
 
 def run(model: Path, data: Path, out: Path, cache: Path, unit_tokens: int) -> dict[str, float]:
     """Seconds of everything but loading, and what went through."""
+    instant = InstantEngine(partial(drawn_scores, np.random.default_rng(0)))
     start = time.perf_counter()
-    with instant_model():
+    with mock.patch.object(Engine, "pairs", instant.pairs):
         made = psykern.score(model, data, out, Settings(device="cpu", unit_tokens=unit_tokens), cache=cache)
     seconds = time.perf_counter() - start - made.manifest.seconds["load"]
     counts = made.manifest.counts

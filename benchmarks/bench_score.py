@@ -15,7 +15,7 @@ is the one that the others run, and a copy of it in fp32 is the oracle. First th
 should stay within 0.035 nats (0.003 where psykern computes in fp32); thrice that is refused. Then the others are
 warmed with these transcripts and timed once; psykern runs once and is timed ``--repeats`` times, and so is, but once,
 psykern:streamed, which holds two layers at a time: the last run must give the first one's bytes. GFLOP/s are compared
-with a square bf16 product. ``idle_share`` is ``engine.DeviceClock``'s; ``kernel_idle_share`` is what torch's profiler
+with a square bf16 product. ``idle_share`` is the engine's; ``kernel_idle_share`` is what torch's profiler
 saw of one more run on CUDA: the share of the time from the first kernel to the last in which none ran. The file is
 written after each provider.
 
@@ -67,9 +67,9 @@ from psykern.core.settings import MIN_SHARE
 from psykern.core.types import EncodedTranscript, TargetScores, Transcript
 from psykern.data.encode import Encoder, Tokenizer
 from psykern.data.rows import find_data, read
-from psykern.engine import engine
 from psykern.engine.budgets import CPU_BUDGETS, Budgets, cost
 from psykern.engine.budgets import budgets as best_budgets
+from psykern.engine.engine import Engine
 from psykern.engine.plan import Plan, plan
 from psykern.kernels import Backend, resolve
 from psykern.kernels.compute import Compute
@@ -213,17 +213,15 @@ def run_careful_user(model: PreTrainedModel, study: Study) -> np.ndarray:
 
 
 def run_psykern(
-    model: Model,
+    runner: Engine,
     tokenizer: Tokenizer,
     study: Study,
     min_share: int,
     budgets: Budgets = CPU_BUDGETS,
-    clock: engine.DeviceClock | None = None,
 ) -> tuple[TargetScores, Plan]:
     encoded = Encoder(tokenizer).encode(study.transcripts, lambda error: None)
     planned = plan(encoded, wave_tokens=budgets.wave_tokens, batch_tokens=budgets.batch_tokens, min_share=min_share)
-    (scores,) = engine.stream([(planned, lambda share: None)], model, clock=clock)
-    return scores, planned
+    return runner.run(planned), planned
 
 
 def measure(
@@ -298,7 +296,7 @@ def bench_shape(options: argparse.Namespace) -> None:
         release(device)
         model = Model(folder, Compute(device, dtype, resolve("auto", device)))
         budgets = best_budgets(model.spec, device, dtype)
-        got = run_psykern(model, tokenizer, short, MIN_SHARE, budgets=budgets)[0].logprob
+        got = run_psykern(Engine(model), tokenizer, short, MIN_SHARE, budgets)[0].logprob
         rms = float(np.sqrt(np.mean((got - expected) ** 2.0)))
         print(f"RMS of differences from transformers in fp32: {rms:.5f} nats, {len(expected)} tokens", flush=True)
         if rms > 3 * RMS_TOLERANCE[dtype]:  # what lies between is the summary's to tell
@@ -385,9 +383,9 @@ def bench_providers(
     used: list[tuple[Plan, float | None]] = []
 
     def psykern_logprobs(decoder: Model) -> np.ndarray:
-        clock = engine.DeviceClock()
-        scores, planned = run_psykern(decoder, tokenizer, study, options.min_share, budgets=budgets, clock=clock)
-        used[:] = [(planned, clock.idle_share)]
+        runner = Engine(decoder)
+        scores, planned = run_psykern(runner, tokenizer, study, options.min_share, budgets)
+        used[:] = [(planned, runner.idle_share)]
         return scores.logprob
 
     baselines = {"study": run_study_procedure, "careful": run_careful_user}
@@ -460,7 +458,7 @@ def bench_study(
     planned: list[Plan] = []
 
     def psykern_logprobs(model: Model) -> np.ndarray:
-        scores, used = run_psykern(model, tokenizer, study, options.min_share)
+        scores, used = run_psykern(Engine(model), tokenizer, study, options.min_share)
         planned[:] = [used]
         return scores.logprob
 

@@ -18,6 +18,7 @@ from harness import print_row, write_csv
 
 from psykern.core.settings import MIN_SHARE
 from psykern.data.encode import Tokenizer
+from psykern.engine.engine import Engine
 from psykern.kernels.compute import Compute
 from psykern.models.model import Model
 
@@ -25,10 +26,10 @@ LEAST_SHARE = 0.001  # of the run; less counts as "rest"
 
 
 def profile(study: Study, model: Model, tokenizer: Tokenizer) -> list[dict[str, object]]:
-    run_psykern(model, tokenizer, study, MIN_SHARE)
+    run_psykern(Engine(model), tokenizer, study, MIN_SHARE)
     profiler = cProfile.Profile()
     profiler.enable()
-    run_psykern(model, tokenizer, study, MIN_SHARE)
+    run_psykern(Engine(model), tokenizer, study, MIN_SHARE)
     profiler.disable()
     functions = pstats.Stats(profiler).get_stats_profile().func_profiles
     total = sum(f.tottime for f in functions.values())

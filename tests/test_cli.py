@@ -27,6 +27,7 @@ from psykern import Settings, demo, kernels
 from psykern.cli import main
 from psykern.core.settings import MIN_SHARE
 from psykern.engine import engine
+from psykern.engine.engine import Engine
 from psykern.study import finished as runs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -706,15 +707,15 @@ def test_what_was_written_before_a_stop_is_kept(
     arguments = ("--unit-tokens", 1, "--quiet")
     assert score(toy.model, toy.data, tmp_path / "whole", *arguments) == 0
 
-    def stream(*arguments: Any, **named: Any) -> Iterator[Any]:
-        for done, scores in enumerate(original(*arguments, **named)):
+    def pairs(*arguments: Any, **named: Any) -> Iterator[Any]:
+        for done, pair in enumerate(original(*arguments, **named)):
             if done == 2:
                 raise error
-            yield scores
+            yield pair
 
-    original = engine.stream
+    original = Engine.pairs
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "stream", stream)
+        patch.setattr(Engine, "pairs", pairs)
         capsys.readouterr()
         assert score(toy.model, toy.data, tmp_path / "run", *arguments) == expected
     assert message in capsys.readouterr().err

@@ -1,54 +1,176 @@
-"""Runs a plan: wave by wave, in each wave layer by layer, in each layer batch by batch.
+"""Runs plans: wave by wave, as ``run_wave`` computes one, and their scores in order.
 
-    for wave in plan.waves():
-        hidden = embed(wave)
-        for layer in model.layers:          # the weights of one layer are needed at a time
-            for batch in wave.batches:      # row ranges under the batch budget
-                hidden[batch] = layer(hidden[batch], keys and values of this layer, batch)
-        scores = option_logprobs(final_norm(hidden[response rows]), head, tokens)
+    lay out ─► launch ─► collect ─► give
 
-The key/value store holds one layer. Rows that later waves need are carried: their keys and values are kept for all
-layers and stand in front of the next wave's store, so that no prefix is computed twice. In the last layer only the rows
-that predict a target need queries, output projection and MLP.
+While a device computes one wave, a thread lays out the next, the host launches it, and the scores of the last go where
+they belong: also from one plan to the next. On a CPU nothing is in flight.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from psykern import kernels
-from psykern.core.errors import NonFiniteError, OutOfMemoryError
 from psykern.core.stages import ahead
 from psykern.core.types import TargetScores
 from psykern.engine.budgets import cost
+from psykern.engine.checks import check_finite, check_fits, memory_errors
 from psykern.engine.plan import Plan, Wave
-from psykern.models.batch import Batch, LayerState, Scratch
+from psykern.engine.store import OneLayer, Store
+from psykern.engine.watch import DeviceClock, Watch
+from psykern.engine.wave import Launched, run_wave
+from psykern.models.batch import Scratch
 from psykern.models.model import Model
 from psykern.models.slots import free_bytes
 
 
-def run(
-    plan: Plan,
-    model: Model,
-    *,
-    progress: Callable[[float], None] = lambda share: None,
-) -> TargetScores:
-    """Score every target of ``plan``. ``progress`` is told the share of the plan's rows that is done.
+class Planned(Protocol):
+    """What :meth:`Engine.pairs` takes: a plan, and whom to tell how far it is."""
 
-    Raises ``NonFiniteError`` (naming the layer) where a score is not finite, ``OutOfMemoryError`` where a wave does not
-    fit the memory.
+    @property
+    def plan(self) -> Plan: ...
+    @property
+    def progress(self) -> Callable[[float], None]:
+        """Told the share of the plan's rows that is done, from 0 to 1."""
+
+
+T = TypeVar("T", bound=Planned)
+
+
+class Engine:
+    """Computes with one model; it keeps the arrays that a layer needs from plan to plan.
+
+    Several threads may use it: their waves take turns, as a layer's weights and those arrays serve one wave at a time.
     """
-    (scores,) = stream([(plan, progress)], model)
-    return scores
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.most_in_flight = 0 if model.device.type == "cpu" else 1  # waves computed while the host goes on
+        self._scratch: Scratch | None = None
+        self._clock = DeviceClock()
+        self._lock = threading.Lock()
+
+    @property
+    def idle_share(self) -> float | None:
+        """How much of its time the device waited in the last :meth:`pairs` or :meth:`run`; see ``DeviceClock``."""
+        return self._clock.idle_share
+
+    def run(self, plan: Plan, progress: Callable[[float], None] = lambda share: None) -> TargetScores:
+        """The scores of every target of ``plan``; raises what :meth:`pairs` raises."""
+        ((_, scores),) = self.pairs([_Alone(plan, progress)])
+        return scores
+
+    def pairs(
+        self, items: Iterable[T], *, stop: Callable[[], bool] = lambda: False
+    ) -> Generator[tuple[T, TargetScores], None, None]:
+        """Each of ``items`` with the scores of its plan, in order.
+
+        ``items`` is read in a thread, ahead of the scores. ``stop`` is asked before a plan is begun; once it holds no
+        other is, and what was begun is finished. Closing the generator ends the thread.
+
+        Raises ``NonFiniteError`` (naming the layer) where a score is not finite, ``OutOfMemoryError`` where a wave does
+        not fit the memory.
+        """
+        store, clock = OneLayer(self.model), DeviceClock()
+        begun: deque[_Run[T]] = deque()
+        in_flight: deque[tuple[_Run[T], Launched]] = deque()
+        self._clock = clock
+        with ahead(_laid_out(items)) as steps:
+            for step in steps:
+                if isinstance(step, Wave):
+                    in_flight.append((begun[-1], self._launch(begun[-1], step, store)))
+                elif stop():
+                    break
+                else:
+                    begun.append(step)
+                self._collect(in_flight, clock, self.most_in_flight)
+                yield from _complete(begun)
+        self._collect(in_flight, clock, 0)
+        yield from _complete(begun)
+
+    def _launch(self, run: _Run[T], wave: Wave, store: Store) -> Launched:
+        plan = run.item.plan
+        watch = Watch(self.model.device, lambda share: run.tell(share * len(wave.token_ids)))
+        with self._lock, memory_errors(plan), torch.inference_mode():
+            if wave.index == 0:
+                needed = cost(plan, self.model.spec, self.model.dtype).wave_bytes
+                check_fits(plan, needed, free_bytes(self.model.device))
+            rows = min(plan.batch_tokens, plan.max_wave_rows)
+            self._scratch = Scratch.grown(self._scratch, rows, self.model)
+            return run_wave(self.model, wave, store, self._scratch, watch)
+
+    def _collect(self, in_flight: deque[tuple[_Run[T], Launched]], clock: DeviceClock, most: int) -> None:
+        """Waits for all waves but the ``most`` latest, and puts their scores where they belong."""
+        while len(in_flight) > most:
+            run, launched = in_flight.popleft()
+            launched.wait()
+            clock.add(launched.spans)
+            check_finite(launched.sums, self.model)
+            run.put(launched)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Alone:
+    """A plan that nothing comes with."""
+
+    plan: Plan
+    progress: Callable[[float], None]
+
+
+@dataclass(slots=True, eq=False)
+class _Run(Generic[T]):
+    """A plan and what has come of it."""
+
+    item: T
+    scores: TargetScores  # zeros where none has come
+    rows_done: int = 0
+
+    @classmethod
+    def of(cls, item: T) -> _Run[T]:
+        n = item.plan.num_targets
+        return cls(item, TargetScores(np.zeros(n, np.float32), np.zeros(n, np.bool_), np.zeros(n, np.float32)))
+
+    @property
+    def is_complete(self) -> bool:
+        """At once, where the plan has no target: then it has no wave."""
+        return self.rows_done == self.item.plan.num_computed
+
+    def put(self, launched: Launched) -> None:
+        """The scores of a wave that has arrived."""
+        ids = launched.wave.target_ids
+        self.scores.logprob[ids] = launched.logprob.numpy()
+        self.scores.is_argmax[ids] = launched.is_argmax.numpy()
+        self.scores.entropy[ids] = launched.entropy.numpy()
+        self.rows_done += len(launched.wave.token_ids)
+        self.tell(0)
+
+    def tell(self, rows: float) -> None:
+        """Of the wave in hand ``rows`` are done too."""
+        self.item.progress((self.rows_done + rows) / self.item.plan.num_computed)
+
+
+def _laid_out(items: Iterable[T]) -> Iterator[_Run[T] | Wave]:
+    """Each plan, and after it its waves."""
+    for item in items:
+        yield _Run.of(item)
+        yield from item.plan.waves()
+
+
+def _complete(begun: deque[_Run[T]]) -> Iterator[tuple[T, TargetScores]]:
+    """Takes those from the front to which nothing is missing."""
+    while begun and begun[0].is_complete:
+        run = begun.popleft()
+        yield run.item, run.scores
+
+
+# Until psykern.runs takes an Engine: to be removed.
 def stream(
     plans: Iterable[tuple[Plan, Callable[[float], None]]],
     model: Model,
@@ -56,306 +178,10 @@ def stream(
     clock: DeviceClock | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Generator[TargetScores, None, None]:
-    """The scores of one plan after the other, as :func:`run` gives them; each plan comes with its ``progress``.
-
-    While a device computes one wave, a thread lays out the next, the host launches it, and the scores of the last go
-    where they belong: also from one plan to the next. ``plans`` is read in that thread, ahead of the scores. ``stop``
-    is asked before a plan is begun; once it holds no other is, and what was begun is finished.
-    """
-    clock = clock or DeviceClock()
-    launched: deque[tuple[_Job, _Computed | None]] = deque()
-    most = 0 if model.device.type == "cpu" else 1  # waves that a device computes while the host goes on
-    carried, work = torch.empty(0), None
-    with ahead(_waves(plans)) as waves:
-        for job, wave in waves:
-            if not job.began and stop():
-                break
-            job.began = True
-            computed = None
-            if wave is not None:
-                with _memory_errors(job.plan), torch.inference_mode():
-                    if wave.index == 0:
-                        _check_memory(job.plan, model)
-                        work = Scratch.grown(work, min(job.plan.batch_tokens, job.plan.max_wave_rows), model)
-                    assert work is not None
-                    computed, carried = _compute(job, wave, model, carried, work)
-            launched.append((job, computed))
-            while len(launched) > most:
-                yield from _finish(*launched.popleft(), model, clock)
-    while launched:
-        yield from _finish(*launched.popleft(), model, clock)
-
-
-_Span = tuple[torch.cuda.Event, torch.cuda.Event]
-
-
-class DeviceClock:
-    """How much of the time between its first and its last wave a device computed. A CPU is not timed.
-
-    Idle is what lies between the layers and heads of all waves: there the device waits for a wave or for a layer's
-    weights. Gaps between the launches of one layer are not seen: where a layer is shorter than its launches, ask a
-    profiler (``benchmarks/bench_score.py`` does).
-    """
-
-    def __init__(self) -> None:
-        self._first: torch.cuda.Event | None = None
-        self._busy = self._span = 0.0  # milliseconds
-
-    def add(self, spans: Sequence[_Span]) -> None:
-        """Start and end of each layer, and of the head, of a wave that is computed."""
-        if not spans:
-            return
-        self._first = self._first or spans[0][0]
-        self._busy += sum(start.elapsed_time(end) for start, end in spans)
-        self._span = self._first.elapsed_time(spans[-1][1])
-
-    @property
-    def idle_share(self) -> float | None:
-        """From 0 to 1; None: no device was timed."""
-        return max(0.0, 1.0 - self._busy / self._span) if self._span > 0 else None
-
-
-@dataclass(slots=True)
-class _Job:
-    """A plan and what has come of it."""
-
-    plan: Plan
-    progress: Callable[[float], None]
-    scores: TargetScores
-    waves_left: int
-    began: bool = False
-    rows_done: int = 0
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Computed:
-    """A wave's scores on their way to the host; [nnz] each by target of the wave."""
-
-    wave: Wave
-    logprob: Tensor
-    is_argmax: Tensor
-    entropy: Tensor
-    sums: Tensor  # [1 + layers + 1] of the hidden states after the embedding and each layer, and of the scores
-    spans: list[_Span]  # when each layer and the head began and ended; none on a CPU
-    arrived: torch.cuda.Event | None
-
-
-def _waves(plans: Iterable[tuple[Plan, Callable[[float], None]]]) -> Iterator[tuple[_Job, Wave | None]]:
-    """The waves of all plans; a plan without a target has none, which is said by one None."""
-    for plan, progress in plans:
-        scores = TargetScores(
-            logprob=np.zeros(plan.num_targets, np.float32),
-            is_argmax=np.zeros(plan.num_targets, np.bool_),
-            entropy=np.zeros(plan.num_targets, np.float32),
-        )
-        job = _Job(plan, progress, scores, plan.num_waves)
-        yield from ((job, wave) for wave in plan.waves())
-        if not plan.num_waves:
-            yield job, None
-
-
-def _compute(
-    job: _Job,
-    wave: Wave,
-    model: Model,
-    carried: Tensor,
-    work: Scratch,
-) -> tuple[_Computed, Tensor]:
-    """Launches one wave, and gives it with what the next wave carries. On a device nothing here waits for it."""
-    is_cuda = model.device.type == "cuda"
-    spans: list[_Span] = []
-
-    @contextmanager
-    def timed() -> Iterator[None]:
-        start = _event() if is_cuda else None
-        yield
-        if start is not None:
-            spans.append((start, _event()))
-
-    def layer_done(count: int) -> None:
-        if not is_cuda:
-            share = count / model.num_layers
-            job.progress((job.rows_done + len(wave.token_ids) * share) / job.plan.num_computed)
-
-    hidden, kept, sums = _body(wave, model, carried, work, timed, layer_done)
-    with timed():
-        logprob, is_argmax, entropy, total = _head(wave, model, hidden)
-    computed = _Computed(
-        wave,
-        logprob=logprob.to("cpu", non_blocking=True),
-        is_argmax=is_argmax.to("cpu", non_blocking=True),
-        entropy=entropy.to("cpu", non_blocking=True),
-        sums=torch.stack([*sums, total]).to("cpu", non_blocking=True),
-        spans=spans,
-        arrived=_event() if is_cuda else None,
-    )
-    return computed, kept
-
-
-def _event() -> torch.cuda.Event:
-    """Now, in the order of what the device was given."""
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def _finish(job: _Job, computed: _Computed | None, model: Model, clock: DeviceClock) -> Iterator[TargetScores]:
-    """Waits for a wave and puts its scores where they belong; gives the scores of a plan that is complete."""
-    if computed is not None:
-        if computed.arrived is not None:
-            computed.arrived.synchronize()
-        clock.add(computed.spans)
-        _check_finite(computed.sums, model)
-        ids = computed.wave.target_ids
-        job.scores.logprob[ids] = computed.logprob.numpy()
-        job.scores.is_argmax[ids] = computed.is_argmax.numpy()
-        job.scores.entropy[ids] = computed.entropy.numpy()
-        job.rows_done += len(computed.wave.token_ids)
-        job.waves_left -= 1
-        job.progress(job.rows_done / job.plan.num_computed)
-    if not job.waves_left:
-        yield job.scores
-
-
-def _body(
-    wave: Wave,
-    model: Model,
-    carried: Tensor,
-    work: Scratch,
-    timed: Callable[[], AbstractContextManager[None]],
-    layer_done: Callable[[int], None],
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """All layers of one wave: the hidden states of its response rows [R, D], what the next wave carries, and the sum of
-    the hidden states after the embedding and after each layer.
-
-    carried: [L, 2, C, Hkv, Dh], keys and values of each layer; not read where the wave carries nothing.
-    """
-    device = model.device
-    hidden = model.embed(_upload(wave.token_ids, device))  # [N, D]
-    sums = [hidden.sum(dtype=torch.float32)]
-    heads = model.spec.layers[0].mixer.kv_shape
-    keys, values = store = hidden.new_empty((2, wave.num_carried + len(wave.token_ids), *heads))
-    keep_rows = _upload(wave.keep_rows, device)
-    kept = hidden.new_empty((model.num_layers, 2, len(keep_rows), *heads))
-    out = hidden.new_empty((len(wave.response_rows), model.spec.hidden_size))
-    batches, last_batches = _batches(wave, device)
-    num_positions = int(wave.positions.max()) + 1
-    for index in range(model.num_layers):
-        layer = model.layer(index, num_positions)
-        with timed():
-            if wave.num_carried:
-                store[:, : wave.num_carried] = carried[index]
-            is_last = index + 1 == model.num_layers
-            for rows, responses, batch in last_batches if is_last else batches:
-                target = out[responses] if is_last else hidden[rows]
-                layer(hidden[rows], target, LayerState(keys, values), batch, work)
-            kernels.gather_rows(store, keep_rows, out=kept[index], backend=model.compute.backend)
-            sums.append((out if is_last else hidden).sum(dtype=torch.float32))
-        layer_done(index + 1)
-    return out, kept, sums
-
-
-def _upload(array: np.ndarray, device: torch.device) -> Tensor:
-    """A tensor of ``array`` on ``device``; a device's copy is made when its turn comes, the host does not wait."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
-
-
-_Rows = tuple[slice, slice, Batch]
-
-
-def _batches(wave: Wave, device: torch.device) -> tuple[list[_Rows], list[_Rows]]:
-    """The wave's row ranges, the response rows in each, and what its queries see: all rows, or, for the last layer, the
-    response rows only."""
-    ends = np.searchsorted(wave.response_rows, wave.batch_offsets)
-    rows_of_batch = wave.response_rows - np.repeat(wave.batch_offsets[:-1], np.diff(ends))
-    positions, response_positions = wave.positions, wave.positions[wave.response_rows]
-    on_device = _upload(positions, device)
-    query_rows = _upload(rows_of_batch.astype(np.int64), device)
-    query_positions = _upload(response_positions, device)
-    every: list[_Rows] = []
-    last: list[_Rows] = []
-    for b in range(len(wave.batch_offsets) - 1):
-        begin, end = wave.batch_offsets[b : b + 2].tolist()
-        first, stop = wave.batch_segments[b : b + 2].tolist()
-        rows, responses = slice(begin, end), slice(*ends[b : b + 2].tolist())
-        offsets = wave.segment_offsets[first : stop + 1] - begin
-        paths = (
-            _tensor(wave.range_offsets[first : stop + 1] - wave.range_offsets[first]),
-            _tensor(wave.key_ranges[wave.range_offsets[first] : wave.range_offsets[stop]]),
-        )
-        own = wave.num_carried + begin
-        all_rows = Batch(
-            positions=on_device[rows],
-            store_row=own,
-            query_rows=None,
-            query_positions=on_device[rows],
-            segments=kernels.Segments(_tensor(positions[rows]), _tensor(offsets), *paths),
-        )
-        response_offsets = np.searchsorted(rows_of_batch[responses], offsets).astype(np.int32)
-        some_rows = replace(
-            all_rows,
-            query_rows=query_rows[responses],
-            query_positions=query_positions[responses],
-            segments=kernels.Segments(_tensor(response_positions[responses]), _tensor(response_offsets), *paths),
-        )
-        every.append((rows, responses, all_rows))
-        last.append((rows, responses, some_rows))
-    return every, last
-
-
-def _tensor(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array))
-
-
-def _head(wave: Wave, model: Model, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Final norm and head of the response rows [R, D]: by target of the wave its logprob, whether it is the argmax, and
-    the entropy, [nnz] each; and the sum of the rows' lse and entropy."""
-    offsets, token_ids = _upload(wave.target_offsets, model.device), _upload(wave.target_token_ids, model.device)
-    result = model.score(hidden, offsets, token_ids)
-    row = torch.repeat_interleave(offsets.diff(), output_size=len(token_ids))
-    logprob = result.logits - result.lse[row]
-    return logprob, result.argmax[row] == token_ids, result.entropy[row], (result.lse + result.entropy).sum()
-
-
-def _check_finite(sums: Tensor, model: Model) -> None:
-    """``sums``: of the hidden states after the embedding and after each layer, and of the scores."""
-    broken = torch.nonzero(~torch.isfinite(sums))
-    if len(broken):
-        layer = int(broken[0]) - 1
-        places = {-1: "the embedding", model.num_layers: "the final norm and head"}
-        _raise_non_finite(model, layer, places.get(layer, f"layer {layer}"))
-
-
-def _raise_non_finite(model: Model, layer: int, name: str) -> None:
-    outside = layer < 0 or layer >= model.num_layers
-    tensors = model.non_finite_tensors(-1 if outside else layer)
-    why = f"its weights hold NaN or infinity: {', '.join(tensors)}" if tensors else "all its weights are finite"
-    raise NonFiniteError(f"scores are not finite; this began in {name} (counted from 0); {why}")
-
-
-def _check_memory(plan: Plan, model: Model) -> None:
-    """Refuses, before the first forward pass, a wave that cannot fit the memory that is free now."""
-    needed, free = cost(plan, model.spec, model.dtype).wave_bytes, free_bytes(model.device)
-    if free is not None and needed > free:
-        raise OutOfMemoryError(
-            f"a wave needs about {needed / 2**20:,.0f} MiB beyond the weights and {free / 2**20:,.0f} MiB are free; "
-            f"lower --wave-tokens (the largest wave has {plan.max_wave_rows:,} rows, and carries "
-            f"{plan.max_carried_rows:,}) or --batch-tokens ({plan.batch_tokens:,})"
-        )
-
-
-@contextmanager
-def _memory_errors(plan: Plan) -> Iterator[None]:
-    """Allocation failures of torch and numpy as one error that names the budgets."""
-    try:
-        yield
-    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
-        is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "alloc" in str(error).lower()
-        if not is_memory or isinstance(error, kernels.BackendError):
-            raise
-        raise OutOfMemoryError(
-            f"out of memory: {str(error).splitlines()[0]}; lower --wave-tokens (the largest wave has "
-            f"{plan.max_wave_rows:,} rows, and carries {plan.max_carried_rows:,}) or --batch-tokens "
-            f"({plan.batch_tokens:,})"
-        ) from error
+    engine = Engine(model)
+    pairs = engine.pairs((_Alone(*pair) for pair in plans), stop=stop)
+    with closing(pairs):
+        for _, scores in pairs:
+            if clock is not None:
+                vars(clock).update(vars(engine._clock))
+            yield scores

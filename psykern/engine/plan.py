@@ -100,7 +100,7 @@ class Plan:
         return Wave(
             index=index,
             response_rows=(rows - start).astype(np.int32),
-            target_offsets=np.concatenate(([0], np.cumsum(counts))).astype(np.int64),
+            target_offsets=csr.offsets_of(counts),
             target_token_ids=self._target_token_ids[first:last],
             target_ids=self._target_ids[first:last],
             **arrays,
@@ -108,6 +108,69 @@ class Plan:
 
     def waves(self) -> Iterator[Wave]:
         return (self.wave(index) for index in range(self.num_waves))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Group:
+    """All transcripts end to end; every span and branch says which transcript it is of."""
+
+    token_ids: np.ndarray  # [tokens] int32
+    offsets: np.ndarray  # [T+1] int64, into token_ids
+    spans: np.ndarray  # [responses, 2] int32, tokens of the transcript
+    span_sequence: np.ndarray  # [responses] int64, transcripts
+    branch_sequence: np.ndarray  # [B] int64, transcripts
+    branch_parent: np.ndarray  # [B] int32, tokens of the transcript before the branch
+    branch_scored: np.ndarray  # [B] int32, first scored token, counted within the branch
+    branch_offsets: np.ndarray  # [B+1] int64, into branch_token_ids
+    branch_token_ids: np.ndarray  # [branch_offsets[-1]] int32
+
+    @classmethod
+    def of(cls, transcripts: Sequence[EncodedTranscript]) -> _Group:
+        sequences = np.arange(len(transcripts))
+        return cls(
+            token_ids=csr.concatenate([t.token_ids for t in transcripts], np.int32),
+            offsets=csr.offsets_of(np.array([len(t.token_ids) for t in transcripts], np.int64)),
+            spans=csr.concatenate([t.spans_tok for t in transcripts], np.int32).reshape(-1, 2),
+            span_sequence=np.repeat(sequences, [len(t.spans_tok) for t in transcripts]),
+            branch_sequence=np.repeat(sequences, [len(t.branch_parent_tok) for t in transcripts]),
+            branch_parent=csr.concatenate([t.branch_parent_tok for t in transcripts], np.int32),
+            branch_scored=csr.concatenate([t.branch_scored_tok for t in transcripts], np.int32),
+            branch_offsets=csr.offsets_of(csr.concatenate([np.diff(t.branch_offsets) for t in transcripts], np.int64)),
+            branch_token_ids=csr.concatenate([t.branch_token_ids for t in transcripts], np.int32),
+        )
+
+    def trie(self, *, wave_tokens: int, min_share: int) -> _cpu.PrefixTrie:
+        lengths = np.zeros(len(self.offsets) - 1, np.int64)  # tokens that something scored comes after
+        starts, ends = self.spans.T
+        np.maximum.at(lengths, self.span_sequence, np.where(ends > starts, ends - 1, 0))
+        np.maximum.at(lengths, self.branch_sequence, self.branch_parent)
+        return _cpu.PrefixTrie(
+            token_ids=self.token_ids,
+            offsets=self.offsets,
+            lengths=lengths,
+            branch_sequence=self.branch_sequence,
+            branch_parent=self.branch_parent,
+            branch_scored=self.branch_scored,
+            branch_offsets=self.branch_offsets,
+            branch_token_ids=self.branch_token_ids,
+            min_share=min_share,
+            wave_tokens=wave_tokens,
+        )
+
+    def targets(self, trie: _cpu.PrefixTrie) -> tuple[np.ndarray, np.ndarray]:
+        """The row that predicts each target, [targets] int64, and the token it is, [targets] int32, in the order of
+        ``TargetScores``: first those of all spans, then those of all branches.
+
+        That order splits what one transcript asks for into two distant slices. Requests of several callers in one plan
+        will need a ``TargetScores.of(transcript)`` that joins them; nothing needs it yet.
+        """
+        span, position = csr.members(*self.spans.T)
+        sequence = self.span_sequence[span]
+        branch, place = csr.members(self.branch_scored, np.diff(self.branch_offsets))
+        rows = (trie.locate(sequence, position.astype(np.int32)), trie.branch_target_rows)
+        spans = self.token_ids[self.offsets[sequence] + position]
+        branches = self.branch_token_ids[self.branch_offsets[branch] + place]
+        return np.concatenate(rows), np.concatenate((spans, branches))
 
 
 def plan(
@@ -124,49 +187,20 @@ def plan(
     """
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens: expected at least 1, got {batch_tokens}")
-    spans = csr.concatenate([t.spans_tok for t in transcripts], np.int32).reshape(-1, 2)
-    span_sequence = np.repeat(np.arange(len(transcripts)), [len(t.spans_tok) for t in transcripts])
-    branch_sequence = np.repeat(np.arange(len(transcripts)), [len(t.branch_parent_tok) for t in transcripts])
-    branch_parent = csr.concatenate([t.branch_parent_tok for t in transcripts], np.int32)
-    branch_scored = csr.concatenate([t.branch_scored_tok for t in transcripts], np.int32)
-    branch_token_ids = csr.concatenate([t.branch_token_ids for t in transcripts], np.int32)
-    branch_offsets = csr.offsets_of(csr.concatenate([np.diff(t.branch_offsets) for t in transcripts], np.int64))
-    token_ids = csr.concatenate([t.token_ids for t in transcripts], np.int32)
-    offsets = csr.offsets_of(np.array([len(t.token_ids) for t in transcripts], np.int64))
-
-    lengths = np.zeros(len(transcripts), np.int64)  # tokens that something scored comes after
-    np.maximum.at(lengths, span_sequence, np.where(spans[:, 1] > spans[:, 0], spans[:, 1] - 1, 0))
-    np.maximum.at(lengths, branch_sequence, branch_parent)
-    trie = _cpu.PrefixTrie(
-        token_ids=token_ids,
-        offsets=offsets,
-        lengths=lengths,
-        branch_sequence=branch_sequence,
-        branch_parent=branch_parent,
-        branch_scored=branch_scored,
-        branch_offsets=branch_offsets,
-        branch_token_ids=branch_token_ids,
-        min_share=min_share,
-        wave_tokens=wave_tokens,
-    )
-    span_index, position = csr.members(spans[:, 0], spans[:, 1])
-    sequence = span_sequence[span_index]
-    branch_index, branch_tok = csr.members(branch_scored, np.diff(branch_offsets))
-    target_rows = np.concatenate((trie.locate(sequence, position.astype(np.int32)), trie.branch_target_rows))
-    target_token_ids = np.concatenate(
-        (token_ids[offsets[sequence] + position], branch_token_ids[branch_offsets[branch_index] + branch_tok])
-    )
-    order = np.argsort(target_rows, kind="stable")
+    group = _Group.of(transcripts)
+    trie = group.trie(wave_tokens=wave_tokens, min_share=min_share)
+    rows, token_ids = group.targets(trie)
+    order = np.argsort(rows, kind="stable")
     return Plan(
         num_transcripts=len(transcripts),
-        num_responses=len(spans),
-        num_tokens=len(token_ids),
+        num_responses=len(group.spans),
+        num_tokens=len(group.token_ids),
         num_computed=trie.num_rows,
-        num_branches=int((np.diff(branch_offsets) > 1).sum()),
-        num_targets=len(target_rows),
+        num_branches=int((np.diff(group.branch_offsets) > 1).sum()),
+        num_targets=len(rows),
         batch_tokens=batch_tokens,
         _trie=trie,
-        _target_rows=target_rows[order],
+        _target_rows=rows[order],
         _target_ids=order,
-        _target_token_ids=target_token_ids[order],
+        _target_token_ids=token_ids[order],
     )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import sys
+import itertools
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +17,13 @@ from support.groups import encoded, random_group, wanted
 
 from psykern.core.errors import NonFiniteError, OutOfMemoryError
 from psykern.core.types import EncodedTranscript, TargetScores
-from psykern.engine import budgets, engine
+from psykern.engine import engine
+from psykern.engine.engine import Engine
 from psykern.engine.plan import Plan, plan
 from psykern.kernels import Backend
 from psykern.kernels.compute import Compute
-from psykern.models.families import read_spec
 from psykern.models.layer import Layer
 from psykern.models.model import Model
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-from shapes import model_spec
 
 TOLERANCE = 1e-4  # nats, against fp32 transformers
 INVARIANCE = 1e-5  # nats, between budgets and batch mates
@@ -41,7 +40,7 @@ def score(
 ) -> TargetScores:
     model = Model(folder, Compute.resolve("cpu", backend=backend))
     planned = plan(group, wave_tokens=wave_tokens, batch_tokens=batch_tokens, min_share=min_share)
-    return engine.run(planned, model)
+    return Engine(model).run(planned)
 
 
 def assert_scores(scores: TargetScores, group: Sequence[EncodedTranscript], oracle: torch.nn.Module) -> None:
@@ -59,6 +58,11 @@ def assert_scores(scores: TargetScores, group: Sequence[EncodedTranscript], orac
         top = row.topk(2).values
         if top[0] - top[1] > TOLERANCE:
             assert scores.is_argmax[i] == (int(row.argmax()) == token)
+
+
+def assert_same_bytes(one: TargetScores, two: TargetScores) -> None:
+    for field in ("logprob", "entropy", "is_argmax"):
+        assert getattr(one, field).tobytes() == getattr(two, field).tobytes(), field
 
 
 @pytest.fixture(scope="module")
@@ -88,38 +92,96 @@ def test_fused_layers_that_are_streamed_equal_transformers(
     oracle = make_model(tmp_path, **CONFIGS[name])
     model = Model(tmp_path, Compute.resolve("cpu"), num_slots=num_slots)
     assert model.layer(0, 1).mixer.fused is not None
-    scores = engine.run(plan(group, wave_tokens=200, batch_tokens=64, min_share=4), model)
+    scores = Engine(model).run(plan(group, wave_tokens=200, batch_tokens=64, min_share=4))
     assert_scores(scores, group, oracle)
 
 
-def test_a_stream_of_plans_gives_the_scores_of_each(tmp_path: Path, group: list[EncodedTranscript]) -> None:
-    """Between them one without a target; the work arrays grow from plan to plan."""
+@dataclass(frozen=True)
+class Item:
+    """What an engine takes, and says which it is."""
+
+    name: str
+    plan: Plan
+    progress: Callable[[float], None] = lambda share: None
+
+
+def test_pairs_are_the_scores_of_each_plan_with_its_item(tmp_path: Path, group: list[EncodedTranscript]) -> None:
+    """Between them one without a target; the scratch arrays grow from plan to plan."""
     make_model(tmp_path, **CONFIGS["qwen3"])
-    model = Model(tmp_path, Compute.resolve("cpu"))
+    runner = Engine(Model(tmp_path, Compute.resolve("cpu")))
     groups = [group[:3], [encoded([], [])], group, group[5:6]]
-    plans = [plan(g, wave_tokens=200, batch_tokens=64, min_share=4) for g in groups]
-    shares: list[list[float]] = [[] for _ in plans]
-    got = list(engine.stream(zip(plans, (s.append for s in shares), strict=True), model))
-    assert len(got) == len(plans)
-    for scores, planned, share in zip(got, plans, shares, strict=True):
-        alone = engine.run(planned, model)
-        for field in ("logprob", "entropy", "is_argmax"):
-            assert getattr(scores, field).tobytes() == getattr(alone, field).tobytes()
+    shares: list[list[float]] = [[] for _ in groups]
+    items = [
+        Item(str(i), plan(g, wave_tokens=200, batch_tokens=64, min_share=4), share.append)
+        for i, (g, share) in enumerate(zip(groups, shares, strict=True))
+    ]
+    pairs = list(runner.pairs(items))
+    assert [item for item, _ in pairs] == items
+    for (item, scores), share in zip(pairs, shares, strict=True):
+        assert_same_bytes(scores, runner.run(item.plan))
         assert share == sorted(share) and (not share or share[-1] == pytest.approx(1.0))
 
 
-def test_an_error_of_the_plans_comes_after_the_scores_before_it(tmp_path: Path, group: list[EncodedTranscript]) -> None:
+def test_an_error_of_the_items_comes_after_the_scores_before_it(tmp_path: Path, group: list[EncodedTranscript]) -> None:
     make_model(tmp_path, **CONFIGS["llama"])
-    model = Model(tmp_path, Compute.resolve("cpu"))
 
-    def plans() -> Iterator[tuple[Plan, Callable[[float], None]]]:
-        yield plan(group[:2], wave_tokens=64, batch_tokens=64), lambda share: None
+    def items() -> Iterator[Item]:
+        yield Item("one", plan(group[:2], wave_tokens=64, batch_tokens=64))
+        yield Item("without a target", plan([encoded([], [])], wave_tokens=64, batch_tokens=64))
         raise ValueError("no more")
 
-    stream = engine.stream(plans(), model)
-    assert len(next(stream).logprob)
+    pairs = Engine(Model(tmp_path, Compute.resolve("cpu"))).pairs(items())
+    assert [next(pairs)[0].name for _ in range(2)] == ["one", "without a target"]
     with pytest.raises(ValueError, match="no more"):
-        next(stream)
+        next(pairs)
+
+
+@pytest.mark.parametrize("most_in_flight", [0, 1, 2])
+def test_a_stop_finishes_what_was_begun_and_begins_no_other(
+    most_in_flight: int, tmp_path: Path, group: list[EncodedTranscript]
+) -> None:
+    """Whatever is in flight: as on a CPU, and as on a device."""
+    make_model(tmp_path, **CONFIGS["llama"])
+    runner = Engine(Model(tmp_path, Compute.resolve("cpu")))
+    runner.most_in_flight = most_in_flight
+    planned = plan(group, wave_tokens=64, batch_tokens=64)
+    assert planned.num_waves > 3
+    asked: list[None] = []
+
+    def stop() -> bool:
+        asked.append(None)
+        return len(asked) > 2
+
+    pairs = list(runner.pairs([Item(name, planned) for name in "abcd"], stop=stop))
+    assert [item.name for item, _ in pairs] == ["a", "b"]
+    for _, scores in pairs:
+        assert_same_bytes(scores, runner.run(planned))
+
+
+def test_leaving_early_ends_the_thread(tmp_path: Path, group: list[EncodedTranscript]) -> None:
+    make_model(tmp_path, **CONFIGS["llama"])
+    runner = Engine(Model(tmp_path, Compute.resolve("cpu")))
+    planned = plan(group, wave_tokens=64, batch_tokens=64)
+    before = threading.active_count()
+    pairs = runner.pairs(Item(str(i), planned) for i in itertools.count())
+    next(pairs)
+    assert threading.active_count() == before + 1
+    pairs.close()
+    assert threading.active_count() == before
+    assert_same_bytes(runner.run(planned), runner.run(planned))
+
+
+def test_threads_that_share_an_engine_get_their_own_scores(tmp_path: Path, group: list[EncodedTranscript]) -> None:
+    """Their waves are interleaved: of other sizes, other prefixes to carry, the same scratch and weight slots."""
+    make_model(tmp_path, dtype=torch.bfloat16, **CONFIGS["qwen3"])
+    model = Model(tmp_path, Compute.resolve("cpu"), num_slots=1)
+    runner = Engine(model)
+    plans = [plan(group[i:], wave_tokens=40 + 7 * i, batch_tokens=16 + 5 * i, min_share=4) for i in range(3)]
+    expected = [Engine(model).run(planned) for planned in plans]
+    with ThreadPoolExecutor(len(plans)) as threads:
+        for _ in range(3):
+            for scores, want in zip(threads.map(runner.run, plans), expected, strict=True):
+                assert_same_bytes(scores, want)
 
 
 @each_backend
@@ -152,8 +214,7 @@ def test_budgets_sharing_and_company_do_not_change_scores(
 def test_two_equal_runs_give_equal_bytes(backend: Backend, tmp_path: Path, group: list[EncodedTranscript]) -> None:
     make_model(tmp_path, **CONFIGS["qwen3"])
     one, two = (score(group, tmp_path, wave_tokens=64, batch_tokens=16, backend=backend) for _ in range(2))
-    for field in ("logprob", "entropy", "is_argmax"):
-        assert getattr(one, field).tobytes() == getattr(two, field).tobytes()
+    assert_same_bytes(one, two)
 
 
 def test_one_thread_and_two_give_equal_bytes(tmp_path: Path, group: list[EncodedTranscript]) -> None:
@@ -165,8 +226,7 @@ def test_one_thread_and_two_give_equal_bytes(tmp_path: Path, group: list[Encoded
             scores.append(score(group, tmp_path, wave_tokens=512, batch_tokens=256, backend="cpu"))
     finally:
         torch.set_num_threads(before)
-    for field in ("logprob", "entropy", "is_argmax"):
-        assert getattr(scores[0], field).tobytes() == getattr(scores[1], field).tobytes()
+    assert_same_bytes(*scores)
 
 
 @each_backend
@@ -256,37 +316,6 @@ def test_progress_ends_at_one(tmp_path: Path, group: list[EncodedTranscript]) ->
     make_model(tmp_path, **CONFIGS["llama"])
     model = Model(tmp_path, Compute.resolve("cpu"))
     shares: list[float] = []
-    engine.run(plan(group, wave_tokens=64, batch_tokens=64), model, progress=shares.append)
+    Engine(model).run(plan(group, wave_tokens=64, batch_tokens=64), shares.append)
     assert shares == sorted(shares)
     assert shares[-1] == pytest.approx(1.0)
-
-
-def test_memory_of_a_wave_counts_everything_that_grows_with_it(tmp_path: Path) -> None:
-    """By hand for one transcript of 999 rows in waves of 100: 900 carried rows, in fp32."""
-    make_model(tmp_path, **CONFIGS["llama"])  # hidden 64, inner 96, 3 layers, 4 query heads and 2 key heads of 16
-    spec = read_spec(tmp_path)
-    planned = plan([encoded(range(1000), [(500, 501), (999, 1000)])], wave_tokens=100, batch_tokens=50, min_share=1)
-    hidden, store = 100 * 64, 2 * (100 + 900) * 32
-    carried = 2 * (2 * 900 * 32 * 3)  # of the last wave, and what is kept for the next
-    head = 2 * 1 * 64
-    batch = 50 * (5 * 64 + 3 * 64 + 3 * 96)
-    assert planned.max_carried_rows == 900
-    expected = 4 * (hidden + store + carried + head + batch)
-    assert budgets.cost(planned, spec, torch.float32).wave_bytes == expected + 3 * 32 * 2**20
-
-
-@pytest.mark.parametrize(
-    ("shape", "free_gib", "wave_tokens"),
-    [
-        ("Qwen3-8B", 60, 131_072),  # resident on an H100
-        ("Llama-3.1-70B", 72, 131_072),  # streamed: what is free beside two layers
-        ("OLMo-3-7B", 60, 16_384),  # 32 key heads: a carried transcript takes 24 GB, twice
-        ("Qwen3-8B", 1, 16_384),  # at least: a wave that does not fit is refused before it starts
-    ],
-)
-def test_waves_are_as_large_as_a_device_has_memory_for(
-    shape: str, free_gib: int, wave_tokens: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(budgets, "free_bytes", lambda device: free_gib * 2**30)
-    got = budgets.budgets(model_spec(shape), torch.device("cuda"), torch.bfloat16)
-    assert (got.wave_tokens, got.batch_tokens) == (wave_tokens, 16_384)

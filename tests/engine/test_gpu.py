@@ -22,6 +22,7 @@ from support.groups import random_group, wanted
 from psykern.core.errors import OutOfMemoryError
 from psykern.core.types import EncodedTranscript, TargetScores
 from psykern.engine import engine
+from psykern.engine.engine import Engine
 from psykern.engine.plan import plan
 from psykern.kernels import resolve
 from psykern.kernels.compute import Compute
@@ -60,12 +61,10 @@ def score(
     *,
     wave_tokens: int = 4096,
     num_slots: int | None = None,
-    clock: engine.DeviceClock | None = None,
 ) -> TargetScores:
     model = Model(folder, Compute(device, dtype, resolve("auto", device)), num_slots=num_slots)
     planned = plan(group, wave_tokens=wave_tokens, batch_tokens=512, min_share=4)
-    (scores,) = engine.stream([(planned, lambda share: None)], model, clock=clock)
-    return scores
+    return Engine(model).run(planned)
 
 
 def rms_from_transformers(
@@ -129,12 +128,13 @@ def test_carried_prefixes_give_the_scores_of_one_wave(
 
 def test_the_idle_share_is_told(device: torch.device, tmp_path: Path, group: list[EncodedTranscript]) -> None:
     make_model(tmp_path, **CONFIGS["qwen3"])
-    clock = engine.DeviceClock()
-    score(tmp_path, group, device, wave_tokens=64, clock=clock)
-    if device.type == "cpu":
-        assert clock.idle_share is None
-    else:
-        assert clock.idle_share is not None and 0.0 <= clock.idle_share < 1.0
+    runner = Engine(Model(tmp_path, Compute(device, torch.float32, resolve("auto", device))))
+    for _ in range(2):
+        runner.run(plan(group, wave_tokens=64, batch_tokens=512, min_share=4))
+        if device.type == "cpu":
+            assert runner.idle_share is None
+        else:
+            assert runner.idle_share is not None and 0.0 <= runner.idle_share < 1.0
 
 
 @pytest.mark.gpu

@@ -18,7 +18,7 @@ from support.checkpoints import CONFIGS, make_model
 from support.groups import random_group
 from support.logprobs import TOLERANCES, fp64, problem, run
 
-from psykern.engine import engine
+from psykern.engine.engine import Engine
 from psykern.engine.plan import plan
 from psykern.kernels.compute import Compute
 from psykern.models.model import Model
@@ -131,7 +131,7 @@ def test_the_engine_scores_as_with_the_reference(name: str, wave_tokens: int, tm
     planned = plan(group, wave_tokens=wave_tokens, batch_tokens=32, min_share=4)
     assert (planned.max_carried_rows > 0) == (wave_tokens == 48)
     places = (Compute.resolve("cpu", backend=backend) for backend in ("triton", "reference"))
-    got, expected = (engine.run(planned, Model(tmp_path, place)) for place in places)
+    got, expected = (Engine(Model(tmp_path, place)).run(planned) for place in places)
     assert len(got.logprob) >= 20
     assert np.abs(got.logprob - expected.logprob).max() <= 1e-5
     assert np.abs(got.entropy - expected.entropy).max() <= 1e-5

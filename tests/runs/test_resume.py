@@ -61,7 +61,7 @@ def test_a_finished_run_computes_nothing_again(
     toy: Toy, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = psykern.score(toy.model, toy.data, tmp_path, SETTINGS)
-    monkeypatch.setattr("psykern.engine.engine._compute", lambda *_: pytest.fail("something was computed"))
+    monkeypatch.setattr("psykern.engine.engine.run_wave", lambda *_: pytest.fail("something was computed"))
     again = psykern.score(toy.model, toy.data, tmp_path, SETTINGS)
     assert contents(tmp_path) == expected
     assert (again.summary, again.manifest.counts) == (first.summary, first.manifest.counts)
@@ -224,7 +224,7 @@ def test_a_second_signal_stops_at_once(toy: Toy, tmp_path: Path) -> None:
     script = (
         "import sys, time, psykern.engine.engine\n"
         "from psykern.cli import main\n"
-        "psykern.engine.engine._compute = lambda *_: print('computing', flush=True) or time.sleep(600)\n"
+        "psykern.engine.engine.run_wave = lambda *_: print('computing', flush=True) or time.sleep(600)\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     command = [sys.executable, "-c", script, "score", toy.model, toy.data, "--out", tmp_path / "run", "--quiet"]
