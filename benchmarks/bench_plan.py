@@ -24,7 +24,7 @@ from harness import time_side_by_side, write_csv
 
 from psykern.core.errors import Source
 from psykern.core.types import EncodedTranscript, TargetScores
-from psykern.data.encode import Tokenizer
+from psykern.data.tokenizer import Tokenizer
 from psykern.engine import engine
 from psykern.engine.plan import Plan, plan
 from psykern.models.model import Model

@@ -65,8 +65,10 @@ from psykern import demo
 from psykern.core.errors import RowError
 from psykern.core.settings import MIN_SHARE
 from psykern.core.types import EncodedTranscript, TargetScores, Transcript
-from psykern.data.encode import Encoder, Tokenizer
-from psykern.data.rows import find_data, read
+from psykern.data.encode import Encoder
+from psykern.data.files import find_data
+from psykern.data.rows import read
+from psykern.data.tokenizer import Tokenizer
 from psykern.engine import engine
 from psykern.engine.plan import Plan, plan
 from psykern.kernels import Backend

@@ -18,7 +18,7 @@ from bench_score import MIXES, Study, load_studies, make_checkpoint, run_psykern
 from harness import print_row, write_csv
 
 from psykern.core.settings import MIN_SHARE
-from psykern.data.encode import Tokenizer
+from psykern.data.tokenizer import Tokenizer
 from psykern.models.model import Model
 
 LEAST_SHARE = 0.001  # of the run; less counts as "rest"

@@ -16,7 +16,7 @@ from psykern.core.errors import DataError, RowError
 from psykern.core.stages import ahead
 from psykern.core.types import EncodedUnit, UnitInfo
 from psykern.data.encode import Encoder
-from psykern.data.rows import DataFile
+from psykern.data.files import DataFile
 from psykern.data.token_cache import TokenCache
 from psykern.data.units import Unit, units
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass, fields
 
 from psykern.core.errors import RowError
 from psykern.core.types import Transcript, UnitInfo
-from psykern.data.rows import DataFile, read_rows
+from psykern.data.files import DataFile
+from psykern.data.rows import read_rows
 
 CHARS_PER_TOKEN = 4  # of English prose; a unit is cut by characters, as tokens are known later
 _MOST_REJECTS = 10_000  # rows refused that one unit reports

@@ -32,10 +32,12 @@ from psykern.core.settings import (
 from psykern.core.stages import ahead, behind
 from psykern.core.types import EncodedTranscript, EncodedUnit, TargetScores, UnitInfo
 from psykern.data.chat import ChatTemplate
-from psykern.data.encode import Encoder, Tokenizer, fit
+from psykern.data.context import fit
+from psykern.data.encode import Encoder
 from psykern.data.feed import Feed
-from psykern.data.rows import DataFile, find_data, hash_file
+from psykern.data.files import DataFile, find_data, hash_file
 from psykern.data.token_cache import TokenCache
+from psykern.data.tokenizer import Tokenizer
 from psykern.engine import engine
 from psykern.engine.plan import Plan, plan
 from psykern.models.checkpoint import hash_model, resolve_model

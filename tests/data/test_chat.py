@@ -17,9 +17,11 @@ from transformers import AutoTokenizer
 from psykern.core.errors import CheckpointError, RowError
 from psykern.core.types import Transcript
 from psykern.data.chat import ChatTemplate
-from psykern.data.encode import Encoder, Tokenizer
+from psykern.data.encode import Encoder
+from psykern.data.files import find_data
 from psykern.data.protocol import study_text
-from psykern.data.rows import find_data, read
+from psykern.data.rows import read
+from psykern.data.tokenizer import Tokenizer
 
 PLAIN = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
 TRIMS = PLAIN.replace("m.content", "m.content | trim")

@@ -22,10 +22,12 @@ import tokenizers
 from support.tiny import branches, build_tiny, fail, scored, transcript, words
 from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
 
-import psykern.data.encode
+import psykern.data.branches
+import psykern.data.tokenizer
 from psykern.core.errors import CheckpointError, PsykernError, RowError
 from psykern.core.types import EncodedTranscript, Transcript
-from psykern.data.encode import Encoder, Tokenizer
+from psykern.data.encode import Encoder
+from psykern.data.tokenizer import Tokenizer
 
 STUDIES = (
     "alsobay2025publicGoodsGame",
@@ -488,13 +490,13 @@ def check_branches(tokenizer: Tokenizer, row: Transcript, encoded: EncodedTransc
 def count_whole_texts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The responses for which no window served, filled while encoding."""
     seen: list[int] = []
-    by_whole_text = psykern.data.encode._whole_branches
+    by_whole_text = psykern.data.branches._whole_branches
 
     def counted(tokenizer: Any, joint: Any, r: int, site: Any) -> Any:
         seen.append(r)
         return by_whole_text(tokenizer, joint, r, site)
 
-    monkeypatch.setattr(psykern.data.encode, "_whole_branches", counted)
+    monkeypatch.setattr(psykern.data.branches, "_whole_branches", counted)
     return seen
 
 
@@ -646,7 +648,7 @@ def test_equal_trials_are_tokenized_once(tiny: Tokenizer, monkeypatch: pytest.Mo
 def test_texts_are_tokenized_in_batches_of_bounded_size(tiny: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [transcript(f"x <<{i}>> y", ("a", "b")) for i in range(7)]
     together = Encoder(tiny).encode(rows, fail)
-    monkeypatch.setattr(psykern.data.encode, "_BATCH_CHARS", 20)
+    monkeypatch.setattr(psykern.data.tokenizer, "_BATCH_CHARS", 20)
     for one, other in zip(together, Encoder(tiny).encode(rows, fail), strict=True):
         assert one.token_ids.tolist() == other.token_ids.tolist()
         assert one.branch_token_ids.tolist() == other.branch_token_ids.tolist()

@@ -16,10 +16,11 @@ from support.toy import make_toy, toy_rows, write_rows
 import psykern.data.feed
 from psykern.core.errors import DataError, RowError
 from psykern.core.types import EncodedUnit
-from psykern.data.encode import Encoder, Tokenizer
+from psykern.data.encode import Encoder
 from psykern.data.feed import Feed
-from psykern.data.rows import find_data
+from psykern.data.files import find_data
 from psykern.data.token_cache import TokenCache
+from psykern.data.tokenizer import Tokenizer
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from psykern.data import persona
-from psykern.data.rows import find_data, read
+from psykern.data.files import find_data
+from psykern.data.rows import read
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ import pytest
 
 from psykern.core.errors import DataError, RowError
 from psykern.core.types import Transcript
-from psykern.data.rows import DataFile, find_data, find_responses, hash_file, read
+from psykern.data.files import DataFile, find_data, hash_file
+from psykern.data.rows import find_responses, read
 
 ROWS: list[dict[str, object]] = [
     {"text": "Pick one: <<A>> then <<B>>.", "experiment": "exp1", "participant": 7, "options": ["A", "B"]},

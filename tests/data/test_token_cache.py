@@ -14,9 +14,11 @@ from support.groups import assert_equal
 
 from psykern.core.errors import RowError, Source
 from psykern.core.types import EncodedTranscript, EncodedUnit, UnitInfo
-from psykern.data.encode import Encoder, Tokenizer
-from psykern.data.rows import find_data, read
+from psykern.data.encode import Encoder
+from psykern.data.files import find_data
+from psykern.data.rows import read
 from psykern.data.token_cache import TokenCache
+from psykern.data.tokenizer import Tokenizer
 
 INFO = UnitInfo(3, "study", "k" * 64, 1000)
 DEPENDS_ON = {"tokenizer_hash": "t", "protocol": "exact", "data": [["study", "d"]]}

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from psykern.data.rows import find_data
+from psykern.data.files import find_data
 from psykern.data.units import CHARS_PER_TOKEN, Unit, units
 
 Row = dict[str, Any]

@@ -13,7 +13,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, processors
 
 from psykern.core.errors import RowError, Source
 from psykern.core.types import EncodedTranscript, Transcript
-from psykern.data.encode import Tokenizer
+from psykern.data.tokenizer import Tokenizer
 
 # What Llama 3 splits words by, so that ">>\n" can be one token.
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
