@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from psykern.core.types import Transcript
 from psykern.data.protocol import (
     CLOSE_MARK,
 )
@@ -40,23 +39,9 @@ Options = tuple[str, ...] | None  # of one response
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Draft:
-    """A transcript with its responses found; the branches are still missing."""
+class JointText:
+    """A text that was tokenized as one string, with what its windows are cut from."""
 
-    transcript: Transcript
-    token_ids: np.ndarray  # [T] int32
-    responses: tuple[str, ...]  # [R]
-    spans_tok: np.ndarray  # [R, 2] int32
-    flags: list[list[str]]  # [R]
-    options: list[Options]  # [R]
-    option_index: list[int]  # [R]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Joint:
-    """A draft of a text that was tokenized as one string, with what its windows are cut from."""
-
-    draft: Draft
     text: str
     tokens: Tokens
     marks_char: np.ndarray  # [R, 2] int64, the characters that an option replaces
@@ -110,8 +95,8 @@ class Branches(NamedTuple):
 Placed = tuple[int, Branches]  # the token of the transcript that the branches count from
 
 
-def with_branches(tokenizer: Tokenizer, joints: list[Joint]) -> Iterator[tuple[Draft, list[Placed | None]]]:
-    """Each draft with the branches of its responses. Equal windows are tokenized once."""
+def joint_branches(tokenizer: Tokenizer, joints: Sequence[JointText]) -> Iterator[list[Placed | None]]:
+    """The branches of each text's responses. Equal windows are tokenized once."""
     sites = [_sites(tokenizer, joint) for joint in joints]
     windows = dict.fromkeys(site for of in sites for site, _, _ in of.values() if not site.is_whole)
     snippets = Snippets(tokenizer, (text for site in windows for text in site.texts()))
@@ -125,10 +110,10 @@ def with_branches(tokenizer: Tokenizer, joints: list[Joint]) -> Iterator[tuple[D
                 placed[r] = begin, branches
             else:
                 placed[r] = len(tokenizer.front), _whole_branches(tokenizer, joint, r, site)
-        yield joint.draft, placed
+        yield placed
 
 
-def _sites(tokenizer: Tokenizer, joint: Joint) -> dict[int, tuple[_Site, int, int]]:
+def _sites(tokenizer: Tokenizer, joint: JointText) -> dict[int, tuple[_Site, int, int]]:
     """The window of each response with options, and the tokens [begin, end) of the transcript that it covers."""
     sites = {}
     with_options = [r for r, inserts in enumerate(joint.inserts) if inserts]
@@ -147,7 +132,7 @@ def _sites(tokenizer: Tokenizer, joint: Joint) -> dict[int, tuple[_Site, int, in
     return sites
 
 
-def _windows(tokenizer: Tokenizer, joint: Joint, responses: list[int]) -> np.ndarray:
+def _windows(tokenizer: Tokenizer, joint: JointText, responses: list[int]) -> np.ndarray:
     """[n, 4] int64, the first and one-past-last token, then character, of the window around each response."""
     tokens = joint.tokens
     a, b = joint.marks_char[responses].T
@@ -164,7 +149,7 @@ def _windows(tokenizer: Tokenizer, joint: Joint, responses: list[int]) -> np.nda
     return np.stack([begin, end, left, right], axis=1).astype(np.int64)
 
 
-def _whole_branches(tokenizer: Tokenizer, joint: Joint, r: int, site: _Site) -> Branches:
+def _whole_branches(tokenizer: Tokenizer, joint: JointText, r: int, site: _Site) -> Branches:
     """The branches of response r from the whole text: always exact, and slow."""
     a, b = joint.marks_char[r].tolist()
     after = joint.text[b + len(joint.closes[r]) :]

@@ -12,28 +12,28 @@ than the response). Several are joined by ``;``.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain, pairwise
-from typing import get_args
+from typing import NamedTuple
 
 import numpy as np
+import tokenizers
 
 from psykern.core.errors import RowError
-from psykern.core.settings import Boundary, Condition, OptionSource, OverLength, Protocol
+from psykern.core.settings import Settings
 from psykern.core.types import EncodedTranscript, Transcript
 from psykern.data.branches import (
-    Draft,
     Insert,
-    Joint,
+    JointText,
     Options,
     Placed,
+    joint_branches,
     split_branches,
-    with_branches,
 )
 from psykern.data.chat import ChatTemplate, Rendered
-from psykern.data.context import cut, fit
+from psykern.data.context import cut
 from psykern.data.persona import interview
 from psykern.data.protocol import (
     CLOSE_MARK,
@@ -52,169 +52,155 @@ from psykern.data.tokenizer import (
 )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Encoded:
+    """Transcripts as tokens. Filled by :meth:`Encoder.encode`."""
+
+    transcripts: tuple[EncodedTranscript, ...]  # in order and whole, without those refused or left out
+    rejects: tuple[RowError, ...]  # first those that the condition refuses, then those with an option without tokens
+    without_metadata: int  # transcripts that the condition persona left out
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Draft:
+    """A transcript with its responses found; the branches are still missing."""
+
+    transcript: Transcript
+    token_ids: np.ndarray  # [T] int32
+    responses: tuple[str, ...]  # [R]
+    spans_tok: np.ndarray  # [R, 2] int32
+    flags: list[list[str]]  # [R]
+    options: list[Options]  # [R]
+    option_index: list[int]  # [R]
+
+
+_Drafted = tuple[_Draft, Sequence[Placed | None]]  # with the branches of each response
+
+
+class _Prepared(NamedTuple):
+    """A transcript under its condition."""
+
+    transcript: Transcript
+    study: Rendered | None  # the text that the study tokenizes; None: the transcript's own
+
+
 class Encoder:
-    """Turns transcripts into tokens to score.
+    """Turns transcripts into tokens to score, by those settings whose role is "tokens"."""
 
-    ``num_skipped`` (transcripts) and ``num_dropped`` (responses) say what the over-length policy left out in the last
-    call of :meth:`encode`, ``num_without_metadata`` how many transcripts the condition *persona* did.
-    """
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        *,
-        protocol: Protocol = "exact",
-        boundary: Boundary = "joint",
-        options: OptionSource = "given",
-        max_options: int = 26,
-        over_length: OverLength = "error",
-        max_positions: int | None = None,
-        condition: Condition = "plain",
-        chat: ChatTemplate | None = None,
-        discrete: str | None = None,
-    ) -> None:
-        """More than ``max_options`` observed options are none. ``max_positions`` is the model's context in tokens.
-        ``chat`` is needed for the condition of that name; ``discrete``: only responses that match it are scored.
-
-        Raises ValueError for a value that is not one of its kind, and for ``protocol="study", boundary="split"``.
-        """
-        choices = (
-            ("protocol", protocol, Protocol),
-            ("boundary", boundary, Boundary),
-            ("options", options, OptionSource),
-            ("over_length", over_length, OverLength),
-            ("condition", condition, Condition),
-        )
-        for name, value, kind in choices:
-            if value not in get_args(kind):
-                raise ValueError(f"{name}: expected one of {', '.join(get_args(kind))}, got {value!r}")
-        if protocol == "study" and boundary != "joint":
-            raise ValueError(f'boundary: protocol "study" tokenizes a text as one string ("joint"), got {boundary!r}')
-        if (condition == "chat") != (chat is not None):
-            raise ValueError(f"chat: expected a template for condition chat and no other, got {condition!r}")
+    def __init__(self, tokenizer: Tokenizer, settings: Settings, chat: ChatTemplate | None = None) -> None:
+        """``chat`` is needed for the condition of that name. Raises ValueError for one with another condition, or
+        none."""
+        if (settings.condition == "chat") != (chat is not None):
+            raise ValueError(f"chat: expected a template for condition chat and no other, got {settings.condition!r}")
+        study = settings.protocol == "study"
         # A template puts its own special tokens around a text; the study gets the tokenizer's as well.
-        self.tokenizer = replace(tokenizer, front=(), back=()) if chat and protocol == "exact" else tokenizer
-        self.condition = condition
-        self.protocol = protocol
-        self.boundary = boundary
-        self.options = options
-        self.max_options = max_options
-        self.over_length = over_length
-        self.max_positions = max_positions
-        self.num_skipped = 0
-        self.num_dropped = 0
-        self.num_without_metadata = 0
+        self._tokenizer = replace(tokenizer, front=(), back=()) if chat and not study else tokenizer
+        self.settings = settings
         self._chat = chat
-        self._discrete = re.compile(discrete) if discrete is not None else None
-        if chat and protocol == "study":
-            self._open_ids, self._close_ids = chat.marks(tokenizer.backend)
-        else:
-            self._open_ids = tokenizer.backend.encode(OPEN_MARK, add_special_tokens=False).ids
-            self._close_ids = tokenizer.backend.encode(CLOSE_MARK, add_special_tokens=False).ids
+        self._discrete = re.compile(settings.discrete) if settings.discrete is not None else None
+        marks = chat.marks if chat and study else _plain_marks
+        self._open_ids, self._close_ids = marks(tokenizer.backend)
 
     def encode(
-        self,
-        transcripts: Sequence[Transcript],
-        reject: Callable[[RowError], None],
-        observed: Mapping[tuple[str, str], tuple[str, ...]] | None = None,
-    ) -> list[EncodedTranscript]:
-        """The transcripts in order, without those that were rejected or skipped.
+        self, transcripts: Sequence[Transcript], observed: Mapping[tuple[str, str], tuple[str, ...]] | None = None
+    ) -> Encoded:
+        """``observed`` holds the options of each (study, experiment), for ``options="observed-experiment"``.
 
-        ``observed`` holds the options of each (study, experiment), for ``options="observed-experiment"``. A transcript
-        with an option that has no tokens goes to ``reject``; the message counts options and responses from 1.
-        Raises PsykernError for a transcript longer than ``max_positions`` under ``over_length="error"``.
+        A transcript with an option that has no tokens is refused; the message counts options and responses from 1.
         """
-        if self.options == "observed-experiment" and observed is None:
+        if self.settings.options == "observed-experiment" and observed is None:
             raise ValueError('observed: options="observed-experiment" needs the options of each experiment, got None')
-        self.num_skipped = self.num_dropped = self.num_without_metadata = 0
-        transcripts, rendered = self._conditioned(transcripts, reject)
-        options = [self._options(transcript, observed or {}) for transcript in transcripts]
-        if self.boundary == "split":
-            drafted = _split(self.tokenizer, transcripts, options)
-        else:
-            drafted = with_branches(self.tokenizer, list(self._joint(transcripts, options, rendered)))
+        prepared: list[_Prepared] = []
+        rejects: list[RowError] = []
+        without_metadata = 0
+        for transcript in transcripts:
+            try:
+                conditioned = self._conditioned(transcript)
+            except RowError as error:
+                rejects.append(error)
+                continue
+            if conditioned is None:
+                without_metadata += 1
+            else:
+                prepared.append(conditioned)
         encoded = []
-        for draft, placed in drafted:
-            error = _blank_option(draft, placed)
-            if error is not None:
-                reject(error)
+        for draft, placed in self._drafted(prepared, observed or {}):
+            blank = _blank_option(draft, placed)
+            if blank is not None:
+                rejects.append(blank)
                 continue
             assembled = _assembled(draft, placed)
-            whole = cut(assembled, len(assembled.responses))
-            fitting = fit(whole, self.over_length, self.max_positions)
-            if fitting is None:
-                self.num_skipped += 1
-            else:
-                self.num_dropped += fitting.num_dropped
-                encoded.append(fitting)
-        return encoded
+            encoded.append(cut(assembled, len(assembled.responses)))
+        return Encoded(tuple(encoded), tuple(rejects), without_metadata)
 
     def scores(self, response: str) -> bool:
         """Whether ``discrete`` lets a response be scored."""
         return self._discrete is None or self._discrete.fullmatch(response) is not None
 
-    def _conditioned(
-        self, transcripts: Sequence[Transcript], reject: Callable[[RowError], None]
-    ) -> tuple[list[Transcript], list[Rendered]]:
-        """The transcripts under the condition, and how the study's chat renders them (else nothing)."""
-        kept: list[Transcript] = []
-        rendered: list[Rendered] = []
-        for transcript in transcripts:
-            if self._discrete is not None:
-                transcript = keep_responses(transcript, self._discrete)
-            if self.condition == "persona":
-                front = interview(transcript.metadata)
-                if not front:
-                    self.num_without_metadata += 1
-                    continue
-                moved = transcript.responses_char + len(front)
-                transcript = replace(transcript, text=front + transcript.text, responses_char=moved)
-            try:
-                if self._chat and self.protocol == "study":
-                    rendered.append(self._chat.render_study(transcript))
-                elif self._chat:
-                    transcript = self._chat.render(transcript)
-            except RowError as error:
-                reject(error)
-                continue
-            kept.append(transcript)
-        return kept, rendered
+    def _conditioned(self, transcript: Transcript) -> _Prepared | None:
+        """None: nothing is known of the participant. Raises RowError where the chat's template refuses it."""
+        if self._discrete is not None:
+            transcript = keep_responses(transcript, self._discrete)
+        if self.settings.condition == "persona":
+            front = interview(transcript.metadata)
+            if not front:
+                return None
+            moved = transcript.responses_char + len(front)
+            transcript = replace(transcript, text=front + transcript.text, responses_char=moved)
+        if self.settings.protocol == "exact":
+            return _Prepared(self._chat.render(transcript) if self._chat else transcript, None)
+        if self._chat:
+            return _Prepared(transcript, self._chat.render_study(transcript))
+        text = study_text(transcript.text)
+        return _Prepared(transcript, Rendered(text, study_marks(text), False))
 
     def _options(self, transcript: Transcript, observed: Mapping[tuple[str, str], tuple[str, ...]]) -> list[Options]:
         """The options of each response; None for a response that has none."""
         count = len(transcript.responses_char)
-        if self.options == "given" and transcript.options is not None:
+        if self.settings.options == "given" and transcript.options is not None:
             return [options or None for options in transcript.options]
-        if self.options == "observed":
+        if self.settings.options == "observed":
             seen = tuple(dict.fromkeys(text for text in _inside(transcript) if text.strip()))
-        elif self.options == "observed-experiment":
+        elif self.settings.options == "observed-experiment":
             seen = observed.get((transcript.study, transcript.experiment), ())
         else:
             seen = ()
-        return [seen if 2 <= len(seen) <= self.max_options else None] * count
+        return [seen if 2 <= len(seen) <= self.settings.max_options else None] * count
+
+    def _drafted(
+        self, prepared: Sequence[_Prepared], observed: Mapping[tuple[str, str], tuple[str, ...]]
+    ) -> Iterator[_Drafted]:
+        options = [self._options(transcript, observed) for transcript, _ in prepared]
+        if self.settings.boundary == "split":
+            return _split(self._tokenizer, [transcript for transcript, _ in prepared], options)
+        joint = list(self._joint(prepared, options))
+        placed = joint_branches(self._tokenizer, [text for _, text in joint])
+        return zip((draft for draft, _ in joint), placed, strict=True)
 
     def _joint(
-        self, transcripts: Sequence[Transcript], options: Sequence[list[Options]], rendered: Sequence[Rendered]
-    ) -> Iterator[Joint]:
-        study = self.protocol == "study"
-        if study and not self._chat:
-            texts = [study_text(t.text) for t in transcripts]
-            rendered = [Rendered(text, study_marks(text), False) for text in texts]
-        texts = [of.text for of in rendered] if study else [t.text for t in transcripts]
-        tokenized = tokenize(self.tokenizer, texts)
-        for i, (transcript, tokens, given) in enumerate(zip(transcripts, tokenized, options, strict=True)):
-            if study:
-                ids = self._open_ids, self._close_ids
-                yield _study(transcript, rendered[i], tokens, given, *ids, is_chat=self._chat is not None)
+        self, prepared: Sequence[_Prepared], options: Sequence[list[Options]]
+    ) -> Iterator[tuple[_Draft, JointText]]:
+        texts = [transcript.text if study is None else study.text for transcript, study in prepared]
+        tokenized = tokenize(self._tokenizer, texts)
+        for (transcript, study), tokens, of in zip(prepared, tokenized, options, strict=True):
+            if study is None:
+                yield _exact(transcript, tokens, of, "" if self._chat else CLOSE_MARK)
             else:
-                yield _exact(transcript, tokens, given, "" if self._chat else CLOSE_MARK)
+                spans = study_spans(tokens.ids, self._open_ids, self._close_ids)
+                yield _study(transcript, study, tokens, spans, of, is_chat=self._chat is not None)
+
+
+def _plain_marks(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
+    """Token ids of the marks alone."""
+    opening, closing = (tokenizer.encode(mark, add_special_tokens=False) for mark in (OPEN_MARK, CLOSE_MARK))
+    return opening.ids, closing.ids
 
 
 def _inside(transcript: Transcript) -> list[str]:
     return [transcript.text[a:b] for a, b in transcript.responses_char.tolist()]
 
 
-def _exact(transcript: Transcript, tokens: Tokens, options: list[Options], close: str) -> Joint:
+def _exact(transcript: Transcript, tokens: Tokens, options: list[Options], close: str) -> tuple[_Draft, JointText]:
     """``close`` is put behind an option; "" where, as in a chat, the mark behind it is the text's own."""
     marks = transcript.responses_char.reshape(-1, 2)
     a, b = marks.T
@@ -225,7 +211,7 @@ def _exact(transcript: Transcript, tokens: Tokens, options: list[Options], close
     beyond = (tokens.start_char[first[full]] < a[full]) | (tokens.end_char[stop[full] - 1] > b[full])
     responses = _inside(transcript)
     inserts = [_inserts(of, close, patched=False) if of else None for of in options]
-    draft = Draft(
+    draft = _Draft(
         transcript=transcript,
         token_ids=tokens.ids,
         responses=tuple(responses),
@@ -237,14 +223,14 @@ def _exact(transcript: Transcript, tokens: Tokens, options: list[Options], close
     for r in full[beyond]:
         draft.flags[r].append("straddles")
     _flag_unscored(draft)
-    return Joint(draft, transcript.text, tokens, marks, [close] * len(marks), inserts)
+    return draft, JointText(transcript.text, tokens, marks, [close] * len(marks), inserts)
 
 
 def _index(response: str, options: Options) -> int:
     return options.index(response) if options and response in options else -1
 
 
-def _flag_unscored(draft: Draft) -> None:
+def _flag_unscored(draft: _Draft) -> None:
     """Flags responses without a score; a span that begins at token 0 becomes empty."""
     first, stop = draft.spans_tok.T
     for r in np.flatnonzero(first == stop):
@@ -266,15 +252,13 @@ def _study(
     transcript: Transcript,
     rendered: Rendered,
     tokens: Tokens,
+    spans: np.ndarray,
     options: list[Options],
-    open_ids: list[int],
-    close_ids: list[int],
     *,
     is_chat: bool,
-) -> Joint:
-    """The study's scored runs, each with the options of the response whose opening mark it follows."""
+) -> tuple[_Draft, JointText]:
+    """The study's scored runs ``spans``, each with the options of the response whose opening mark it follows."""
     text, marks_char, stripped = rendered
-    spans = study_spans(tokens.ids, open_ids, close_ids)
     begins, ends = tokens.start_char[spans[:, 0]], tokens.end_char[spans[:, 1] - 1]
     # A combining character that was composed with the one before it is in no token: read up to the next token.
     reads = np.maximum(ends, np.append(tokens.start_char, len(text))[spans[:, 1]])
@@ -285,7 +269,7 @@ def _study(
     own = [options[owner - 1] if closed else None for owner, closed in zip(owners.tolist(), b >= 0, strict=True)]
     close = "" if is_chat else CLOSE_MARK
     inserts = [_inserts(of, close, patched=True, stripped=stripped) if of else None for of in own]
-    draft = Draft(
+    draft = _Draft(
         transcript=transcript,
         token_ids=tokens.ids,
         responses=tuple(text[i:j] for i, j in zip(begins.tolist(), reads.tolist(), strict=True)),
@@ -295,7 +279,7 @@ def _study(
         option_index=[_patched_index(text, of) for text, of in zip(inside, inserts, strict=True)],
     )
     closes = ["" if is_chat else study_response(response)[1] for response in inside]
-    return Joint(draft, text, tokens, marks[owners], closes, inserts)
+    return draft, JointText(text, tokens, marks[owners], closes, inserts)
 
 
 def _patched_index(inside: str, inserts: tuple[Insert, ...] | None) -> int:
@@ -305,7 +289,7 @@ def _patched_index(inside: str, inserts: tuple[Insert, ...] | None) -> int:
 
 def _split(
     tokenizer: Tokenizer, transcripts: Sequence[Transcript], options: Sequence[list[Options]]
-) -> Iterator[tuple[Draft, list[Placed | None]]]:
+) -> Iterator[_Drafted]:
     """Each transcript from the tokens of its pieces, with the branches of its responses. Equal pieces are tokenized
     once."""
     pieces = [_pieces(transcript) for transcript in transcripts]
@@ -330,11 +314,11 @@ def _pieces(transcript: Transcript) -> list[str]:
 
 def _split_draft(
     tokenizer: Tokenizer, transcript: Transcript, pieces: list[str], options: list[Options], snippets: Snippets
-) -> Draft:
+) -> _Draft:
     ids = [snippets[piece][0] for piece in pieces]
     bounds = np.cumsum([len(tokenizer.front), *map(len, ids)])  # piece i is bounds[i] to bounds[i + 1]
     responses = tuple(pieces[1::2])
-    return Draft(
+    return _Draft(
         transcript=transcript,
         token_ids=np.fromiter(chain(tokenizer.front, *ids), dtype=np.int32),
         responses=responses,
@@ -345,7 +329,7 @@ def _split_draft(
     )
 
 
-def _blank_option(draft: Draft, placed: list[Placed | None]) -> RowError | None:
+def _blank_option(draft: _Draft, placed: Sequence[Placed | None]) -> RowError | None:
     for r, entry in enumerate(placed):
         if entry is not None and entry[1].blank is not None:
             option = (draft.options[r] or ())[entry[1].blank]
@@ -355,29 +339,12 @@ def _blank_option(draft: Draft, placed: list[Placed | None]) -> RowError | None:
     return None
 
 
-def _assembled(draft: Draft, placed: list[Placed | None]) -> EncodedTranscript:
+def _assembled(draft: _Draft, placed: Sequence[Placed | None]) -> EncodedTranscript:
     """The draft with its branches, all tokens and all responses."""
-    options: list[Options] = [None] * len(placed)
-    of: list[int] = []
-    parents: list[int] = []
-    scored: list[int] = []
-    lengths: list[int] = []
-    token_ids: list[int] = []
-    for r, entry in enumerate(placed):
-        if entry is None:
-            continue
-        base, branches = entry
-        if base + min(branches.parents) < 1:
-            draft.flags[r].append("no_context")
-            continue
-        options[r] = draft.options[r]
-        if branches.closing_mark:
-            draft.flags[r].append("closing_mark")
-        of.extend([r] * len(branches.parents))
-        parents.extend([base + parent for parent in branches.parents])
-        scored.extend(branches.scored)
-        lengths.extend(branches.lengths)
-        token_ids.extend(branches.token_ids)
+    own = _with_context(draft, placed)
+    every = [branches for _, branches in own.values()]
+    parents = [base + parent for base, branches in own.values() for parent in branches.parents]
+    option_index = [i if r in own else -1 for r, i in enumerate(draft.option_index)]
     transcript = draft.transcript
     return EncodedTranscript(
         study=transcript.study,
@@ -388,14 +355,28 @@ def _assembled(draft: Draft, placed: list[Placed | None]) -> EncodedTranscript:
         responses=draft.responses,
         spans_tok=draft.spans_tok,
         flags=tuple(";".join(dict.fromkeys(flags)) or None for flags in draft.flags),
-        options=tuple(options),
-        option_index=np.array(
-            [i if of else -1 for i, of in zip(draft.option_index, options, strict=True)], dtype=np.int32
-        ),
-        branch_response=np.array(of, dtype=np.int32),
+        options=tuple(options if r in own else None for r, options in enumerate(draft.options)),
+        option_index=np.array(option_index, dtype=np.int32),
+        branch_response=np.array([r for r, (_, of) in own.items() for _ in of.parents], dtype=np.int32),
         branch_parent_tok=np.array(parents, dtype=np.int32),
-        branch_scored_tok=np.array(scored, dtype=np.int32),
-        branch_offsets=np.cumsum([0, *lengths], dtype=np.int64),
-        branch_token_ids=np.array(token_ids, dtype=np.int32),
+        branch_scored_tok=np.array([first for of in every for first in of.scored], dtype=np.int32),
+        branch_offsets=np.cumsum([0, *(length for of in every for length in of.lengths)], dtype=np.int64),
+        branch_token_ids=np.array([token for of in every for token in of.token_ids], dtype=np.int32),
         num_dropped=0,
     )
+
+
+def _with_context(draft: _Draft, placed: Sequence[Placed | None]) -> dict[int, Placed]:
+    """The branches of each response that a token stands before; flags the others, and those with closing marks."""
+    own = {}
+    for r, entry in enumerate(placed):
+        if entry is None:
+            continue
+        base, branches = entry
+        if base + min(branches.parents) < 1:
+            draft.flags[r].append("no_context")
+            continue
+        own[r] = entry
+        if branches.closing_mark:
+            draft.flags[r].append("closing_mark")
+    return own

@@ -15,9 +15,8 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, cast
+from typing import IO, NamedTuple, cast
 
 import pyarrow as pa
 
@@ -37,22 +36,21 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 DAMAGE = (EOFError, zlib.error, zipfile.BadZipFile, NotImplementedError, ValueError, pa.ArrowException, OSError)
 
 
-@dataclass(frozen=True, slots=True)
-class DataFile:
+class Located(NamedTuple):
     """A file of rows, and the study of those rows that do not name theirs."""
 
     path: Path
     study: str
 
 
-def find_data(data: Sequence[str | Path]) -> list[DataFile]:
+def find_files(data: Sequence[str | Path]) -> list[Located]:
     """The files behind paths of files, paths of folders and ids of hub datasets, each once, sorted by study and path.
 
     Folders are searched with their sub-folders; files of other kinds in them are ignored, hidden ones too.
     Raises DataError for what does not exist or holds no data, for a Git LFS pointer, an archive without one member of
     rows, and a file that stands beside a packed copy of itself.
     """
-    found: dict[str, DataFile] = {}
+    found: dict[str, Located] = {}
     for item in data:
         try:
             files = _resolve(str(item))
@@ -79,7 +77,15 @@ def hash_file(path: str | Path) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def _resolve(item: str) -> list[DataFile]:
+def size_of(path: Path) -> int:
+    """A file's bytes; raises DataError if it cannot be reached."""
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _resolve(item: str) -> list[Located]:
     """The files behind one path or hub id."""
     path = Path(item)
     absolute = Path(os.path.abspath(path))
@@ -89,13 +95,13 @@ def _resolve(item: str) -> list[DataFile]:
     if path.exists():
         if stem is None:
             raise DataError(f"{item}: expected a name that ends in {', '.join(_SUFFIXES)}, got {path.name}")
-        return [DataFile(path, _study_name(stem, [parent.name for parent in absolute.parents]))]
+        return [Located(path, _study_name(stem, [parent.name for parent in absolute.parents]))]
     if stem is None and _HUB_ID.fullmatch(item):
         return _search(_download(item), [item.split("/")[1]])
     raise DataError(f"{item}: no such file or folder")
 
 
-def _search(folder: Path, names: list[str]) -> list[DataFile]:
+def _search(folder: Path, names: list[str]) -> list[Located]:
     """The data files below a folder; `names`: what the folder is called, then the folders it stands in."""
     found = []
     visited = set()
@@ -110,7 +116,7 @@ def _search(folder: Path, names: list[str]) -> list[DataFile]:
         for name in sorted(files):
             stem = _stem(name)
             if stem is not None and not name.startswith("."):
-                found.append(DataFile(Path(where, name), _study_name(stem, inner)))
+                found.append(Located(Path(where, name), _study_name(stem, inner)))
     if not found:
         raise DataError(f"{folder}: expected files that end in {', '.join(_SUFFIXES)}, found none")
     return found
@@ -144,7 +150,7 @@ def _study_name(stem: str, folder_names: list[str]) -> str:
     return next((name for name in (stem, *folder_names) if not _GENERIC_NAME.fullmatch(name)), stem)
 
 
-def _check_no_copies(files: list[DataFile]) -> None:
+def _check_no_copies(files: list[Located]) -> None:
     """Refuse `x.jsonl` beside `x.jsonl.zip`: read both, and every participant counts twice."""
     seen: dict[tuple[str, str | None], Path] = {}
     for path in (file.path for file in files):

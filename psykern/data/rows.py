@@ -14,7 +14,7 @@ import codecs
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,9 +26,9 @@ import pyarrow.parquet as pq
 from psykern.core.errors import DataError, RowError, Source
 from psykern.core.types import Transcript
 from psykern.data import persona
+from psykern.data.dataset import Dataset
 from psykern.data.files import (
     DAMAGE,
-    DataFile,
     open_lines,
 )
 
@@ -48,35 +48,20 @@ _KINDS = {
 
 
 def read(
-    files: Sequence[DataFile],
-    *,
-    studies: Collection[str] | None = None,
-    limit: int | None = None,
-    reject: Callable[[RowError], None],
-) -> Iterator[Transcript]:
-    """Transcripts in the order of the files and their rows.
+    dataset: Dataset, *, studies: Collection[str] | None = None, limit: int | None = None
+) -> Iterator[Transcript | RowError]:
+    """Transcripts in the order of the files and their rows; the error of a bad row stands in its place.
 
     `studies` keeps only those studies, `limit` only the first accepted transcripts of each study; rows that they
-    leave out are not checked. `reject` gets each bad row (and each damaged file, once, at the line reached); if it
-    returns, reading goes on. Raises DataError for a file that cannot be opened or an archive with no rows to find.
+    leave out are not checked. A damaged file gives one error, at the line reached. Raises DataError for a file that
+    cannot be opened or an archive with no rows to find.
     """
-    for row in read_rows(files, studies=studies, limit=limit):
-        if isinstance(row, RowError):
-            reject(row)
-        else:
-            yield row
-
-
-def read_rows(
-    files: Sequence[DataFile], *, studies: Collection[str] | None = None, limit: int | None = None
-) -> Iterator[Transcript | RowError]:
-    """The same, with the error of each bad row in its place."""
     taken: Counter[str] = Counter()
 
     def wanted(study: str) -> bool:
         return (studies is None or study in studies) and (limit is None or taken[study] < limit)
 
-    for file in files:
+    for file in dataset.files:
         for row in _rows_until_damage(file.path):
             if not row.may_name_study and not wanted(file.study):
                 if file.path.suffix.lower() == ".parquet":

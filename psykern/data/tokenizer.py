@@ -19,9 +19,6 @@ import tokenizers
 
 from psykern.core.errors import CheckpointError
 
-# Characters that are tokenized in one batch; the tokenizer's own records take about 100 bytes per token meanwhile.
-_BATCH_CHARS = 4_000_000
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tokenizer:
@@ -32,6 +29,8 @@ class Tokenizer:
     size: int  # highest token id + 1
     front: tuple[int, ...]  # special tokens that it puts before a text by default
     back: tuple[int, ...]  # and behind
+    # Characters that are tokenized in one batch; the library's own records take about 100 bytes per token meanwhile.
+    batch_chars: int = 4_000_000
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
@@ -116,7 +115,7 @@ class Snippets:
     def __init__(self, tokenizer: Tokenizer, texts: Iterable[str]) -> None:
         distinct = list(dict.fromkeys(texts))
         self._known: dict[str, tuple[list[int], list[tuple[int, int]]]] = {}
-        for batch in _batches(distinct):
+        for batch in _batches(distinct, tokenizer.batch_chars):
             for text, encoding in zip(batch, tokenizer.encode_batch(batch, False), strict=True):
                 self._known[text] = encoding.ids, encoding.offsets
 
@@ -124,11 +123,12 @@ class Snippets:
         return self._known[text]
 
 
-def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
+def _batches(texts: Sequence[str], most_chars: int) -> Iterator[list[str]]:
+    """The texts in order, as many at a time as have no more than so many characters; a longer one alone."""
     batch: list[str] = []
     chars = 0
     for text in texts:
-        if batch and chars + len(text) > _BATCH_CHARS:
+        if batch and chars + len(text) > most_chars:
             yield batch
             batch, chars = [], 0
         batch.append(text)
@@ -138,7 +138,7 @@ def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
 
 
 def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[Tokens]:
-    for batch in _batches(texts):
+    for batch in _batches(texts, tokenizer.batch_chars):
         for text, encoding in zip(batch, tokenizer.encode_batch(batch, False), strict=True):
             yield _tokens(tokenizer, encoding, len(text))
 

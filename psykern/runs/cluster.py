@@ -79,11 +79,11 @@ def score_on_cluster(
             _connect(ray, workers.address)
             stack.callback(ray.shutdown)
         tokenizer, chat = load_tokenizers(model, settings, clock)
-        files, hashed = find_and_hash(data, clock)
+        dataset, hashed = find_and_hash(data, clock)
         pool = _Pool(ray, workers, (str(model), settings, hashed, str(out)))
         stack.callback(pool.close)
         manifest = pool.start()
-        feed = data_feed(files, tokenizer, chat, settings, manifest, clock, cache)
+        feed = data_feed(dataset, tokenizer, chat, settings, manifest, clock, cache)
         with clock("scan"):
             units = feed.units()
         run = RunFolder.open(out, manifest, resume=resume)

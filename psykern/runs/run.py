@@ -33,9 +33,9 @@ from psykern.core.stages import ahead, behind
 from psykern.core.types import EncodedTranscript, EncodedUnit, TargetScores, UnitInfo
 from psykern.data.chat import ChatTemplate
 from psykern.data.context import fit
+from psykern.data.dataset import Dataset
 from psykern.data.encode import Encoder
 from psykern.data.feed import Feed
-from psykern.data.files import DataFile, find_data, hash_file
 from psykern.data.token_cache import TokenCache
 from psykern.data.tokenizer import Tokenizer
 from psykern.engine import engine
@@ -93,9 +93,9 @@ def score(
     _check_backend(settings)
     Folder.at(out).create()
     loaded = load(model, settings, (settings.condition,), clock)
-    files, hashed = find_and_hash(data, clock)
+    dataset, hashed = find_and_hash(data, clock)
     how = _How(shard or Shard(), resume, cache, stop, quiet)
-    return _score(loaded, files, hashed, out, settings, how, clock)
+    return _score(loaded, dataset, hashed, out, settings, how, clock)
 
 
 def score_conditions(
@@ -124,11 +124,11 @@ def score_conditions(
     for folder in folders:
         Folder.at(folder).create()
     loaded = load(model, each[0], conditions, clock)
-    files, hashed = find_and_hash(data, clock)
+    dataset, hashed = find_and_hash(data, clock)
     how = _How(shard or Shard(), resume, cache, stop, quiet)
     runs = []
     for folder, own in zip(folders, each, strict=True):
-        runs.append(_score(loaded, files, hashed, folder, own, how, clock))
+        runs.append(_score(loaded, dataset, hashed, folder, own, how, clock))
         clock = Clock()  # loading counts to the first
     return tuple(runs)
 
@@ -176,16 +176,16 @@ def load_tokenizers(model: str | Path, settings: Settings, clock: Clock) -> tupl
 
 def find_and_hash(
     data: str | Path | Sequence[str | Path], clock: Clock
-) -> tuple[list[DataFile], tuple[records.DataFile, ...]]:
+) -> tuple[Dataset, tuple[records.DataFile, ...]]:
     """The data's files, and what the manifest says of each."""
     with clock("hash"):
-        files = find_data([data] if isinstance(data, (str, Path)) else data)
-        return files, tuple(records.DataFile(str(f.path), hash_file(f.path), f.path.stat().st_size) for f in files)
+        dataset = Dataset.find(data)
+    return dataset, tuple(records.DataFile(str(f.path), f.hash, f.bytes) for f in dataset.files)
 
 
 def _score(
     loaded: Loaded,
-    files: Sequence[DataFile],
+    dataset: Dataset,
     hashed: tuple[records.DataFile, ...],
     out: str | Path,
     settings: Settings,
@@ -194,7 +194,7 @@ def _score(
 ) -> Run:
     """One run of a loaded model."""
     manifest = manifest_of(loaded, hashed, settings, clock)
-    feed = data_feed(files, loaded.tokenizer, loaded.chat, settings, manifest, clock, how.cache)
+    feed = data_feed(dataset, loaded.tokenizer, loaded.chat, settings, manifest, clock, how.cache)
     with clock("scan"):
         units = feed.units()
     run = RunFolder.open(out, manifest, resume=how.resume)
@@ -362,8 +362,8 @@ def estimate(
     tokenizer, chat = load_tokenizers(model, settings, Clock())
     budgets = _budgets(settings, config, device, dtype)
     rejects: list[RowError] = []
-    files = find_data([data] if isinstance(data, (str, Path)) else data)
-    feed = _feed(files, tokenizer, chat, settings, _unit_tokens(settings, device), Clock(), None)
+    dataset = Dataset.find(data, hashed=False)
+    feed = _feed(dataset, tokenizer, chat, settings, _unit_tokens(settings, device), Clock(), None)
     units = feed.units()
     plans: dict[str, StudyPlan] = {}
     with Progress(sum(unit.characters for unit in units), quiet=quiet) as progress:
@@ -402,7 +402,7 @@ def _add(one: StudyPlan | None, two: StudyPlan) -> StudyPlan:
 
 
 def data_feed(
-    files: Sequence[DataFile],
+    dataset: Dataset,
     tokenizer: Tokenizer,
     chat: ChatTemplate | None,
     settings: Settings,
@@ -411,12 +411,12 @@ def data_feed(
     cache: str | Path | None,
 ) -> Feed:
     """``cache``: the folder of token caches; None: tokens are not kept."""
-    kept = None if cache is None else _token_cache(cache, files, manifest)
-    return _feed(files, tokenizer, chat, settings, manifest.unit_tokens, clock, kept)
+    kept = None if cache is None else _token_cache(cache, dataset, manifest)
+    return _feed(dataset, tokenizer, chat, settings, manifest.unit_tokens, clock, kept)
 
 
 def _feed(
-    files: Sequence[DataFile],
+    dataset: Dataset,
     tokenizer: Tokenizer,
     chat: ChatTemplate | None,
     settings: Settings,
@@ -425,27 +425,18 @@ def _feed(
     cache: TokenCache | None,
 ) -> Feed:
     encoder = Encoder(
-        tokenizer,
-        protocol=settings.protocol,
-        boundary=settings.boundary,
-        options=settings.options,
-        max_options=settings.max_options,
-        condition=settings.condition,
-        chat=chat if settings.condition == "chat" else None,
-        discrete=settings.discrete,
+        tokenizer, replace(settings, unit_tokens=unit_tokens), chat if settings.condition == "chat" else None
     )
-    return Feed(files, encoder, clock, unit_tokens, settings.studies, settings.limit, settings.strict, cache)
+    return Feed(dataset, encoder, cache=cache, clock=clock)
 
 
 # Of a manifest, what the tokens depend on beside the data; how much of a transcript fits a context is seen to later.
 _TOKENS_DEPEND_ON = ("tokenizer_hash", "chat_template_hash", *having("tokens"))
 
 
-def _token_cache(folder: str | Path, files: Sequence[DataFile], manifest: Manifest) -> TokenCache:
+def _token_cache(folder: str | Path, dataset: Dataset, manifest: Manifest) -> TokenCache:
     depends_on = {name: getattr(manifest, name) for name in _TOKENS_DEPEND_ON}
-    content = [(file.study, hashed.hash) for file, hashed in zip(files, manifest.data, strict=True)]
-    paths = [str(file.path) for file in files]
-    return TokenCache.open(folder, paths, {"psykern": __version__, "data": content, **depends_on})
+    return TokenCache.open(folder, dataset, depends_on)
 
 
 def _unit_tokens(settings: Settings, device: torch.device) -> int:
