@@ -31,7 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import psykern
 from psykern import Settings, demo
 from psykern.core.types import TargetScores
-from psykern.data.encode import Tokenizer
+from psykern.data.tokenizer import Tokenizer
 from psykern.engine import engine
 from psykern.engine.engine import Engine
 from psykern.engine.plan import Plan

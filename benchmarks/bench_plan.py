@@ -23,7 +23,7 @@ from harness import time_side_by_side, write_csv
 
 from psykern.core.errors import Source
 from psykern.core.types import EncodedTranscript, TargetScores
-from psykern.data.encode import Tokenizer
+from psykern.data.tokenizer import Tokenizer
 from psykern.engine.budgets import CPU_BUDGETS
 from psykern.engine.engine import Engine
 from psykern.engine.plan import Plan, plan

@@ -36,7 +36,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -63,10 +63,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from psykern import demo
 from psykern.core.errors import RowError
-from psykern.core.settings import MIN_SHARE
+from psykern.core.settings import MIN_SHARE, Settings
 from psykern.core.types import EncodedTranscript, TargetScores, Transcript
-from psykern.data.encode import Encoder, Tokenizer
-from psykern.data.rows import find_data, read
+from psykern.data.dataset import Dataset
+from psykern.data.encode import Encoder
+from psykern.data.rows import read
+from psykern.data.tokenizer import Tokenizer
 from psykern.engine.budgets import CPU_BUDGETS, Budgets, cost
 from psykern.engine.budgets import budgets as best_budgets
 from psykern.engine.engine import Engine
@@ -165,18 +167,27 @@ def weight_bytes(folder: Path) -> int:
 
 
 def load_studies(mix: dict[str, int], tokenizer: Tokenizer, folder: Path = SHARED / "psych") -> list[Study]:
-    def fail(error: RowError) -> None:
-        raise error
-
+    encoder = Encoder(tokenizer, Settings())
     studies = []
     for name, count in mix.items():
-        files = find_data([folder / f"{name}.jsonl.gz"])
+        dataset = Dataset.find(folder / f"{name}.jsonl.gz", hashed=False)
         # The other providers score no options.
-        transcripts = [replace(t, options=None) for t in read(files, limit=count or None, reject=fail)]
+        transcripts = [replace(t, options=None) for t in accepted(read(dataset, limit=count or None))]
         if count == 0:
             transcripts = [max(transcripts, key=lambda t: len(t.text))]
-        studies.append(Study(name, transcripts, Encoder(tokenizer).encode(transcripts, fail)))
+        encoded = encoder.encode(transcripts)
+        for error in encoded.rejects:
+            raise error
+        studies.append(Study(name, transcripts, list(encoded.transcripts)))
     return studies
+
+
+def accepted(rows: Iterable[Transcript | RowError]) -> Iterator[Transcript]:
+    """The rows; raises the first that is refused."""
+    for row in rows:
+        if isinstance(row, RowError):
+            raise row
+        yield row
 
 
 @torch.inference_mode()
@@ -219,7 +230,7 @@ def run_psykern(
     min_share: int,
     budgets: Budgets = CPU_BUDGETS,
 ) -> tuple[TargetScores, Plan]:
-    encoded = Encoder(tokenizer).encode(study.transcripts, lambda error: None)
+    encoded = Encoder(tokenizer, Settings()).encode(study.transcripts).transcripts
     planned = plan(encoded, wave_tokens=budgets.wave_tokens, batch_tokens=budgets.batch_tokens, min_share=min_share)
     return runner.run(planned), planned
 

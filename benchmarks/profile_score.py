@@ -17,7 +17,7 @@ from bench_score import MIXES, Study, load_studies, make_checkpoint, run_psykern
 from harness import print_row, write_csv
 
 from psykern.core.settings import MIN_SHARE
-from psykern.data.encode import Tokenizer
+from psykern.data.tokenizer import Tokenizer
 from psykern.engine.engine import Engine
 from psykern.kernels.compute import Compute
 from psykern.models.model import Model

@@ -24,7 +24,7 @@ ROOMS: dict[str, set[str]] = {
     "_cpu": set(),
     "_cuda": set(),
     "kernels": {"core", "_cpu", "_cuda"},
-    "data": {"core"},
+    "data": {"core", "version"},
     "models": {"core", "kernels"},
     "engine": {"core", "kernels", "models", "_cpu"},
     "scoring": {"core", "kernels", "data", "models", "engine"},

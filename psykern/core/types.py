@@ -1,4 +1,4 @@
-"""The hand-offs between psykern's modules: frozen dataclasses, and the errors a user can meet.
+"""The hand-offs between psykern's rooms: frozen dataclasses. (Waves are the engine's own: ``engine/plan.py``.)
 
     rows ─ read ─► Transcript ─ encode ─► EncodedTranscript ─ plan ─► Wave… ─ run ─► TargetScores ─ write ─► parquet
 
@@ -20,7 +20,7 @@ from psykern.core.errors import (
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Transcript:
-    """One participant's session as prose, with its responses located. Filled by ``transcripts.read``."""
+    """One participant's session as prose, with its responses located. Filled by ``data.rows.read``."""
 
     study: str
     experiment: str
@@ -29,12 +29,12 @@ class Transcript:
     responses_char: np.ndarray  # [R, 2] int64, first and one-past-last character between the marks
     options: tuple[tuple[str, ...], ...] | None  # [R] answer options of each response; None: the row gives none
     source: Source
-    metadata: tuple[tuple[str, str], ...] = ()  # what is known of the participant, see persona.py
+    metadata: tuple[tuple[str, str], ...] = ()  # what is known of the participant, see data/persona.py
 
 
 @dataclass(frozen=True, slots=True)
 class UnitInfo:
-    """What is known of a unit of work before its rows are read again. Filled by ``units.units``."""
+    """What is known of a unit of work before its rows are read again. Filled by ``data.units.units``."""
 
     index: int  # from 0, in order of the data
     study: str  # of its transcripts; empty: it has none
@@ -44,7 +44,7 @@ class UnitInfo:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EncodedTranscript:
-    """One transcript as tokens, with the tokens to score. Filled by ``encode.Encoder.encode``.
+    """One transcript as tokens, with the tokens to score. Filled by ``data.encode.Encoder``.
 
     A response's scored tokens are ``token_ids[start:end]``; start == end means that there is nothing to score
     (an empty response, or no token before the first). An option is a *branch*: ``branch_token_ids`` of that
@@ -59,7 +59,7 @@ class EncodedTranscript:
     token_ids: np.ndarray  # [T] int32
     responses: tuple[str, ...]  # [R] text of each response
     spans_tok: np.ndarray  # [R, 2] int32
-    flags: tuple[str | None, ...]  # [R] see records.py; None: nothing to say
+    flags: tuple[str | None, ...]  # [R] see data/encode.py; None: nothing to say
     options: tuple[tuple[str, ...] | None, ...]  # [R] None: the response has no options
     option_index: np.ndarray  # [R] int32, the option that is the response; -1: none
     branch_response: np.ndarray  # [B] int32, response that each branch is an option of
@@ -72,7 +72,7 @@ class EncodedTranscript:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EncodedUnit:
-    """A unit of work as tokens. Filled by ``feed.Feed``, from rows or from the token cache."""
+    """A unit of work as tokens. Filled by ``data.feed.Feed``, from rows or from the token cache."""
 
     info: UnitInfo
     transcripts: tuple[EncodedTranscript, ...]  # whole, whatever the model's context; without those that were refused
@@ -83,7 +83,7 @@ class EncodedUnit:
 @dataclass(frozen=True, slots=True, eq=False)
 class TargetScores:
     """Scores by target id. First the tokens of all responses (transcripts in order, responses in order, tokens in
-    order), then those of all branches in the same manner. Filled by ``engine.run``."""
+    order), then those of all branches in the same manner. Filled by ``engine.engine``."""
 
     logprob: np.ndarray  # [targets] float32, nats
     is_argmax: np.ndarray  # [targets] bool, the token is the vocabulary's argmax (lowest id on ties)

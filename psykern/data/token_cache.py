@@ -3,7 +3,8 @@
     FOLDER/<key>/units.json              the units that the data are cut into
     FOLDER/<key>/<index>-<key>.arrow     one unit: an Arrow file of a row per transcript, memory-mapped when it is read
 
-The first key is the hash of everything that the tokens depend on: tokenizer, settings, and content of the data.
+The first key is the hash of everything that the tokens depend on: psykern's version, tokenizer, settings, and content
+of the data.
 
 The rule: what is found is never trusted. Each file begins with the SHA-256 of the rest and names the unit that it
 holds; one that is damaged, foreign or of another version is as good as absent, and is written anew. Files are put there
@@ -30,6 +31,8 @@ import pyarrow as pa
 from psykern.core.errors import RowError, Source
 from psykern.core.folder import Folder
 from psykern.core.types import EncodedTranscript, EncodedUnit, UnitInfo
+from psykern.data.dataset import Dataset
+from psykern.version import __version__
 
 VERSION = 1  # of what is written here; another is not read
 _MAGIC = b"psykern tokens\x00\x00"  # 16 bytes
@@ -44,14 +47,21 @@ class TokenCache:
     files: tuple[str, ...]  # of the data now: they may have moved since they were encoded
 
     @classmethod
-    def open(cls, folder: str | Path, files: Sequence[str], depends_on: Mapping[str, Any]) -> TokenCache:
-        """``depends_on``: JSON values, the content of ``files`` among them, in this order. Raises RunFolderError where
-        the folder cannot be written to."""
-        text = json.dumps({"version": VERSION, **depends_on}, sort_keys=True)
+    def open(cls, folder: str | Path, dataset: Dataset, depends_on: Mapping[str, Any]) -> TokenCache:
+        """``depends_on``: JSON values by name, all that the tokens depend on beside the content of ``dataset`` and
+        psykern's version.
+
+        Raises RunFolderError where the folder cannot be written to, ValueError for data that were found without
+        hashes.
+        """
+        content = [(file.study, file.hash) for file in dataset.files]
+        if not all(digest for _, digest in content):
+            raise ValueError("dataset: expected hashed files, as the cache is found by their content")
+        text = json.dumps({"version": VERSION, "psykern": __version__, "data": content, **depends_on}, sort_keys=True)
         key = hashlib.sha256(text.encode()).hexdigest()[:32]
         inner = Folder.at(Path(folder) / key)
         inner.create()
-        return cls(inner, tuple(files))
+        return cls(inner, dataset.paths)
 
     def read_units(self) -> list[UnitInfo] | None:
         """All units in order; None: not known yet."""

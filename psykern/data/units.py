@@ -15,7 +15,8 @@ from dataclasses import dataclass, fields
 
 from psykern.core.errors import RowError
 from psykern.core.types import Transcript, UnitInfo
-from psykern.data.rows import DataFile, read_rows
+from psykern.data.dataset import Dataset
+from psykern.data.rows import read
 
 CHARS_PER_TOKEN = 4  # of English prose; a unit is cut by characters, as tokens are known later
 _MOST_REJECTS = 10_000  # rows refused that one unit reports
@@ -31,20 +32,21 @@ class Unit:
 
 
 def units(
-    files: Sequence[DataFile],
+    dataset: Dataset,
     *,
     unit_tokens: int,
     studies: Collection[str] | None = None,
     limit: int | None = None,
 ) -> Iterator[Unit]:
-    """The units of ``files`` in order, of about ``unit_tokens`` tokens each; see ``transcripts.read`` for the rest.
+    """The units of ``dataset`` in order, of about ``unit_tokens`` tokens each; ``studies`` and ``limit`` are those of
+    :func:`.rows.read`.
 
     A unit without transcripts holds the rest of the refused rows.
     """
     transcripts: dict[str, list[Transcript]] = {}
     rejects: list[RowError] = []
     characters = index = 0
-    for row in read_rows(files, studies=studies, limit=limit):
+    for row in read(dataset, studies=studies, limit=limit):
         if isinstance(row, RowError):
             rejects.append(row)
         else:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -168,20 +167,3 @@ def _complete(begun: deque[_Run[T]]) -> Iterator[tuple[T, TargetScores]]:
     while begun and begun[0].is_complete:
         run = begun.popleft()
         yield run.item, run.scores
-
-
-# Until psykern.runs takes an Engine: to be removed.
-def stream(
-    plans: Iterable[tuple[Plan, Callable[[float], None]]],
-    model: Model,
-    *,
-    clock: DeviceClock | None = None,
-    stop: Callable[[], bool] = lambda: False,
-) -> Generator[TargetScores, None, None]:
-    engine = Engine(model)
-    pairs = engine.pairs((_Alone(*pair) for pair in plans), stop=stop)
-    with closing(pairs):
-        for _, scores in pairs:
-            if clock is not None:
-                vars(clock).update(vars(engine._clock))
-            yield scores

@@ -11,15 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.tiny import branches, build_tiny, fail, scored, transcript, words
+from support.rows import accepted, find
+from support.tiny import branches, build_tiny, encode, scored, transcript, words
 from transformers import AutoTokenizer
 
 from psykern.core.errors import CheckpointError, RowError
+from psykern.core.settings import Settings
 from psykern.core.types import Transcript
 from psykern.data.chat import ChatTemplate
-from psykern.data.encode import Encoder, Tokenizer
+from psykern.data.encode import Encoder
 from psykern.data.protocol import study_text
-from psykern.data.rows import find_data, read
+from psykern.data.rows import read
+from psykern.data.tokenizer import Tokenizer
 
 PLAIN = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
 TRIMS = PLAIN.replace("m.content", "m.content | trim")
@@ -124,9 +127,9 @@ def test_the_templates_own_special_tokens_are_not_doubled(tmp_path: Path) -> Non
     folder = folder_with(tmp_path, BOS, bos=True)
     chat, tokenizer = ChatTemplate.load(folder), Tokenizer.load(folder)
     of = transcript("a <<b>> c")
-    (exact,) = Encoder(tokenizer, condition="chat", chat=chat).encode([of], fail)
+    exact = encode(tokenizer, of, chat, condition="chat")
     assert words(tokenizer, exact.token_ids) == ["<bos>", "<|user|>", "a", " ", "<|end|>", "<|assistant|>", "b"]
-    (study,) = Encoder(tokenizer, condition="chat", chat=chat, protocol="study").encode([of], fail)
+    study = encode(tokenizer, of, chat, condition="chat", protocol="study")
     assert words(tokenizer, study.token_ids)[:3] == ["<bos>", "<bos>", "<|user|>"]  # as the study has it
 
 
@@ -134,8 +137,8 @@ def test_options_stand_in_the_responses_place(tmp_path: Path) -> None:
     folder = folder_with(tmp_path, PLAIN)
     tokenizer = Tokenizer.load(folder)
     for protocol in ("exact", "study"):
-        encoder = Encoder(tokenizer, condition="chat", chat=ChatTemplate.load(folder), protocol=protocol)  # type: ignore[arg-type]
-        (encoded,) = encoder.encode([transcript("say <<1>> or <<12>>.", ("1", "12"))], fail)
+        of = transcript("say <<1>> or <<12>>.", ("1", "12"))
+        encoded = encode(tokenizer, of, ChatTemplate.load(folder), condition="chat", protocol=protocol)
         assert encoded.flags == ("closing_mark", "closing_mark")
         for r, parent, first, ids in branches(encoded):
             before = words(tokenizer, encoded.token_ids[:parent])
@@ -147,9 +150,9 @@ def test_options_stand_in_the_responses_place(tmp_path: Path) -> None:
 def test_the_encoder_needs_a_template_for_chat_alone(tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(folder_with(tmp_path, PLAIN))
     with pytest.raises(ValueError, match="chat: expected a template for condition chat"):
-        Encoder(tokenizer, condition="chat")
-    with pytest.raises(ValueError, match="condition: expected one of plain, chat, persona, got 'talk'"):
-        Encoder(tokenizer, condition="talk")  # type: ignore[arg-type]
+        Encoder(tokenizer, Settings(condition="chat"))
+    with pytest.raises(ValueError, match="for condition chat and no other, got 'plain'"):
+        Encoder(tokenizer, Settings(), ChatTemplate.load(tmp_path))
 
 
 STUDIES = (
@@ -166,7 +169,6 @@ def test_real_transcripts_in_real_templates(shared: Path, qwen: Callable[[str], 
     """Turn by turn by hand: these two templates put a header in front of a content and a mark behind it."""
     folder = qwen(name)
     chat, tokenizer = ChatTemplate.load(folder), Tokenizer.load(folder)
-    encoder = Encoder(tokenizer, condition="chat", chat=chat)
     system = "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
     for of in some(shared, STUDIES):
         own = re.split("<<|>>", of.text)
@@ -177,7 +179,7 @@ def test_real_transcripts_in_real_templates(shared: Path, qwen: Callable[[str], 
             head, tail = whole.rsplit("<|im_start|>assistant\n", 1)
             whole = f"{head}<|im_start|>assistant\n<think>\n\n</think>\n\n{tail}"
         expected = tokenizer.backend.encode((system if name == "qwen2.5" else "") + whole, add_special_tokens=False).ids
-        (encoded,) = encoder.encode([of], fail)
+        encoded = encode(tokenizer, of, chat, condition="chat")
         assert encoded.token_ids.tolist() == expected[: len(encoded.token_ids)]
         assert ["".join(parts) for parts in scored(tokenizer, encoded)] == own[1::2]
 
@@ -185,8 +187,7 @@ def test_real_transcripts_in_real_templates(shared: Path, qwen: Callable[[str], 
 def test_a_last_response_stands_behind_the_empty_thought(qwen: Callable[[str], Path]) -> None:
     folder = qwen("qwen3")
     tokenizer = Tokenizer.load(folder)
-    encoder = Encoder(tokenizer, condition="chat", chat=ChatTemplate.load(folder))
-    (encoded,) = encoder.encode([transcript("a <<b>> c <<think>>")], fail)
+    encoded = encode(tokenizer, transcript("a <<b>> c <<think>>"), ChatTemplate.load(folder), condition="chat")
     assert scored(tokenizer, encoded) == [["b"], ["think"]]
     start = int(encoded.spans_tok[1, 0])
     assert words(tokenizer, encoded.token_ids[start - 4 : start]) == ["<think>", "\n\n", "</think>", "\n\n"]
@@ -196,13 +197,13 @@ def test_a_last_response_stands_behind_the_empty_thought(qwen: Callable[[str], P
 def test_the_studys_rule_on_real_transcripts(shared: Path, qwen: Callable[[str], Path], name: str) -> None:
     folder = qwen(name)
     tokenizer, theirs = Tokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
-    encoder = Encoder(tokenizer, condition="chat", chat=ChatTemplate.load(folder), protocol="study")
+    chat = ChatTemplate.load(folder)
     rng = np.random.default_rng(0)
     odd = "Start <<-5>> then <<skip>>, <<>> and <<More Details >> again <<a>>\n<<b>><<c >> <<think>>"
     every = [*some(shared, STUDIES), transcript(odd), transcript("".join(rng.choice(["<<a>>", " x", "\n"], 40)))]
     for of in every:
         ids, runs = by_the_studys_rule(theirs, of.text)
-        (encoded,) = encoder.encode([of], fail)
+        encoded = encode(tokenizer, of, chat, condition="chat", protocol="study")
         assert encoded.token_ids.tolist() == ids[: len(encoded.token_ids)]
         assert [list(range(a, b)) for a, b in encoded.spans_tok.tolist()] == runs
 
@@ -243,5 +244,4 @@ def by_the_studys_rule(tokenizer: Any, text: str) -> tuple[list[int], list[list[
 
 def some(shared: Path, studies: tuple[str, ...], count: int = 2) -> Iterator[Transcript]:
     for study in studies:
-        files = find_data([shared / "psych" / f"{study}.jsonl.gz"])
-        yield from read(files, limit=count, reject=fail)
+        yield from accepted(read(find(shared / "psych" / f"{study}.jsonl.gz"), limit=count))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,15 @@ from support.groups import assert_equal
 from support.toy import make_toy, toy_rows, write_rows
 
 import psykern.data.feed
+from psykern.core.clock import Clock
 from psykern.core.errors import DataError, RowError
+from psykern.core.settings import Settings
 from psykern.core.types import EncodedUnit
-from psykern.data.encode import Encoder, Tokenizer
+from psykern.data.dataset import Dataset
+from psykern.data.encode import Encoder
 from psykern.data.feed import Feed
-from psykern.data.rows import find_data
 from psykern.data.token_cache import TokenCache
-
-
-@contextmanager
-def clock(phase: str) -> Iterator[None]:
-    yield
+from psykern.data.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +40,10 @@ def data(tmp_path: Path) -> Path:
 
 
 def feed(tokenizer: Tokenizer, data: Path, cache: Path | None = None, options: Any = "given", **changes: Any) -> Feed:
-    files = find_data([data])
-    kept = None if cache is None else TokenCache.open(cache, [str(data)], {"options": options})
-    return Feed(files, Encoder(tokenizer, options=options), clock, 300, cache=kept, **changes)
+    dataset = Dataset.find(data)
+    kept = None if cache is None else TokenCache.open(cache, dataset, {"options": options})
+    settings = Settings(**{"options": options, "unit_tokens": 300} | changes)
+    return Feed(dataset, Encoder(tokenizer, settings), cache=kept)
 
 
 def assert_same(one: Sequence[EncodedUnit], two: Sequence[EncodedUnit]) -> None:
@@ -128,11 +126,29 @@ def test_a_row_refused_by_its_options_goes_with_its_unit(tokenizer: Tokenizer, t
     rows[1]["options"] = ["J", ""]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    own = replace_unit_tokens(feed(tokenizer, data), 1)
+    own = feed(tokenizer, data, unit_tokens=1)
     found = list(own.encoded(own.units()))
     assert [(len(unit.transcripts), len(unit.rejects)) for unit in found[:2]] == [(1, 0), (1, 1)]
     assert sum(len(unit.transcripts) + len(unit.rejects) for unit in found) == len(rows)
 
 
-def replace_unit_tokens(of: Feed, unit_tokens: int) -> Feed:
-    return replace(of, unit_tokens=unit_tokens)
+def test_the_units_size_must_be_known(tokenizer: Tokenizer, data: Path) -> None:
+    with pytest.raises(ValueError, match="unit_tokens: expected a number in the encoder's settings, got None"):
+        feed(tokenizer, data, unit_tokens=None)
+
+
+def test_the_clock_counts_reading_and_encoding(tokenizer: Tokenizer, data: Path) -> None:
+    clock = Clock()
+    own = Feed(Dataset.find(data), Encoder(tokenizer, Settings(unit_tokens=300)), clock=clock)
+    list(own.encoded(own.units()))
+    assert set(clock.seconds) == {"read", "encode"} and min(clock.seconds.values()) > 0
+
+
+@pytest.mark.parametrize(("limit", "studies"), [(1, None), (None, ("words",)), (2, ("bandit", "words"))])
+def test_limit_and_studies_of_the_settings_choose(
+    limit: int | None, studies: tuple[str, ...] | None, tokenizer: Tokenizer, data: Path
+) -> None:
+    own = feed(tokenizer, data, limit=limit, studies=studies)
+    found = Counter(t.study for unit in own.encoded(own.units()) for t in unit.transcripts)
+    every = Counter(row["study"] for row in toy_rows())
+    assert found == {study: min(n, limit or n) for study, n in every.items() if studies is None or study in studies}

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.rows import accepted, find
 
 from psykern.data import persona
-from psykern.data.rows import find_data, read
+from psykern.data.rows import read
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,7 @@ def test_real_rows_carry_it(shared: Path) -> None:
         file = shared / "psych" / f"{study}.jsonl.gz"
         with gzip.open(file, "rt") as lines:
             rows = [json.loads(line) for _, line in zip(range(5), lines, strict=False)]
-        got = list(read(find_data([file]), limit=5, reject=pytest.fail))
+        got = list(accepted(read(find(file), limit=5)))
         assert [tuple(name for name, _ in transcript.metadata) for transcript in got] == [names] * 5
         if names:
             assert [dict(t.metadata)["age"] for t in got] == [f"{row['age']}.0" for row in rows]

@@ -1,16 +1,14 @@
-"""Reading: names of studies, every container, real counts, and each kind of bad row with file, line and reason."""
+"""Reading: real counts, columns, and each kind of bad row with file, line and reason."""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
 import io
-import json
 import re
 import sys
 import tracemalloc
-import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -18,244 +16,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support.rows import ROWS, accepted, find, in_parquet, json_lines, read_all, write, zipped
 
-from psykern.core.errors import DataError, RowError
+from psykern.core.errors import RowError
 from psykern.core.types import Transcript
-from psykern.data.rows import DataFile, find_data, find_responses, hash_file, read
-
-ROWS: list[dict[str, object]] = [
-    {"text": "Pick one: <<A>> then <<B>>.", "experiment": "exp1", "participant": 7, "options": ["A", "B"]},
-    {"text": "Größe\n <<>>\x00 and <<ä 😀>>", "experiment": "exp1", "participant": 7},
-    {"text": "nothing was answered", "experiment": "exp2", "participant": 8},
-]
-
-
-def json_lines(rows: Sequence[Mapping[str, object]]) -> bytes:
-    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
-
-
-def zipped(members: Mapping[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes:
-    packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w", method) as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-    return packed.getvalue()
-
-
-def in_parquet(rows: list[dict[str, object]], **options: object) -> bytes:
-    packed = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows), packed, **options)
-    return packed.getvalue()
-
-
-def write(path: Path, content: bytes = json_lines(ROWS)) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-    return path
-
-
-def read_all(*data: str | Path, **options: object) -> tuple[list[Transcript], list[RowError]]:
-    rejected: list[RowError] = []
-    return list(read(find_data(data), reject=rejected.append, **options)), rejected  # type: ignore[arg-type]
-
-
-def stop(error: RowError) -> None:
-    raise error
+from psykern.data.rows import find_responses, read
 
 
 def read_row(tmp_path: Path, row: Mapping[str, object] | bytes) -> Transcript:
     """The one row's transcript; raises its RowError."""
     line = row if isinstance(row, bytes) else json_lines([row])
-    (transcript,) = read(find_data([write(tmp_path / "some_study.jsonl", line)]), reject=stop)
+    (transcript,) = accepted(read(find(write(tmp_path / "some_study.jsonl", line))))
     return transcript
-
-
-def as_tuple(transcript: Transcript) -> tuple[object, ...]:
-    names = ("study", "experiment", "participant", "text", "options")
-    return (*(getattr(transcript, name) for name in names), transcript.responses_char.tolist(), transcript.source.line)
-
-
-class TestFindData:
-    @pytest.mark.parametrize(
-        ("path", "study"),
-        [
-            ("frey2017mpl.jsonl.gz", "frey2017mpl"),
-            ("frey2017mpl.zip", "frey2017mpl"),
-            ("exp1a.parquet", "exp1a"),
-            ("dezfouli2019/prompts.jsonl", "dezfouli2019"),
-            ("dezfouli2019/prompts.jsonl.gz", "dezfouli2019"),
-            ("hartley2024twoarmedbandit/prompts.zip", "hartley2024twoarmedbandit"),
-            ("burton2022optimism/prompts_jsonl.zip", "burton2022optimism"),
-            ("my_study/data/train-00000-of-00001.parquet", "my_study"),
-            ("my_study/default/train/0000.parquet", "my_study"),
-            ("my_study/train-00003-of-00017-0f3a5c7e9b1d2f4a.parquet", "my_study"),
-        ],
-    )
-    def test_study_is_the_first_name_that_says_something(self, tmp_path: Path, path: str, study: str) -> None:
-        suffix = Path(path).suffix
-        content = {".zip": zipped({"prompts.jsonl": b""}), ".parquet": in_parquet(ROWS)}.get(suffix, b"")
-        file = write(tmp_path / "collection" / path, content)
-        assert find_data([file]) == [DataFile(file, study)]
-        assert find_data([str(tmp_path / "collection")]) == [DataFile(file, study)]
-
-    def test_a_folder_is_searched_in_order_and_other_files_are_ignored(self, tmp_path: Path) -> None:
-        for name in ("c.jsonl", "b/prompts.jsonl", "a.jsonl", "README.md", "b/raw.csv", ".git/x.jsonl", "b/.y.jsonl"):
-            write(tmp_path / name)
-        found = find_data([tmp_path])
-        assert [file.study for file in found] == ["a", "b", "c"]
-        assert [file.path for file in found] == [
-            tmp_path / "a.jsonl",
-            tmp_path / "b/prompts.jsonl",
-            tmp_path / "c.jsonl",
-        ]
-
-    def test_a_file_reached_in_several_ways_is_read_once(self, tmp_path: Path) -> None:
-        file = write(tmp_path / "b" / "b.jsonl")
-        (tmp_path / "a_link").symlink_to(tmp_path / "b")
-        (tmp_path / "b" / "loop").symlink_to(tmp_path)
-        assert len(find_data([tmp_path, file, f"{tmp_path}/b/../b/b.jsonl"])) == 1
-
-    def test_a_relative_folder_names_its_study(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        write(tmp_path / "my_study" / "prompts.jsonl")
-        monkeypatch.chdir(tmp_path / "my_study")
-        assert find_data(["."]) == [DataFile(Path("prompts.jsonl"), "my_study")]
-
-    def test_missing_path(self, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match=r"nowhere\.jsonl: no such file or folder$"):
-            find_data([tmp_path / "nowhere.jsonl"])
-
-    def test_unknown_suffix(self, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match=r"rows\.csv: expected a name that ends in \.jsonl\.gz, .*, got rows\.csv"):
-            find_data([write(tmp_path / "rows.csv")])
-
-    def test_folder_with_nothing_in_it(self, tmp_path: Path) -> None:
-        write(tmp_path / "README.md")
-        with pytest.raises(DataError, match=r"expected files that end in .*\.parquet, found none"):
-            find_data([tmp_path])
-
-    def test_packed_copy_beside_the_file(self, tmp_path: Path) -> None:
-        write(tmp_path / "dezfouli2019" / "prompts.jsonl")
-        write(tmp_path / "dezfouli2019" / "prompts.jsonl.zip", zipped({"prompts.jsonl": b""}))
-        with pytest.raises(DataError, match=r"prompts\.jsonl\.zip: stands beside prompts\.jsonl, expected one file"):
-            find_data([tmp_path])
-
-    def test_git_lfs_pointer(self, tmp_path: Path) -> None:
-        pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:899428fe\nsize 446239\n"
-        with pytest.raises(DataError, match=r"zika2023.prompts\.zip: expected data, got a Git LFS pointer"):
-            find_data([write(tmp_path / "zika2023" / "prompts.zip", pointer)])
-
-
-class TestHub:
-    def test_dataset_id_is_downloaded_and_names_the_study(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        snapshot = tmp_path / "datasets--owner--Psych-Set" / "snapshots" / "6f2d962924a8a32abfee0e42dc3ce3f963f21fd5"
-        file = write(snapshot / "data" / "train-00000-of-00001.parquet", in_parquet(ROWS))
-        asked = []
-
-        def snapshot_download(dataset: str, *, repo_type: str, allow_patterns: str) -> str:
-            asked.append((dataset, repo_type, allow_patterns))
-            return str(snapshot)
-
-        monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-        assert find_data(["owner/Psych-Set"]) == [DataFile(file, "Psych-Set")]
-        assert asked == [("owner/Psych-Set", "dataset", "*.parquet")]
-
-    def test_offline(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-        with pytest.raises(DataError, match=r"^owner/not-cached: .*download it first \(hf download .*or give a folder"):
-            find_data(["owner/not-cached"])
-
-    def test_local_folder_comes_before_the_hub(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def snapshot_download(*_: object, **__: object) -> str:
-            raise AssertionError("the hub was asked")
-
-        monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-        write(tmp_path / "owner" / "name" / "prompts.jsonl")
-        monkeypatch.chdir(tmp_path)
-        assert [file.study for file in find_data(["owner/name"])] == ["name"]
-        with pytest.raises(DataError, match="no such file or folder"):  # a mistyped file is no dataset id
-            find_data(["owner/other.jsonl"])
-
-
-class TestContainers:
-    @pytest.mark.parametrize(
-        ("name", "content"),
-        [
-            pytest.param("s.jsonl", json_lines(ROWS), id="plain"),
-            pytest.param("s.jsonl", b"\xef\xbb\xbf" + json_lines(ROWS), id="byte order mark"),
-            pytest.param("s.jsonl", json_lines(ROWS).replace(b"\n", b"\r\n").rstrip(), id="windows line breaks"),
-            pytest.param("s.jsonl.gz", gzip.compress(json_lines(ROWS)), id="gzip"),
-            pytest.param("s.jsonl.zip", zipped({"prompts.jsonl": json_lines(ROWS)}), id="zip"),
-            pytest.param(
-                "s.zip",
-                zipped({"a/rows.jsonl": json_lines(ROWS), "__MACOSX/a/._rows.jsonl": b"?"}, zipfile.ZIP_STORED),
-                id="zip stored",
-            ),
-            pytest.param(
-                "s.jsonl.zip",
-                zipped({"raw.jsonl": b"?", "d/prompts.jsonl": json_lines(ROWS), "__MACOSX/d/._prompts.jsonl": b"?"}),
-                id="zip with more in it",
-            ),
-            pytest.param("s.parquet", in_parquet(ROWS), id="parquet"),
-            pytest.param("s.parquet", in_parquet(ROWS, row_group_size=1, use_dictionary=["text"]), id="parquet groups"),
-        ],
-    )
-    def test_every_container_gives_the_same(self, tmp_path: Path, name: str, content: bytes) -> None:
-        transcripts, rejected = read_all(write(tmp_path / name, content))
-        assert rejected == []
-        assert [as_tuple(transcript) for transcript in transcripts] == [
-            ("s", "exp1", "7", ROWS[0]["text"], (("A", "B"), ("A", "B")), [[12, 13], [23, 24]], 1),
-            ("s", "exp1", "7", ROWS[1]["text"], None, [[9, 9], [19, 22]], 2),
-            ("s", "exp2", "8", ROWS[2]["text"], None, [], 3),
-        ]
-
-    def test_source_names_the_member(self, tmp_path: Path) -> None:
-        file = write(tmp_path / "s.zip", zipped({"d/prompts.jsonl": json_lines(ROWS)}))
-        assert read_all(file)[0][0].source.file == f"{file}!d/prompts.jsonl"
-
-    @pytest.mark.parametrize(
-        ("members", "message"),
-        [
-            pytest.param(
-                {"a.txt": b"", "b.csv": b""}, r"expected one member .*; it holds a\.txt, b\.csv", id="no rows"
-            ),
-            pytest.param({}, "expected one member .*; it holds nothing", id="empty"),
-            pytest.param(
-                {"x/prompts.jsonl": b"", "y/prompts.jsonl": b""},
-                r"expected one member .*; it holds x/prompts\.jsonl, y/prompts\.jsonl",
-                id="two",
-            ),
-        ],
-    )
-    def test_zip_without_one_member_of_rows(self, tmp_path: Path, members: dict[str, bytes], message: str) -> None:
-        file = write(tmp_path / "s.zip", zipped(members))
-        with pytest.raises(DataError, match=message):
-            find_data([file])
-        with pytest.raises(DataError, match=message):
-            list(read([DataFile(file, "s")], reject=stop))
-
-    def test_encrypted_zip(self, tmp_path: Path) -> None:
-        content = bytearray(zipped({"prompts.jsonl": json_lines(ROWS)}))
-        content[content.index(b"PK\x01\x02") + 8] |= 1  # the flag in the archive's directory
-        with pytest.raises(DataError, match=r"member prompts\.jsonl is encrypted"):
-            find_data([write(tmp_path / "s.zip", bytes(content))])
-
-    def test_zip_packed_by_an_unknown_method(self, tmp_path: Path) -> None:
-        file = write(tmp_path / "s.zip", zipped({"prompts.jsonl": json_lines(ROWS)}, zipfile.ZIP_LZMA))
-        with pytest.raises(DataError, match="expected packing by deflate or none, got method 14"):
-            find_data([file])
-
-    def test_file_that_is_gone(self, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match=r"gone\.jsonl: cannot be read: No such file"):
-            list(read([DataFile(tmp_path / "gone.jsonl", "s")], reject=stop))
-
-    def test_hash(self, tmp_path: Path) -> None:
-        content = bytes(range(256)) * 10_000  # more than one block
-        assert hash_file(write(tmp_path / "x", content)) == "sha256:" + hashlib.sha256(content).hexdigest()
-        with pytest.raises(DataError, match="y: cannot be read"):
-            hash_file(tmp_path / "y")
 
 
 class TestRealData:
@@ -277,10 +49,10 @@ class TestRealData:
         assert got == expected
 
     def test_the_folder_with_a_limit_and_some_studies(self, shared: Path) -> None:
-        files = find_data([shared / "psych"])
-        assert len(files) == 15
+        dataset = find(shared / "psych")
+        assert len(dataset.files) == 15
         some = ["alsobay2025publicGoodsGame", "thoma2025riskychoice"]
-        transcripts = list(read(files, studies=some, limit=20, reject=stop))
+        transcripts = list(accepted(read(dataset, studies=some, limit=20)))
         assert [transcript.study for transcript in transcripts] == [some[0]] * 20 + [some[1]] * 20
         assert [transcript.source.line for transcript in transcripts] == [*range(1, 21), *range(1, 21)]
 
@@ -299,10 +71,10 @@ class TestStreaming:
         with gzip.open(file, "wb", compresslevel=1) as stream:
             for number in range(20_000):  # 35 MB
                 stream.write(json_lines([{"text": text, "participant": number}]))
-        files = find_data([file])
+        dataset = find(file)
         tracemalloc.start()
         try:
-            count = len([None for _ in read(files, reject=stop)])
+            count = len([None for _ in accepted(read(dataset))])
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
@@ -317,13 +89,13 @@ class TestStreaming:
         file = write(tmp_path / "long.parquet", one_group)
         del rows, one_group
         before, peak = pa.total_allocated_bytes(), 0
-        for _ in read(find_data([file]), reject=stop):
+        for _ in accepted(read(find(file))):
             peak = max(peak, pa.total_allocated_bytes() - before)
         assert 0 < peak < 8_000_000  # bytes; the column has 34 million
 
     def test_the_first_transcript_needs_no_more_than_its_row(self, tmp_path: Path) -> None:
         file = write(tmp_path / "s.jsonl", json_lines(ROWS[:1]) + b"broken\n")
-        assert next(read(find_data([file]), reject=stop)).participant == "7"
+        assert next(accepted(read(find(file)))).participant == "7"
 
 
 class TestSelection:
@@ -474,10 +246,6 @@ class TestBadRows:
         assert (error.source.file, error.source.line) == (str(file), 3)
         assert re.search(reason, error.reason)
         assert str(error) == f"{file}:3: {error.reason}"
-
-    def test_reject_that_raises_stops(self, tmp_path: Path) -> None:
-        with pytest.raises(RowError, match=r"some_study\.jsonl:1: text: missing"):
-            read_row(tmp_path, {})
 
     def test_parquet_row_with_bad_utf8(self, tmp_path: Path) -> None:
         texts = pa.array([b"<<A>>", b"\xff<<A>>", b"<<B>>"]).cast(pa.binary()).view(pa.string())

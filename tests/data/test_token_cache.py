@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,55 +11,46 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.groups import assert_equal
+from support.groups import Branch, assert_equal, encoded
+from support.rows import accepted
 
+import psykern
 from psykern.core.errors import RowError, Source
+from psykern.core.settings import Settings
 from psykern.core.types import EncodedTranscript, EncodedUnit, UnitInfo
-from psykern.data.encode import Encoder, Tokenizer
-from psykern.data.rows import find_data, read
+from psykern.data.dataset import DataFile, Dataset
+from psykern.data.encode import Encoder
+from psykern.data.rows import read
 from psykern.data.token_cache import TokenCache
+from psykern.data.tokenizer import Tokenizer
 
 INFO = UnitInfo(3, "study", "k" * 64, 1000)
-DEPENDS_ON = {"tokenizer_hash": "t", "protocol": "exact", "data": [["study", "d"]]}
+DEPENDS_ON = {"tokenizer_hash": "t", "protocol": "exact"}
+BRANCHES: list[Branch] = [(0, 2, [0], 0), (0, 2, [1], 0), (2, 5, [2, 3, 4, 5], 0), (2, 4, [6, 7], 1)]
 
 
-def transcript(file: str = "a.jsonl", **changes: Any) -> EncodedTranscript:
-    made = EncodedTranscript(
+def transcript(file: str = "a.jsonl", participant: str = "7") -> EncodedTranscript:
+    return encoded(
+        range(9),
+        [(2, 3), (4, 4), (5, 9)],
+        BRANCHES,
         study="study",
         experiment="é",
-        participant="7",
+        participant=participant,
         source=Source(file, 4),
-        token_ids=np.arange(9, dtype=np.int32),
         responses=("A", "", "two words"),
-        spans_tok=np.array([[2, 3], [4, 4], [5, 9]], np.int32),
         flags=(None, "empty;closing_mark", None),
         options=(("A", "B"), None, ("two words", "ü")),
         option_index=np.array([0, -1, 0], np.int32),
-        branch_response=np.array([0, 0, 2, 2], np.int32),
-        branch_parent_tok=np.array([2, 2, 5, 4], np.int32),
-        branch_scored_tok=np.array([0, 0, 0, 1], np.int32),
-        branch_offsets=np.array([0, 1, 2, 6, 8], np.int64),
-        branch_token_ids=np.arange(8, dtype=np.int32),
-        num_dropped=0,
     )
-    return replace(made, **changes)
 
 
 def without_responses() -> EncodedTranscript:
-    empty = np.empty(0, np.int32)
-    return transcript(
-        token_ids=empty,
-        responses=(),
-        spans_tok=empty.reshape(0, 2),
-        flags=(),
-        options=(),
-        option_index=empty,
-        branch_response=empty,
-        branch_parent_tok=empty,
-        branch_scored_tok=empty,
-        branch_offsets=np.zeros(1, np.int64),
-        branch_token_ids=empty,
-    )
+    return encoded([], [], source=Source("a.jsonl", 4))
+
+
+def dataset(*paths: str, study: str = "study", digest: str = "d") -> Dataset:
+    return Dataset(tuple(DataFile(Path(path), study, digest, 1) for path in paths or ("a.jsonl", "b.zip")))
 
 
 def unit(transcripts: Sequence[EncodedTranscript], info: UnitInfo = INFO) -> EncodedUnit:
@@ -66,10 +58,8 @@ def unit(transcripts: Sequence[EncodedTranscript], info: UnitInfo = INFO) -> Enc
     return EncodedUnit(info, tuple(transcripts), rejects, 2)
 
 
-def open_cache(
-    folder: Path, files: Sequence[str] = ("a.jsonl", "b.zip"), depends_on: dict[str, Any] = DEPENDS_ON
-) -> TokenCache:
-    return TokenCache.open(folder, files, depends_on)
+def open_cache(folder: Path, of: Dataset | None = None, **changes: Any) -> TokenCache:
+    return TokenCache.open(folder, of or dataset(), DEPENDS_ON | changes)
 
 
 def the_file(folder: Path) -> Path:
@@ -105,7 +95,7 @@ def test_arrays_are_views_of_the_file(tmp_path: Path) -> None:
 
 def test_data_that_moved_are_named_where_they_are_now(tmp_path: Path) -> None:
     open_cache(tmp_path).write(unit([transcript()]))
-    got = open_cache(tmp_path, ("/new/a.jsonl", "/new/b.zip")).read(INFO)
+    got = open_cache(tmp_path, dataset("/new/a.jsonl", "/new/b.zip")).read(INFO)
     assert got is not None
     assert got.transcripts[0].source == Source("/new/a.jsonl", 4)
     assert got.rejects[0].source == Source("/new/b.zip!prompts.jsonl", 5)
@@ -147,18 +137,39 @@ def test_a_foreign_file_is_seen(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"tokenizer_hash": "u"}, {"protocol": "study"}, {"data": [["study", "e"]]}, {"data": [["other", "d"]]}],
-    ids=["tokenizer", "protocol", "content", "study's name"],
+    ("change", "data"),
+    [
+        pytest.param({"tokenizer_hash": "u"}, dataset(), id="tokenizer"),
+        pytest.param({"protocol": "study"}, dataset(), id="protocol"),
+        pytest.param({}, dataset(digest="e"), id="content"),
+        pytest.param({}, dataset(study="other"), id="study's name"),
+        pytest.param({}, dataset("a.jsonl"), id="fewer files"),
+    ],
 )
-def test_what_depends_on_something_else_is_not_found(change: dict[str, Any], tmp_path: Path) -> None:
+def test_what_depends_on_something_else_is_not_found(change: dict[str, Any], data: Dataset, tmp_path: Path) -> None:
     cache = open_cache(tmp_path)
     cache.write(unit([transcript()]))
     cache.write_units([INFO])
-    other = open_cache(tmp_path, depends_on=DEPENDS_ON | change)
+    other = open_cache(tmp_path, data, **change)
     assert other.read(INFO) is None
     assert other.read_units() is None
     assert cache.read_units() == [INFO]
+
+
+def test_the_folder_is_called_by_what_tokens_depend_on(tmp_path: Path) -> None:
+    """Else caches that are there would be encoded anew."""
+    open_cache(tmp_path)
+    text = (
+        '{"data": [["study", "d"], ["study", "d"]], "protocol": "exact", "psykern": "'
+        + psykern.__version__
+        + '", "tokenizer_hash": "t", "version": 1}'
+    )
+    assert [path.name for path in tmp_path.iterdir()] == [hashlib.sha256(text.encode()).hexdigest()[:32]]
+
+
+def test_data_without_hashes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="dataset: expected hashed files"):
+        open_cache(tmp_path, dataset(digest=""))
 
 
 def test_a_damaged_list_of_units_is_seen(tmp_path: Path) -> None:
@@ -173,14 +184,14 @@ def test_a_damaged_list_of_units_is_seen(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["frey2017mpl", "guenther2024substitutions", "haridi2024memory"])
 def test_real_transcripts_come_back_as_they_were(name: str, shared: Path, tmp_path: Path) -> None:
-    files = find_data([shared / "psych" / f"{name}.jsonl.gz"])
-    rows = list(read(files, limit=4, reject=pytest.fail))
-    encoder = Encoder(Tokenizer.load(shared / "tokenizers" / "qwen3"), options="observed", max_options=100)
-    encoded = encoder.encode(rows, pytest.fail)
-    cache = open_cache(tmp_path, [str(files[0].path)])
-    cache.write(EncodedUnit(INFO, tuple(encoded), (), 0))
+    data = Dataset.find(shared / "psych" / f"{name}.jsonl.gz")
+    rows = list(accepted(read(data, limit=4)))
+    settings = Settings(options="observed", max_options=100)
+    transcripts = Encoder(Tokenizer.load(shared / "tokenizers" / "qwen3"), settings).encode(rows).transcripts
+    cache = open_cache(tmp_path, data)
+    cache.write(EncodedUnit(INFO, transcripts, (), 0))
     got = cache.read(INFO)
     assert got is not None
-    assert sum(len(t.branch_response) for t in encoded) > 0 or name == "haridi2024memory"
-    for one, two in zip(got.transcripts, encoded, strict=True):
+    assert sum(len(t.branch_response) for t in transcripts) > 0 or name == "haridi2024memory"
+    for one, two in zip(got.transcripts, transcripts, strict=True):
         assert_equal(one, two)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 
@@ -14,10 +15,10 @@ Branch = tuple[int, int, list[int], int]  # response, parent_tok, token ids, fir
 
 
 def encoded(
-    token_ids: Sequence[int], spans: Sequence[tuple[int, int]], branches: Sequence[Branch] = ()
+    token_ids: Sequence[int], spans: Sequence[tuple[int, int]], branches: Sequence[Branch] = (), **changes: Any
 ) -> EncodedTranscript:
-    """A transcript as `encode` would give it, from its tokens alone."""
-    return EncodedTranscript(
+    """A transcript as `encode` would give it, from its tokens alone; ``changes`` are fields that tokens do not tell."""
+    made = EncodedTranscript(
         study="s",
         experiment="e",
         participant="p",
@@ -35,6 +36,7 @@ def encoded(
         branch_token_ids=np.array([t for b in branches for t in b[2]], np.int32),
         num_dropped=0,
     )
+    return replace(made, **changes)
 
 
 def wanted(transcripts: Sequence[EncodedTranscript]) -> list[tuple[list[int], int]]:

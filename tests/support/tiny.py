@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, processors
 
-from psykern.core.errors import RowError, Source
+from psykern.core.errors import Source
+from psykern.core.settings import Settings
 from psykern.core.types import EncodedTranscript, Transcript
-from psykern.data.encode import Tokenizer
+from psykern.data.chat import ChatTemplate
+from psykern.data.encode import Encoder
+from psykern.data.tokenizer import Tokenizer
 
 # What Llama 3 splits words by, so that ">>\n" can be one token.
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -48,8 +53,20 @@ def build_tiny(bos: bool = False, merges: tuple[str, ...] = MERGES) -> tokenizer
     return tokenizer
 
 
-def fail(error: RowError) -> None:
-    raise error
+def load(tokenizer: tokenizers.Tokenizer, folder: Path) -> Tokenizer:
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return Tokenizer.load(folder)
+
+
+def encode(
+    tokenizer: Tokenizer, of: Transcript, chat: ChatTemplate | None = None, **settings: Any
+) -> EncodedTranscript:
+    """The one transcript as tokens; raises the error that refuses it."""
+    encoded = Encoder(tokenizer, Settings(**settings), chat).encode([of])
+    for error in encoded.rejects:
+        raise error
+    (transcript,) = encoded.transcripts
+    return transcript
 
 
 def words(tokenizer: Tokenizer, token_ids: Any) -> list[str]:
@@ -67,3 +84,20 @@ def branches(encoded: EncodedTranscript) -> Iterator[tuple[int, int, int, list[i
         numbers = (encoded.branch_response[i], encoded.branch_parent_tok[i], encoded.branch_scored_tok[i])
         response, parent, first = map(int, numbers)
         yield response, parent, first, encoded.branch_token_ids[begin:end].tolist()
+
+
+def scored_options(tokenizer: Tokenizer, encoded: EncodedTranscript) -> list[list[str]]:
+    return [words(tokenizer, ids[first:]) for _, _, first, ids in branches(encoded)]
+
+
+def batches_of(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The texts that are tokenized together, filled while encoding."""
+    batches: list[list[str]] = []
+    encode_batch = Tokenizer.encode_batch
+
+    def seen(self: Tokenizer, texts: Sequence[str], add_special_tokens: bool) -> list[tokenizers.Encoding]:
+        batches.append(list(texts))
+        return encode_batch(self, texts, add_special_tokens)
+
+    monkeypatch.setattr(Tokenizer, "encode_batch", seen)
+    return batches

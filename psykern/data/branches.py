@@ -1,0 +1,218 @@
+"""A branch of tokens for each answer option of a response: the transcript's tokens if the response were that option.
+
+In a joint text the option can change tokens around it, so a window around the response is tokenized again with the
+option in its place. A window begins and ends at pre-tokens at least two away from the marks. It counts only if it
+reproduces the transcript's own tokens and if every option leaves its ends as they are; else the whole text is tokenized
+again. In a split text an option's tokens are those of the option alone.
+
+Where the tokens of an option are a proper prefix of another's, all options of that response also get the tokens of
+the closing mark: else P("1") would contain P("10"). In a chat that mark is what the template puts behind a response.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from operator import itemgetter
+from typing import NamedTuple
+
+import numpy as np
+
+from psykern.data.protocol import (
+    CLOSE_MARK,
+)
+from psykern.data.tokenizer import (
+    Snippets,
+    Tokenizer,
+    Tokens,
+)
+
+_WINDOW_WORDS = 2  # whole pre-tokens between a window's ends and the marks
+
+_START = itemgetter(0)
+_END = itemgetter(1)
+
+Insert = tuple[str, str]  # text between the marks; closing mark with what a patch put behind it
+Options = tuple[str, ...] | None  # of one response
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class JointText:
+    """A text that was tokenized as one string, with what its windows are cut from."""
+
+    text: str
+    tokens: Tokens
+    marks_char: np.ndarray  # [R, 2] int64, the characters that an option replaces
+    closes: list[str]  # [R] the closing mark behind them, with what a patch put behind it
+    inserts: list[tuple[Insert, ...] | None]  # [R] what each option puts in the place of both
+
+
+class _Site(NamedTuple):
+    """A window of a text around one response, with what each option puts in the response's place."""
+
+    left: str  # up to the opening mark's end
+    response: Insert
+    right: str
+    options: tuple[Insert, ...]
+    starts_text: bool
+    ends_text: bool
+
+    def text(self, insert: Insert) -> str:
+        return f"{self.left}{insert[0]}{insert[1]}{self.right}"
+
+    def texts(self) -> Iterator[str]:
+        return map(self.text, (self.response, *self.options))
+
+    @property
+    def is_whole(self) -> bool:
+        return self.starts_text and self.ends_text
+
+
+class Candidate(NamedTuple):
+    """An option's tokens. The numbers are indices into ``ids``."""
+
+    ids: list[int]
+    begin: int  # where its branch begins
+    first: int  # its first scored token
+    stop: int  # past its last token
+    closed: int  # past the last token of the closing mark
+
+
+class Branches(NamedTuple):
+    """The branches of one response's options, counted from a token of the transcript."""
+
+    original: list[int]  # the transcript's tokens from there on that the branches were checked against
+    parents: list[int]  # [O] tokens before each branch
+    scored: list[int]  # [O] first scored token, within the branch
+    lengths: list[int]  # [O]
+    token_ids: list[int]  # all branches, end to end
+    closing_mark: bool
+    blank: int | None  # the first option without tokens
+
+
+Placed = tuple[int, Branches]  # the token of the transcript that the branches count from
+
+
+def joint_branches(tokenizer: Tokenizer, joints: Sequence[JointText]) -> Iterator[list[Placed | None]]:
+    """The branches of each text's responses. Equal windows are tokenized once."""
+    sites = [_sites(tokenizer, joint) for joint in joints]
+    windows = dict.fromkeys(site for of in sites for site, _, _ in of.values() if not site.is_whole)
+    snippets = Snippets(tokenizer, (text for site in windows for text in site.texts()))
+    known = {site: _site_branches(site, snippets) for site in windows}
+    for joint, of in zip(joints, sites, strict=True):
+        placed: list[Placed | None] = [None] * len(joint.inserts)
+        ids = joint.tokens.ids.tolist() if of else []
+        for r, (site, begin, end) in of.items():
+            branches = known.get(site)
+            if branches is not None and branches.original == ids[begin:end]:
+                placed[r] = begin, branches
+            else:
+                placed[r] = len(tokenizer.front), _whole_branches(tokenizer, joint, r, site)
+        yield placed
+
+
+def _sites(tokenizer: Tokenizer, joint: JointText) -> dict[int, tuple[_Site, int, int]]:
+    """The window of each response with options, and the tokens [begin, end) of the transcript that it covers."""
+    sites = {}
+    with_options = [r for r, inserts in enumerate(joint.inserts) if inserts]
+    windows = _windows(tokenizer, joint, with_options).tolist() if with_options else []
+    for r, (begin, end, left, right) in zip(with_options, windows, strict=True):
+        a, b = joint.marks_char[r].tolist()
+        site = _Site(
+            left=joint.text[left:a],
+            response=(joint.text[a:b], joint.closes[r]),
+            right=joint.text[b + len(joint.closes[r]) : right],
+            options=joint.inserts[r] or (),
+            starts_text=left == 0,
+            ends_text=right == len(joint.text),
+        )
+        sites[r] = site, begin, end
+    return sites
+
+
+def _windows(tokenizer: Tokenizer, joint: JointText, responses: list[int]) -> np.ndarray:
+    """[n, 4] int64, the first and one-past-last token, then character, of the window around each response."""
+    tokens = joint.tokens
+    a, b = joint.marks_char[responses].T
+    after = b + [len(joint.closes[r]) for r in responses]
+    opening = np.searchsorted(tokens.end_char, a - len("<<"), side="right")
+    closing = np.searchsorted(tokens.start_char, after, side="left") - 1
+    own_first, own_stop = len(tokenizer.front), len(tokens.ids) - len(tokenizer.back)
+    begin = np.searchsorted(tokens.word, tokens.word[opening] - _WINDOW_WORDS, side="left")
+    end = np.searchsorted(tokens.word, tokens.word[closing] + _WINDOW_WORDS, side="right")
+    begin, end = np.maximum(begin, own_first), np.minimum(end, own_stop)
+    # A window ends where the next token starts, as a composed character's last part is in no token.
+    left = np.where(begin == own_first, 0, tokens.start_char[begin])
+    right = np.where(end == own_stop, len(joint.text), np.append(tokens.start_char, 0)[end])
+    return np.stack([begin, end, left, right], axis=1).astype(np.int64)
+
+
+def _whole_branches(tokenizer: Tokenizer, joint: JointText, r: int, site: _Site) -> Branches:
+    """The branches of response r from the whole text: always exact, and slow."""
+    a, b = joint.marks_char[r].tolist()
+    after = joint.text[b + len(joint.closes[r]) :]
+    whole = site._replace(left=joint.text[:a], right=after, starts_text=True, ends_text=True)
+    branches = _site_branches(whole, Snippets(tokenizer, whole.texts()))
+    assert branches is not None  # only a window can be too narrow
+    return branches
+
+
+def _site_branches(site: _Site, snippets: Snippets) -> Branches | None:
+    """The branches in one window. None: an option changes a token at an end of the window, so it is too narrow."""
+    original, offsets = snippets[site.text(site.response)]
+    from_end = len(site.text(site.response)) - offsets[-1][0]
+    candidates = []
+    for insert in site.options:
+        ids, offsets = snippets[site.text(insert)]
+        candidate = _candidate(site, insert, original, ids, offsets)
+        if not site.starts_text and candidate.begin == 0:
+            return None
+        resumed = ids[-1] == original[-1] and len(site.text(insert)) - offsets[-1][0] == from_end
+        if not site.ends_text and not (resumed and candidate.closed < len(ids)):
+            return None
+        candidates.append(candidate)
+    return _branches(original, candidates)
+
+
+def _candidate(
+    site: _Site, insert: Insert, original: list[int], ids: list[int], offsets: list[tuple[int, int]]
+) -> Candidate:
+    """An option's branch begins at its first scored token, or at the token before that where the text's tokens
+    change."""
+    a = len(site.left)
+    b = a + len(insert[0])
+    first = bisect_right(offsets, a, key=_END)
+    stop = max(first, bisect_left(offsets, b, key=_START)) if insert[0] else first
+    changed = next((i for i, (new, old) in enumerate(zip(ids, original, strict=False)) if new != old), first)
+    closed = bisect_left(offsets, b + len(CLOSE_MARK), key=_START)
+    return Candidate(ids, begin=min(first, changed), first=first, stop=stop, closed=closed)
+
+
+def _branches(original: list[int], candidates: Sequence[Candidate]) -> Branches:
+    """The branches of a response's options, with the closing mark's tokens where the options need them."""
+    options = sorted(c.ids[c.first : c.stop] for c in candidates)
+    # In sorted order, a list that begins any other begins the next one that differs from it.
+    closing_mark = any(len(one) < len(two) and two[: len(one)] == one for one, two in pairwise(options))
+    stops = [c.closed if closing_mark else c.stop for c in candidates]
+    return Branches(
+        original=original,
+        parents=[c.begin for c in candidates],
+        scored=[c.first - c.begin for c in candidates],
+        lengths=[stop - c.begin for c, stop in zip(candidates, stops, strict=True)],
+        token_ids=[token for c, stop in zip(candidates, stops, strict=True) for token in c.ids[c.begin : stop]],
+        closing_mark=closing_mark,
+        blank=next((i for i, c in enumerate(candidates) if c.first == c.stop), None),
+    )
+
+
+def split_branches(options: tuple[str, ...], after: str, snippets: Snippets) -> Branches:
+    """``after`` is the piece that begins with the closing mark."""
+    ids, offsets = snippets[after]
+    closing = ids[: bisect_left(offsets, len(CLOSE_MARK), key=_START)]
+    candidates = []
+    for option in options:
+        own = snippets[option][0]
+        candidates.append(Candidate(own + closing, 0, 0, len(own), len(own) + len(closing)))
+    return _branches([], candidates)

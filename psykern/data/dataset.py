@@ -1,0 +1,44 @@
+"""The data of a run: its files, the study that each is of, and what they hold.
+
+Data are the same where the studies and hashes of their files are, wherever the files stand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from psykern.data.files import find_files, hash_file, size_of
+
+
+@dataclass(frozen=True, slots=True)
+class DataFile:
+    """A file of rows. Filled by :meth:`Dataset.find`."""
+
+    path: Path
+    study: str  # of those rows that do not name theirs
+    hash: str  # "sha256:…" of its bytes; empty: they were not read
+    bytes: int  # its size
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """Files of rows in the order in which they are read: by study, then by path."""
+
+    files: tuple[DataFile, ...]
+
+    @classmethod
+    def find(cls, data: str | Path | Sequence[str | Path], *, hashed: bool = True) -> Dataset:
+        """The files behind a path of a file or folder, an id of a hub dataset, or several of these.
+
+        Without ``hashed`` no file is read from end to end. Raises DataError as :func:`.files.find_files` does.
+        """
+        found = find_files([data] if isinstance(data, (str, Path)) else data)
+        return cls(
+            tuple(DataFile(path, study, hash_file(path) if hashed else "", size_of(path)) for path, study in found)
+        )
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return tuple(str(file.path) for file in self.files)
