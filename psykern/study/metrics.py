@@ -21,6 +21,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from psykern.core import csr
+
 
 def nll(logprob: np.ndarray) -> float:
     """Mean of −logprob in nats. ``logprob`` [R] float; NaN: not scored."""
@@ -39,11 +41,7 @@ def bits(nats: float) -> float:
 
 def segment_sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """Σ over each segment ``values[offsets[i]:offsets[i + 1]]``, 0 where it is empty: [len(offsets) − 1] float64."""
-    sums = np.zeros(len(offsets) - 1)
-    filled = np.diff(offsets) > 0  # reduceat gives an empty segment its neighbour's value
-    if filled.any():
-        sums[filled] = np.add.reduceat(values[: offsets[-1]], offsets[:-1][filled], dtype=np.float64)
-    return sums
+    return csr.reduce(np.add, values, offsets, np.float64)
 
 
 def segment_means(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
@@ -71,17 +69,17 @@ def option_nll(log_softmax: np.ndarray, offsets: np.ndarray, option_index: np.nd
 
 def option_confidence(log_softmax: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """max_o q(o | r), the probability of the likeliest option: [R]."""
-    return np.exp(_option_reduce(np.maximum, log_softmax, offsets))
+    return np.exp(csr.reduce(np.maximum, log_softmax, offsets))
 
 
 def option_entropy(log_softmax: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """−Σ_o q(o | r) log q(o | r) in nats: [R]. 0: the model is certain; log(number of options): it guesses evenly."""
-    return _option_reduce(np.add, -np.exp(log_softmax) * log_softmax, offsets)
+    return csr.reduce(np.add, -np.exp(log_softmax) * log_softmax, offsets)
 
 
 def brier(log_softmax: np.ndarray, offsets: np.ndarray, option_index: np.ndarray) -> np.ndarray:
     """Σ_o (q(o | r) − 1[o = r])², from 0 to 2: [R]. Its mean is the Brier score (Brier 1950, several classes)."""
-    squares = _option_reduce(np.add, np.exp(2 * log_softmax), offsets)  # Σ q² − 2 q(r) + 1
+    squares = csr.reduce(np.add, np.exp(2 * log_softmax), offsets)  # Σ q² − 2 q(r) + 1
     return np.asarray(squares - 2 * np.exp(log_softmax[offsets[:-1] + option_index]) + 1)
 
 
@@ -132,8 +130,8 @@ def rescaled_option_nll(
 ) -> np.ndarray:
     """−log softmax(log q / T)(r) in nats: [R], the option NLL of a model whose options are drawn at temperature T."""
     scaled = log_softmax.astype(np.float64) / temperature
-    top = _option_reduce(np.maximum, scaled, offsets)
-    total = _option_reduce(np.add, np.exp(scaled - np.repeat(top, np.diff(offsets))), offsets)
+    top = csr.reduce(np.maximum, scaled, offsets)
+    total = csr.reduce(np.add, np.exp(scaled - np.repeat(top, np.diff(offsets))), offsets)
     return np.asarray(top + np.log(total) - scaled[offsets[:-1] + option_index])
 
 
@@ -177,22 +175,14 @@ def _fit_derivatives(
         bounds = bounds - bounds[0]
         counts = np.diff(bounds)
         scaled = values * beta
-        weight = np.exp(scaled - np.repeat(_option_reduce(np.maximum, scaled, bounds), counts))
-        total = _option_reduce(np.add, weight, bounds)
+        weight = np.exp(scaled - np.repeat(csr.reduce(np.maximum, scaled, bounds), counts))
+        total = csr.reduce(np.add, weight, bounds)
         weighted = weight * values
-        mean = _option_reduce(np.add, weighted, bounds) / total
-        square = _option_reduce(np.add, weighted * values, bounds) / total
+        mean = csr.reduce(np.add, weighted, bounds) / total
+        square = csr.reduce(np.add, weighted * values, bounds) / total
         slope += float(weights[rows] @ (mean - values[bounds[:-1] + option_index[rows]]))
         curvature += float(weights[rows] @ np.maximum(square - mean * mean, 0.0))
     return slope, curvature
-
-
-def _option_reduce(ufunc: np.ufunc, values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """``ufunc`` over each response's options; every response has at least one."""
-    if len(offsets) < 2:
-        return np.zeros(0, dtype=values.dtype)
-    reduced: np.ndarray = ufunc.reduceat(values[: offsets[-1]], offsets[:-1])
-    return reduced
 
 
 def cohens_d(base: np.ndarray, post: np.ndarray) -> float:
