@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     from psykern.runs.folder import Manifest, read_run
     from psykern.runs.run import Estimate, Run, StudyPlan, estimate, score, score_conditions
     from psykern.runs.summary import StudySummary, Summary, format_summary
-    from psykern.study.compare import Comparison
-    from psykern.study.page import compare_runs, format_comparison
+    from psykern.study.report import compare_runs
+    from psykern.study.results import Comparison
+    from psykern.study.tables import format_comparison
 
 # Where the public names are. A name is loaded when it is first asked for: torch alone takes a second.
 _HOMES = {
@@ -43,8 +44,9 @@ _HOMES = {
     "runs.folder": "Manifest read_run",
     "runs.run": "Estimate Run StudyPlan estimate score score_conditions",
     "runs.summary": "StudySummary Summary format_summary",
-    "study.compare": "Comparison",
-    "study.page": "compare_runs format_comparison",
+    "study.results": "Comparison",
+    "study.report": "compare_runs",
+    "study.tables": "format_comparison",
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
 

@@ -1,6 +1,6 @@
 """Finished runs, opened for comparison: what the manifest says, and the responses by column in one order.
 
-    open_runs(folder) ─► FinishedRun … ─ load ─► Responses
+    open_runs(folder) ─► FinishedRun … ─ load ─► Responses ─ by_study ─► StudyResponses …
 
 The order is that of study, experiment, participant, transcript and response by name, whatever order a run wrote
 its parts in, so that two runs of the same data line up element by element. Only numbers are kept: about 40 bytes
@@ -294,3 +294,44 @@ def _text_hashes(text: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     place = csr.places(np.diff(offsets)).astype(np.uint64)
     mixed = text.astype(np.uint64) * (place * np.uint64(0x9E3779B97F4A7C15) | np.uint64(1))
     return csr.reduce(np.add, mixed, offsets)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StudyResponses:
+    """One study's slice of a run's responses."""
+
+    name: str
+    offsets: np.ndarray  # [P+1] int64, responses of each participant, from 0
+    nll: np.ndarray  # [R] float64
+    hits: np.ndarray  # [R] float32
+    entropy: np.ndarray  # [R] float32
+    known: np.ndarray  # [R] bool, has options; the next three are of those responses
+    log_softmax: np.ndarray  # float32
+    option_offsets: np.ndarray  # int64, from 0
+    option_index: np.ndarray  # int32
+
+    @property
+    def options(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """As the functions of :mod:`psykern.study.metrics` take them: log-softmax, offsets, index."""
+        return self.log_softmax, self.option_offsets, self.option_index
+
+
+def by_study(responses: Responses) -> Iterator[StudyResponses]:
+    """The responses study by study."""
+    for place, name in enumerate(responses.studies):
+        first, last = responses.study_offsets[place : place + 2]
+        offsets = responses.participant_offsets[first : last + 1]
+        rows = slice(int(offsets[0]), int(offsets[-1]))
+        bounds = responses.option_offsets[rows.start : rows.stop + 1]
+        known = responses.option_index[rows] >= 0
+        yield StudyResponses(
+            name=name,
+            offsets=offsets - offsets[0],
+            nll=-responses.logprob[rows],
+            hits=responses.is_argmax[rows],
+            entropy=responses.entropy[rows],
+            known=known,
+            log_softmax=responses.option_log_softmax[bounds[0] : bounds[-1]],
+            option_offsets=np.append(bounds[:-1][known], bounds[-1]) - bounds[0],
+            option_index=responses.option_index[rows][known],
+        )
