@@ -133,7 +133,7 @@ def write(folder: Path, model: str, of: list[Study]) -> tuple[int, float]:
     settings = {"protocol": "exact", "boundary": "joint", "options": "given", "max_options": 26, "over_length": "error"}
     manifest = settings | {
         "model_id": f"Qwen/{MODELS[model]}", "model_hash": "0", "data": [{"hash": "0"}], "limit": None, "studies": None,
-        "device": "cpu", "dtype": "float32", "versions": {},
+        "device": "cpu", "dtype": "float32", "versions": {}, "finished": "2026-01-01T00:00:00+00:00",
     }  # fmt: skip
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return rows, float(np.mean(means))

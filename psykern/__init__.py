@@ -34,8 +34,9 @@ if TYPE_CHECKING:
     from psykern.runs.manifest import Manifest
     from psykern.runs.run import score, score_conditions
     from psykern.runs.summary import StudySummary, Summary, format_summary
-    from psykern.study.compare import Comparison
-    from psykern.study.page import compare_runs, format_comparison
+    from psykern.study.report import compare_runs
+    from psykern.study.results import Comparison
+    from psykern.study.tables import format_comparison
 
 # Where the public names are. A name is loaded when it is first asked for: torch alone takes a second.
 _HOMES = {
@@ -49,8 +50,9 @@ _HOMES = {
     "runs.manifest": "Manifest",
     "runs.run": "score score_conditions",
     "runs.summary": "StudySummary Summary format_summary",
-    "study.compare": "Comparison",
-    "study.page": "compare_runs format_comparison",
+    "study.results": "Comparison",
+    "study.report": "compare_runs",
+    "study.tables": "format_comparison",
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
 

@@ -1,6 +1,6 @@
 """Finished runs, opened for comparison: what the manifest says, and the responses by column in one order.
 
-    open_runs(folder) ─► FinishedRun … ─ load ─► Responses
+    open_runs(folder) ─► FinishedRun … ─ load ─► Responses ─ by_study ─► StudyResponses …
 
 The order is that of study, experiment, participant, transcript and response by name, whatever order a run wrote
 its parts in, so that two runs of the same data line up element by element. Only numbers are kept: about 40 bytes
@@ -10,6 +10,7 @@ a response, and 4 for each of its options.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from psykern.core import csr
 from psykern.core.errors import RunFolderError
 from psykern.core.settings import having
 
@@ -144,7 +146,7 @@ def load(run: FinishedRun) -> Responses:
         starts.append(first + row)
         names.extend(owners)
         row += len(batch)
-    return _arrange(columns, names, np.concatenate([np.empty(0, np.int64), *starts]))
+    return _arrange(columns, names, csr.concatenate(starts, np.int64))
 
 
 def _num_rows(part: Path) -> int:
@@ -228,25 +230,21 @@ def _arrange(columns: _Columns, names: list[tuple[str, str, str]], starts: np.nd
     """Transcripts, and with them their rows, by name; equal names keep the order of the files."""
     num_rows = len(columns.response_index)
     order = sorted(range(len(names)), key=names.__getitem__)
-    counts = np.diff(np.append(starts, num_rows))[order]  # [T]
     new = [i for i, t in enumerate(order) if i == 0 or names[t] != names[order[i - 1]]]  # a participant's first
-    participants = tuple(names[order[i]] for i in new)
-    ends = np.concatenate([[0], np.cumsum(counts)])
-    offsets = ends[[*new, len(order)]].astype(np.int64)
-    studies = sorted({study for study, _, _ in participants})
-    code = {study: place for place, study in enumerate(studies)}
-    study_of = np.array([code[study] for study, _, _ in participants], np.int64)
-
-    log_softmax = np.concatenate([np.empty(0, np.float32), *columns.log_softmax])
+    rows, bounds = csr.take(np.arange(num_rows), np.append(starts, num_rows), np.array(order, np.int64))
+    log_softmax = csr.concatenate(columns.log_softmax, np.float32)
+    option_offsets = csr.offsets_of(columns.num_options)
     columns.log_softmax.clear()
     if order != list(range(len(order))):
-        rows = np.repeat(starts[order] - ends[:-1], counts) + np.arange(num_rows)
-        log_softmax = _take_lists(log_softmax, columns.num_options, rows)
-        for name in ("response_index", "text", "logprob", "is_argmax", "entropy", "num_options", "option_index"):
+        log_softmax, option_offsets = csr.take(log_softmax, option_offsets, rows)
+        for name in ("response_index", "text", "logprob", "is_argmax", "entropy", "option_index"):
             setattr(columns, name, getattr(columns, name)[rows])
+    participants = tuple(names[order[i]] for i in new)
+    offsets = bounds[[*new, len(order)]]
+    studies, study_offsets = _studies_of(participants)
     return Responses(
-        studies=tuple(studies),
-        study_offsets=np.searchsorted(study_of, np.arange(len(studies) + 1)).astype(np.int64),
+        studies=studies,
+        study_offsets=study_offsets,
         participants=participants,
         participant_offsets=offsets,
         response_index=columns.response_index,
@@ -254,7 +252,7 @@ def _arrange(columns: _Columns, names: list[tuple[str, str, str]], starts: np.nd
         logprob=columns.logprob,
         is_argmax=columns.is_argmax,
         entropy=columns.entropy,
-        option_offsets=np.concatenate([[0], np.cumsum(columns.num_options, dtype=np.int64)]),
+        option_offsets=option_offsets,
         option_index=columns.option_index,
         option_log_softmax=log_softmax,
     )
@@ -264,42 +262,76 @@ def restrict(responses: Responses, participants: Sequence[tuple[str, str, str]])
     """The responses of those of ``participants`` who are there, in the same order."""
     wanted = set(participants)
     keep = np.array([participant in wanted for participant in responses.participants], bool)
-    rows = np.flatnonzero(np.repeat(keep, np.diff(responses.participant_offsets)))
     kept = tuple(participant for participant in responses.participants if participant in wanted)
-    studies = tuple(dict.fromkeys(study for study, _, _ in kept))  # participants are in order of study
-    code = {study: place for place, study in enumerate(studies)}
-    num_options = np.diff(responses.option_offsets)[rows]
+    every = np.arange(len(responses.response_index))
+    rows, participant_offsets = csr.take(every, responses.participant_offsets, np.flatnonzero(keep))
+    log_softmax, option_offsets = csr.take(responses.option_log_softmax, responses.option_offsets, rows)
+    studies, study_offsets = _studies_of(kept)
     return Responses(
         studies=studies,
-        study_offsets=np.searchsorted([code[study] for study, _, _ in kept], np.arange(len(studies) + 1)),
+        study_offsets=study_offsets,
         participants=kept,
-        participant_offsets=np.concatenate([[0], np.cumsum(np.diff(responses.participant_offsets)[keep])]),
+        participant_offsets=participant_offsets,
         response_index=responses.response_index[rows],
         texts=responses.texts[keep],
         logprob=responses.logprob[rows],
         is_argmax=responses.is_argmax[rows],
         entropy=responses.entropy[rows],
-        option_offsets=np.concatenate([[0], np.cumsum(num_options, dtype=np.int64)]),
+        option_offsets=option_offsets,
         option_index=responses.option_index[rows],
-        option_log_softmax=_take_lists(responses.option_log_softmax, np.diff(responses.option_offsets), rows),
+        option_log_softmax=log_softmax,
     )
 
 
-def _take_lists(values: np.ndarray, lengths: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """The lists of ``rows``, one after the other; list i of ``values`` has ``lengths[i]`` elements."""
-    starts = (np.cumsum(lengths, dtype=np.int64) - lengths)[rows]
-    taken = lengths[rows].astype(np.int64)
-    ends = np.cumsum(taken)
-    return values[np.repeat(starts - (ends - taken), taken) + np.arange(ends[-1] if len(ends) else 0)]
+def _studies_of(participants: Sequence[tuple[str, str, str]]) -> tuple[tuple[str, ...], np.ndarray]:
+    """The studies of ``participants``, who are in order of study, and where each one's participants begin."""
+    studies = Counter(study for study, _, _ in participants)
+    return tuple(studies), csr.offsets_of(np.array(list(studies.values()), np.int64))
 
 
 def _text_hashes(text: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """[P] uint64: Σ over a participant's responses of their hash times an odd number that differs by place."""
-    place = np.arange(len(text), dtype=np.uint64)
-    place -= np.repeat(offsets[:-1], np.diff(offsets)).astype(np.uint64)
+    place = csr.places(np.diff(offsets)).astype(np.uint64)
     mixed = text.astype(np.uint64) * (place * np.uint64(0x9E3779B97F4A7C15) | np.uint64(1))
-    sums = np.zeros(len(offsets) - 1, np.uint64)
-    filled = np.diff(offsets) > 0
-    if filled.any():
-        sums[filled] = np.add.reduceat(mixed, offsets[:-1][filled])
-    return sums
+    return csr.reduce(np.add, mixed, offsets)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StudyResponses:
+    """One study's slice of a run's responses."""
+
+    name: str
+    offsets: np.ndarray  # [P+1] int64, responses of each participant, from 0
+    nll: np.ndarray  # [R] float64
+    hits: np.ndarray  # [R] float32
+    entropy: np.ndarray  # [R] float32
+    known: np.ndarray  # [R] bool, has options; the next three are of those responses
+    log_softmax: np.ndarray  # float32
+    option_offsets: np.ndarray  # int64, from 0
+    option_index: np.ndarray  # int32
+
+    @property
+    def options(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """As the functions of :mod:`psykern.study.metrics` take them: log-softmax, offsets, index."""
+        return self.log_softmax, self.option_offsets, self.option_index
+
+
+def by_study(responses: Responses) -> Iterator[StudyResponses]:
+    """The responses study by study."""
+    for place, name in enumerate(responses.studies):
+        first, last = responses.study_offsets[place : place + 2]
+        offsets = responses.participant_offsets[first : last + 1]
+        rows = slice(int(offsets[0]), int(offsets[-1]))
+        bounds = responses.option_offsets[rows.start : rows.stop + 1]
+        known = responses.option_index[rows] >= 0
+        yield StudyResponses(
+            name=name,
+            offsets=offsets - offsets[0],
+            nll=-responses.logprob[rows],
+            hits=responses.is_argmax[rows],
+            entropy=responses.entropy[rows],
+            known=known,
+            log_softmax=responses.option_log_softmax[bounds[0] : bounds[-1]],
+            option_offsets=np.append(bounds[:-1][known], bounds[-1]) - bounds[0],
+            option_index=responses.option_index[rows][known],
+        )

@@ -1,4 +1,4 @@
-"""How well a model foretells responses, as functions on arrays; and the means per study that a run is summed up by.
+"""How well a model foretells responses, as functions on arrays.
 
 With p(r) the model's probability of response r (its tokens' product) and q(o | r) the softmax over r's options:
 
@@ -7,8 +7,8 @@ With p(r) the model's probability of response r (its tokens' product) and q(o | 
     option NLL   mean over r of −log q(r | r), over r that is one of its options
     uniform NLL  mean over the same r of log(number of options): the option NLL of guessing evenly
 
-The aggregate over studies is their unweighted mean, as in the published study. Nulls are left out of every mean;
-the mean of nothing is NaN in the functions on arrays and None in a summary.
+The aggregate over studies is their unweighted mean, as in the published study. What is NaN is left out of every mean,
+and the mean of nothing is NaN. :mod:`psykern.runs.summary` has the same means for a run's summary.
 
 Arrays of options are CSR: ``log_softmax`` [offsets[-1]] holds log q of every response's options, ``offsets`` [R+1] int
 where each response's begin (at least one each), ``option_index`` [R] int the option that is the response.
@@ -21,15 +21,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from psykern.core import csr
+
 
 def nll(logprob: np.ndarray) -> float:
     """Mean of −logprob in nats. ``logprob`` [R] float; NaN: not scored."""
-    return _mean(-np.asarray(logprob, dtype=np.float64))
+    return mean(-np.asarray(logprob, dtype=np.float64))
 
 
 def accuracy(is_argmax: np.ndarray) -> float:
     """Mean of ``is_argmax`` [R], bool or float; NaN: not scored."""
-    return _mean(np.asarray(is_argmax, dtype=np.float64))
+    return mean(np.asarray(is_argmax, dtype=np.float64))
 
 
 def bits(nats: float) -> float:
@@ -39,11 +41,7 @@ def bits(nats: float) -> float:
 
 def segment_sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """Σ over each segment ``values[offsets[i]:offsets[i + 1]]``, 0 where it is empty: [len(offsets) − 1] float64."""
-    sums = np.zeros(len(offsets) - 1)
-    filled = np.diff(offsets) > 0  # reduceat gives an empty segment its neighbour's value
-    if filled.any():
-        sums[filled] = np.add.reduceat(values[: offsets[-1]], offsets[:-1][filled], dtype=np.float64)
-    return sums
+    return csr.reduce(np.add, values, offsets, np.float64)
 
 
 def segment_means(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
@@ -61,7 +59,7 @@ def study_aggregate(values: np.ndarray, study_offsets: np.ndarray) -> float:
     ``values`` [R] float, one per response, NaN: not scored; ``study_offsets`` [S+1] int. Studies without any value are
     left out.
     """
-    return _mean(segment_means(values, study_offsets))
+    return mean(segment_means(values, study_offsets))
 
 
 def option_nll(log_softmax: np.ndarray, offsets: np.ndarray, option_index: np.ndarray) -> np.ndarray:
@@ -71,17 +69,17 @@ def option_nll(log_softmax: np.ndarray, offsets: np.ndarray, option_index: np.nd
 
 def option_confidence(log_softmax: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """max_o q(o | r), the probability of the likeliest option: [R]."""
-    return np.exp(_option_reduce(np.maximum, log_softmax, offsets))
+    return np.exp(csr.reduce(np.maximum, log_softmax, offsets))
 
 
 def option_entropy(log_softmax: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """−Σ_o q(o | r) log q(o | r) in nats: [R]. 0: the model is certain; log(number of options): it guesses evenly."""
-    return _option_reduce(np.add, -np.exp(log_softmax) * log_softmax, offsets)
+    return csr.reduce(np.add, -np.exp(log_softmax) * log_softmax, offsets)
 
 
 def brier(log_softmax: np.ndarray, offsets: np.ndarray, option_index: np.ndarray) -> np.ndarray:
     """Σ_o (q(o | r) − 1[o = r])², from 0 to 2: [R]. Its mean is the Brier score (Brier 1950, several classes)."""
-    squares = _option_reduce(np.add, np.exp(2 * log_softmax), offsets)  # Σ q² − 2 q(r) + 1
+    squares = csr.reduce(np.add, np.exp(2 * log_softmax), offsets)  # Σ q² − 2 q(r) + 1
     return np.asarray(squares - 2 * np.exp(log_softmax[offsets[:-1] + option_index]) + 1)
 
 
@@ -132,8 +130,8 @@ def rescaled_option_nll(
 ) -> np.ndarray:
     """−log softmax(log q / T)(r) in nats: [R], the option NLL of a model whose options are drawn at temperature T."""
     scaled = log_softmax.astype(np.float64) / temperature
-    top = _option_reduce(np.maximum, scaled, offsets)
-    total = _option_reduce(np.add, np.exp(scaled - np.repeat(top, np.diff(offsets))), offsets)
+    top = csr.reduce(np.maximum, scaled, offsets)
+    total = csr.reduce(np.add, np.exp(scaled - np.repeat(top, np.diff(offsets))), offsets)
     return np.asarray(top + np.log(total) - scaled[offsets[:-1] + option_index])
 
 
@@ -177,22 +175,14 @@ def _fit_derivatives(
         bounds = bounds - bounds[0]
         counts = np.diff(bounds)
         scaled = values * beta
-        weight = np.exp(scaled - np.repeat(_option_reduce(np.maximum, scaled, bounds), counts))
-        total = _option_reduce(np.add, weight, bounds)
+        weight = np.exp(scaled - np.repeat(csr.reduce(np.maximum, scaled, bounds), counts))
+        total = csr.reduce(np.add, weight, bounds)
         weighted = weight * values
-        mean = _option_reduce(np.add, weighted, bounds) / total
-        square = _option_reduce(np.add, weighted * values, bounds) / total
+        mean = csr.reduce(np.add, weighted, bounds) / total
+        square = csr.reduce(np.add, weighted * values, bounds) / total
         slope += float(weights[rows] @ (mean - values[bounds[:-1] + option_index[rows]]))
         curvature += float(weights[rows] @ np.maximum(square - mean * mean, 0.0))
     return slope, curvature
-
-
-def _option_reduce(ufunc: np.ufunc, values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """``ufunc`` over each response's options; every response has at least one."""
-    if len(offsets) < 2:
-        return np.zeros(0, dtype=values.dtype)
-    reduced: np.ndarray = ufunc.reduceat(values[: offsets[-1]], offsets[:-1])
-    return reduced
 
 
 def cohens_d(base: np.ndarray, post: np.ndarray) -> float:
@@ -241,47 +231,14 @@ def base_wins(differences: np.ndarray) -> float:
     return float((known > 0).mean()) if len(known) else math.nan
 
 
-_DRAW_CELLS = 2**22  # draws × clusters at a time
+def ratio(total: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """total / count, NaN where count is 0."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(np.where(np.asarray(count) > 0, total / np.asarray(count), np.nan))
 
 
-def bootstrap_sums(columns: np.ndarray, draws: int, rng: np.random.Generator) -> np.ndarray:
-    """Sums over clusters drawn with replacement: [draws, K] float64.
-
-    ``columns`` [C, K] float64 holds each cluster's (participant's) sums: of whatever the statistic is made of. Each
-    draw takes C clusters; a ratio of a draw's sums is the statistic on it (the cluster bootstrap).
-    """
-    num_clusters, width = columns.shape
-    sums = np.zeros((draws, width))
-    if num_clusters == 0:
-        return sums
-    step = max(1, _DRAW_CELLS // num_clusters)
-    for start in range(0, draws, step):
-        size = min(step, draws - start)
-        drawn = rng.integers(0, num_clusters, (size, num_clusters))
-        drawn += np.arange(size)[:, None] * num_clusters
-        times = np.bincount(drawn.ravel(), minlength=size * num_clusters).reshape(size, num_clusters)
-        sums[start : start + size] = times.astype(np.float64) @ columns
-    return sums
-
-
-def widen(point: float, draws: np.ndarray, num_clusters: int) -> np.ndarray:
-    """Draws about ``point`` times √(C / (C − 1)): the bootstrap's variance is too small by that factor squared.
-
-    NaN with fewer than two clusters, which say nothing about the spread between them.
-    """
-    if num_clusters < 2:
-        return np.full_like(draws, np.nan)
-    return point + (draws - point) * math.sqrt(num_clusters / (num_clusters - 1))
-
-
-def interval(draws: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """The quantiles (1 − level) / 2 and (1 + level) / 2 of bootstrap draws [B]; NaN where a draw is."""
-    if len(draws) == 0 or np.isnan(draws).any():
-        return math.nan, math.nan
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
-def _mean(values: np.ndarray) -> float:
+def mean(values: np.ndarray) -> float:
+    """Mean over what is not NaN, in float64; NaN where nothing is."""
+    values = np.asarray(values, np.float64)
     values = values[~np.isnan(values)]
     return float(values.mean()) if len(values) else math.nan

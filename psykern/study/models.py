@@ -80,57 +80,64 @@ def _sizes(text: str) -> Iterator[tuple[str, float]]:
         yield f"{size}B", float(size.partition("-")[0].rstrip("B"))
 
 
-def _table() -> Iterator[StudyModel]:
-    def model(name: str, family: str, generation: str, size: float, kind: str, base: str | None = None) -> StudyModel:
-        return StudyModel(name, family, generation, size, kind, base, published=True)
+def _model(name: str, family: str, generation: str, size: float, kind: str, base: str | None = None) -> StudyModel:
+    return StudyModel(name, family, generation, size, kind, base, published=True)
 
+
+def _qwen_to_2_5() -> Iterator[StudyModel]:
     qwen = {"Qwen1.5": "0.5 1.8 4 7 14 32 72", "Qwen2": "0.5 1.5 7 72", "Qwen2.5": "0.5 1.5 3 7 14 32 72"}
     for family, sizes in qwen.items():
         suffix = "Chat" if family == "Qwen1.5" else "Instruct"
         for b, size in _sizes(sizes):
-            yield model(f"{family}-{b}", family, family, size, BASE)
-            yield model(f"{family}-{b}-{suffix}", family, family, size, "instruction", f"{family}-{b}")
+            yield _model(f"{family}-{b}", family, family, size, BASE)
+            yield _model(f"{family}-{b}-{suffix}", family, family, size, "instruction", f"{family}-{b}")
     for line, kind, sizes in (("Coder", "code", "0.5 1.5 3 7 14 32"), ("Math", "math", "1.5 7 72")):
         generation = f"Qwen2.5-{line}"
         for b, size in _sizes(sizes):
-            yield model(f"{generation}-{b}", "Qwen2.5", generation, size, kind, f"Qwen2.5-{b}")
+            yield _model(f"{generation}-{b}", "Qwen2.5", generation, size, kind, f"Qwen2.5-{b}")
             instruct = f"{generation}-{b}-Instruct"
-            yield model(instruct, "Qwen2.5", generation, size, "instruction", f"{generation}-{b}")
+            yield _model(instruct, "Qwen2.5", generation, size, "instruction", f"{generation}-{b}")
     for b, size in _sizes("3 7 32 72"):
-        yield model(f"Qwen2.5-VL-{b}-Instruct", "Qwen2.5", "Qwen2.5-VL", size, "vision", f"Qwen2.5-{b}")
+        yield _model(f"Qwen2.5-VL-{b}-Instruct", "Qwen2.5", "Qwen2.5-VL", size, "vision", f"Qwen2.5-{b}")
     for b, size in _sizes("1.5 7 14 32"):
         name = f"DeepSeek-R1-Distill-Qwen-{b}"
-        yield model(name, "Qwen2.5", "R1-Distill-Qwen", size, "reasoning", f"Qwen2.5-{b}")
+        yield _model(name, "Qwen2.5", "R1-Distill-Qwen", size, "reasoning", f"Qwen2.5-{b}")
 
+
+def _qwen_from_3() -> Iterator[StudyModel]:
     for family, with_base, without in (("Qwen3", "0.6 1.7 4 8 14 30B-A3", "32"), ("Qwen3.5", "0.8 2 4 9", "27")):
         for b, size in _sizes(with_base):
-            yield model(f"{family}-{b}-Base", family, family, size, BASE)
-            yield model(f"{family}-{b}", family, family, size, "reasoning", f"{family}-{b}-Base")
+            yield _model(f"{family}-{b}-Base", family, family, size, BASE)
+            yield _model(f"{family}-{b}", family, family, size, "reasoning", f"{family}-{b}-Base")
         for b, size in _sizes(without):
-            yield model(f"{family}-{b}", family, family, size, "reasoning")
+            yield _model(f"{family}-{b}", family, family, size, "reasoning")
     for b, size, base in (("2B", 2, "1.7B"), ("4B", 4, "4B"), ("8B", 8, "8B"), ("32B", 32, "14B")):
         for suffix in ("Instruct", "Thinking"):
-            yield model(f"Qwen3-VL-{b}-{suffix}", "Qwen3", "Qwen3-VL", size, "vision", f"Qwen3-{base}-Base")
+            yield _model(f"Qwen3-VL-{b}-{suffix}", "Qwen3", "Qwen3-VL", size, "vision", f"Qwen3-{base}-Base")
 
+
+def _llama() -> Iterator[StudyModel]:
     for prefix, generation, sizes in (
         ("Meta-Llama-3", "Llama 3", "8 70"),
         ("Llama-3.1", "Llama 3.1", "8 70"),
         ("Llama-3.2", "Llama 3.2", "1 3"),
     ):
         for b, size in _sizes(sizes):
-            yield model(f"{prefix}-{b}", "Llama 3", generation, size, BASE)
-            yield model(f"{prefix}-{b}-Instruct", "Llama 3", generation, size, "instruction", f"{prefix}-{b}")
+            yield _model(f"{prefix}-{b}", "Llama 3", generation, size, BASE)
+            yield _model(f"{prefix}-{b}-Instruct", "Llama 3", generation, size, "instruction", f"{prefix}-{b}")
     for b, size in _sizes("8 70"):
         name = f"DeepSeek-R1-Distill-Llama-{b}"
-        yield model(name, "Llama 3", "R1-Distill-Llama", size, "reasoning", f"Llama-3.1-{b}")
+        yield _model(name, "Llama 3", "R1-Distill-Llama", size, "reasoning", f"Llama-3.1-{b}")
     for b, size, base in (("11B", 11, "8B"), ("90B", 90, "70B")):
         for name in (f"Llama-3.2-{b}-Vision", f"Llama-3.2-{b}-Vision-Instruct"):
-            yield model(name, "Llama 3", "Llama 3.2 Vision", size, "vision", f"Llama-3.1-{base}")
+            yield _model(name, "Llama 3", "Llama 3.2 Vision", size, "vision", f"Llama-3.1-{base}")
     for name in ("Llama-3.1-Centaur-70B", "Llama-3.1-Centaur-70B-adapter"):
-        yield model(name, "Llama 3", "Centaur", 70, "human", "Llama-3.1-70B")
+        yield _model(name, "Llama 3", "Centaur", 70, "human", "Llama-3.1-70B")
 
+
+def _olmo() -> Iterator[StudyModel]:
     for base, size in (("Olmo-3-1025-7B", 7), ("Olmo-3-1125-32B", 32)):
-        yield model(base, "OLMo 3", "OLMo 3", size, BASE)
+        yield _model(base, "OLMo 3", "OLMo 3", size, BASE)
     for generation, b, size, suffixes in (
         ("3", "7B", 7, ("Instruct", "Think")),
         ("3", "32B", 32, ("Think",)),
@@ -139,10 +146,12 @@ def _table() -> Iterator[StudyModel]:
         for suffix in suffixes:
             kind = "instruction" if suffix == "Instruct" else "reasoning"
             base = "Olmo-3-1025-7B" if b == "7B" else "Olmo-3-1125-32B"
-            yield model(f"Olmo-{generation}-{b}-{suffix}", "OLMo 3", f"OLMo {generation}", size, kind, base)
+            yield _model(f"Olmo-{generation}-{b}-{suffix}", "OLMo 3", f"OLMo {generation}", size, kind, base)
 
 
-STUDY_MODELS: dict[str, StudyModel] = {model.name.lower(): model for model in _table()}
+STUDY_MODELS: dict[str, StudyModel] = {
+    model.name.lower(): model for family in (_qwen_to_2_5, _qwen_from_3, _llama, _olmo) for model in family()
+}
 
 _FIELDS = ("family", "generation", "size", "kind", "base", "name")
 

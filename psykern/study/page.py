@@ -1,242 +1,25 @@
-"""The report of a comparison: REPORT/report.html, one self-contained page; tables/*.csv; figures/*.svg and *.png.
+"""The page of a report, report.html.
 
-The page holds its figures and style in itself, asks for nothing from outside, runs no script, and is laid out for a
+It holds its figures and style in itself, asks for nothing from outside, runs no script, and is laid out for a
 phone's width, a desk and print. Equal comparisons give equal bytes.
 """
 
 from __future__ import annotations
 
 import base64
-import csv
-import dataclasses
-import io
 import math
-import re
-import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
-from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
-import pyarrow.csv as pa_csv
-
-from psykern.core.errors import ComparisonError, RunFolderError
-from psykern.study.compare import (
-    DRAWS,
-    Comparison,
-    Estimate,
-    PairResult,
-    PairStudy,
-    ParticipantTable,
-    RunResult,
-    compare,
-)
-from psykern.study.models import StudyModel
+from psykern.study.results import Comparison, Interval, PairResult, PairStudy
+from psykern.study.tables import number, share
 from psykern.version import __version__
 
 _OPEN_FORESTS = 3  # more pairs than this have their study-by-study figures folded
-_NAN = math.nan
 
 
-def compare_runs(
-    runs: Sequence[str | Path],
-    out: str | Path,
-    *,
-    pairs: str | Path | None = None,
-    models: str | Path | Mapping[str, StudyModel] | None = None,
-    domains: str | Path | Mapping[str, str] | None = None,
-    unpaired: bool = False,
-    draws: int = DRAWS,
-    progress: Callable[[str], None] = lambda line: None,
-) -> Comparison:
-    """Compare runs as :func:`psykern.study.compare.compare` does and write the report to the new folder ``out``.
-
-    Raises ComparisonError also where matplotlib or PyYAML is missing, RunFolderError for a folder that cannot be
-    written; report.html is written last.
-    """
-    _check_libraries(models)
-    folder = _create(Path(out))
-
-    def on_run(result: RunResult, participants: ParticipantTable) -> None:
-        _write_participants(folder / "tables" / f"participants-{_slug(result.named.label)}.csv", participants)
-
-    try:
-        (folder / "tables").mkdir()
-        comparison = compare(
-            runs, pairs=pairs, models=models, domains=domains, unpaired=unpaired, draws=draws, on_run=on_run,
-            progress=progress,
-        )  # fmt: skip
-        progress("writing tables and figures")
-        for name, rows in tables(comparison).items():
-            if rows:
-                _write_csv(folder / "tables" / f"{name}.csv", rows)
-        images = _write_figures(comparison, folder / "figures")
-        (folder / "report.html").write_text(page(comparison, images), encoding="utf-8")
-    except OSError as error:
-        raise RunFolderError(f"{folder}: cannot be written: {error.strerror or error}") from error
-    return comparison
-
-
-def _check_libraries(models: object) -> None:
-    try:
-        import matplotlib  # noqa: F401
-
-        if isinstance(models, str | Path):
-            import yaml  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ComparisonError(
-            f"a report needs {error.name}, which is not installed; pip install 'psykern[report]' brings it"
-        ) from error
-
-
-def _create(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        found = min((entry.name for entry in folder.iterdir()), default=None)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise RunFolderError(f"{folder}: cannot be written: {error.strerror or error}") from error
-    if found is not None:
-        raise RunFolderError(f"{folder}: expected a new or empty folder to write the report to, it holds {found}")
-    return folder
-
-
-def _slug(label: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", label).strip("-")
-
-
-# Tables
-
-
-def tables(comparison: Comparison) -> dict[str, list[dict[str, Any]]]:
-    """The rows of each CSV file; an estimate takes three columns, NaN is an empty cell."""
-    every = [*comparison.pairs, *comparison.conditions]
-    return {
-        "models": [_model_row(result) for result in comparison.runs],
-        "studies": [
-            {"model": result.named.label, **_flat(row)} for result in comparison.runs for row in result.studies
-        ],
-        "pairs": [_pair_row(result) for result in every],
-        "pair_studies": [
-            {**_pair_names(result), "domain": comparison.domains.get(row.study, ""), **_flat(row)}
-            for result in every
-            for row in result.studies
-        ],
-        "effects": [
-            {key: value for key, value in _flat(effect).items() if key != "values"} for effect in comparison.effects
-        ],
-        "calibration": [row for result in comparison.runs for row in _calibration_rows(result)],
-    }
-
-
-def _flat(row: Any) -> dict[str, Any]:
-    """A dataclass as columns."""
-    columns: dict[str, Any] = {}
-    for field in dataclasses.fields(row):
-        value = getattr(row, field.name)
-        if isinstance(value, Estimate):
-            columns |= {field.name: value.value, f"{field.name}_low": value.low, f"{field.name}_high": value.high}
-        else:
-            columns[field.name] = value
-    return columns
-
-
-def _model_row(result: RunResult) -> dict[str, Any]:
-    model, run = result.named.model, result.named.run
-    means = {name: value for name, value in _flat(result.aggregate).items() if name not in ("study", "nll", "accuracy")}
-    return {
-        "model": result.named.label,
-        "model_id": run.model_id,
-        "condition": run.condition,
-        "family": model.family,
-        "generation": model.generation,
-        "size_billions": _NAN if model.size is None else model.size,
-        "kind": model.kind,
-        "studies": len(result.studies),
-        "nll": result.nll.value,
-        "nll_low": result.nll.low,
-        "nll_high": result.nll.high,
-        "accuracy": result.accuracy.value,
-        "accuracy_low": result.accuracy.low,
-        "accuracy_high": result.accuracy.high,
-        "response_weighted_nll": result.response_weighted_nll,
-        "participant_nll": result.participant_nll,
-        "temperature": result.temperature,
-        "pooled_calibration_error": result.calibration.error,
-        "pooled_overconfidence": result.calibration.overconfidence,
-        **means,
-        "run": str(run.path),
-    }
-
-
-def _pair_names(result: PairResult) -> dict[str, Any]:
-    pair = result.pair
-    return {"base": pair.base.label, "post": pair.post.label, "kind": pair.kind}
-
-
-def _pair_row(result: PairResult) -> dict[str, Any]:
-    means = {name: value for name, value in _flat(result.aggregate).items() if name != "study"}
-    return {
-        **_pair_names(result),
-        "generation": result.pair.post.model.generation,
-        "studies": len(result.studies),
-        "studies_base_wins": result.studies_base_wins,
-        "sign_test_p": result.sign_test,
-        **means,
-    }
-
-
-def _calibration_rows(result: RunResult) -> Iterable[dict[str, Any]]:
-    bins = result.calibration
-    for place, (count, confidence, hits) in enumerate(zip(bins.counts, bins.confidence, bins.hits, strict=True)):
-        if count:
-            low, high = place / len(bins.counts), (place + 1) / len(bins.counts)
-            yield {
-                "model": result.named.label,
-                "bin_low": low,
-                "bin_high": high,
-                "responses": int(count),
-                "mean_confidence": confidence / count,
-                "share_of_hits": hits / count,
-            }
-
-
-def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
-
-
-def _cell(value: Any) -> Any:
-    if isinstance(value, float):
-        return "" if math.isnan(value) else f"{value:.10g}"
-    return value
-
-
-def _write_participants(path: Path, table: ParticipantTable) -> None:
-    studies, experiments, participants = zip(*table.participants, strict=True) if table.participants else ((), (), ())
-    numbers = {
-        "nll": table.nll,
-        "accuracy": table.accuracy,
-        "option_nll": table.option_nll,
-    }
-    columns = {
-        "study": pa.array(studies, pa.string()),
-        "experiment": pa.array(experiments, pa.string()),
-        "participant": pa.array(participants, pa.string()),
-        "scored": pa.array(table.scored).cast(pa.int64()),
-        **{name: pa.array(values, from_pandas=True) for name, values in numbers.items()},  # NaN becomes an empty cell
-    }
-    pa_csv.write_csv(pa.table(columns), path)
-
-
-# Figures
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Image:
     """A drawn figure, ready for the page."""
 
@@ -245,25 +28,6 @@ class Image:
     caption: str
     svg: bytes
 
-
-def _write_figures(comparison: Comparison, folder: Path) -> list[Image]:
-    import matplotlib
-
-    from psykern.study import figures
-
-    folder.mkdir()
-    images = []
-    for drawing in figures.draw(comparison):
-        with matplotlib.rc_context(figures.STYLE):
-            svg = io.BytesIO()
-            drawing.figure.savefig(svg, format="svg", metadata={"Date": None})
-            drawing.figure.savefig(folder / f"{drawing.name}.png", dpi=180, metadata={"Software": None})
-        (folder / f"{drawing.name}.svg").write_bytes(svg.getvalue())
-        images.append(Image(drawing.name, drawing.title, drawing.caption, svg.getvalue()))
-    return images
-
-
-# The page
 
 _CSS = """
 :root { color-scheme: light; }
@@ -372,7 +136,7 @@ def _finding(result: PairResult) -> str:
     text = (
         f"{escape(result.pair.post.label)} changes the NLL by {_estimate(row.difference, 3, sign=True)} nats; "
         f"{escape(result.pair.base.label)} fits better in {wins} of {_count(studies, 'study', 'studies')} "
-        f"(sign test p = {_p(result.sign_test)}) and for {_share(row.participants_base_wins)} of participants."
+        f"(sign test p = {_p(result.sign_test)}) and for {share(row.participants_base_wins)} of participants."
     )
     if not math.isnan(row.option_difference.value):
         text += (
@@ -405,8 +169,8 @@ def _pairs_section(title: str, note: str, first: str, results: Sequence[PairResu
                         mean.accuracy_difference,
                     )
                 ),
-                _share(result.studies_base_wins),
-                _share(mean.participants_base_wins),
+                share(result.studies_base_wins),
+                share(mean.participants_base_wins),
                 _p(result.sign_test),
             ]
         )  # fmt: skip
@@ -450,8 +214,8 @@ def _models_section(comparison: Comparison) -> str:
             mean.overconfidence, result.temperature, mean.rescaled_nll,
         ]  # fmt: skip
         size = "–" if model.size is None else f"{model.size:.3g}"
-        first = [escape(result.named.label), escape(model.kind), size, _estimate(result.nll, 3), _number(mean.bits)]
-        rows.append([*first, *map(_number, numbers)])
+        first = [escape(result.named.label), escape(model.kind), size, _estimate(result.nll, 3), number(mean.bits)]
+        rows.append([*first, *map(number, numbers)])
     return (
         "<h2>Models</h2>\n<p>Means over studies, except where a column says otherwise. Entropy is the vocabulary’s at "
         "a response’s first token, in nats; columns from option NLL on are over responses with known options.</p>\n"
@@ -478,9 +242,9 @@ def _study_sections(comparison: Comparison) -> str:
 
 def _study_row(row: PairStudy) -> list[str]:
     return [
-        escape(row.study), f"{row.participants:,}", f"{row.responses:,}", _number(row.base_nll), _number(row.post_nll),
+        escape(row.study), f"{row.participants:,}", f"{row.responses:,}", number(row.base_nll), number(row.post_nll),
         _estimate(row.d, 3), _estimate(row.difference, 3, sign=True), _estimate(row.option_difference, 3, sign=True),
-        _estimate(row.rescaled_difference, 3, sign=True), _share(row.participants_base_wins),
+        _estimate(row.rescaled_difference, 3, sign=True), share(row.participants_base_wins),
     ]  # fmt: skip
 
 
@@ -541,57 +305,15 @@ def _table(
     return f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
 
 
-def _number(value: float, digits: int = 3, sign: bool = False) -> str:
-    if math.isnan(value):
-        return "–"
-    text = f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
-    return text.replace("-", "−")
-
-
-def _estimate(value: Estimate, digits: int, sign: bool = False) -> str:
-    text = _number(value.value, digits, sign)
+def _estimate(value: Interval, digits: int, sign: bool = False) -> str:
+    text = number(value.value, digits, sign)
     if math.isnan(value.low):
         return text
-    low, high = (_number(end, digits) for end in (value.low, value.high))
+    low, high = (number(end, digits) for end in (value.low, value.high))
     return f'{text} <span class="interval">[{low}, {high}]</span>'
-
-
-def _share(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.0%}"
 
 
 def _p(value: float) -> str:
     if math.isnan(value):
         return "–"
     return f"{value:.1e}" if value < 0.001 else f"{value:.3f}"
-
-
-def format_comparison(comparison: Comparison) -> str:
-    """The printed table: a line per pair, with the mean effect and its interval; empty without pairs."""
-    header = ("pair", "kind", "d", "95 %", "NLL difference", "95 %", "base better: studies", "participants")
-    rows = [
-        (
-            f"{result.pair.post.label} − {result.pair.base.label}",
-            result.pair.kind,
-            *_value_and_interval(result.aggregate.d),
-            *_value_and_interval(result.aggregate.difference),
-            _share(result.studies_base_wins),
-            _share(result.aggregate.participants_base_wins),
-        )
-        for result in (*comparison.pairs, *comparison.conditions)
-    ]
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            [
-                *(c.ljust(w) for c, w in zip(row[:2], widths, strict=False)),
-                *(c.rjust(w) for c, w in zip(row[2:], widths[2:], strict=True)),
-            ]
-        )
-        for row in ((header, *rows) if rows else ())
-    )
-
-
-def _value_and_interval(value: Estimate) -> tuple[str, str]:
-    interval = "–" if math.isnan(value.low) else f"[{_number(value.low)}, {_number(value.high)}]"
-    return _number(value.value, sign=True), interval

@@ -1,7 +1,7 @@
 """Which runs are compared with which, and a refusal with the reason where that would mean nothing.
 
 Two kinds of pair: a model and its base under the same condition, and a model under another condition than plain with
-itself in plain text. Pairs follow the table of models (``study_models.py``) or a file with the columns ``base``,
+itself in plain text. Pairs follow the table of models (``models.py``) or a file with the columns ``base``,
 ``post`` and, if wished, ``kind``.
 """
 

@@ -1,8 +1,8 @@
-"""Ragged arrays against plain lists."""
+"""csr.py against lists of Python: empty lists first, last and in a row, and no list at all."""
 
 from __future__ import annotations
 
-import itertools
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,54 +10,65 @@ import pytest
 from psykern.core import csr
 
 LISTS = {
-    "nothing": [],
-    "one-empty": [[]],
-    "empty-at-the-ends": [[], [3, 1], [], [], [2], []],
-    "usual": [[5], [4, 4], [7, 0, 2]],
+    "mixed": [[], [5, 3], [], [], [7], [1, 2, 9], []],
+    "no empty one": [[4], [5, 6]],
+    "all empty": [[], []],
+    "none": [],
 }
-each = pytest.mark.parametrize("lists", LISTS.values(), ids=LISTS)
 
 
-def ragged(lists: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    counts = np.array([len(of) for of in lists], np.int64)
-    return np.array([value for of in lists for value in of], np.int64), csr.offsets_of(counts)
+@pytest.fixture(params=LISTS)
+def lists(request: pytest.FixtureRequest) -> list[list[int]]:
+    return LISTS[request.param]
 
 
-@each
-def test_offsets_say_where_each_list_is(lists: list[list[int]]) -> None:
-    values, offsets = ragged(lists)
-    assert offsets.dtype == np.int64
-    assert [values[i:j].tolist() for i, j in itertools.pairwise(offsets.tolist())] == lists
+def as_csr(lists: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    return csr.concatenate(map(np.array, lists), np.int32), csr.offsets_of(
+        np.array([len(of) for of in lists], np.int64)
+    )
 
 
-@each
-def test_places_count_within_each_list(lists: list[list[int]]) -> None:
-    counts = np.array([len(of) for of in lists], np.int64)
-    assert csr.places(counts).tolist() == [place for of in lists for place in range(len(of))]
+def as_lists(values: np.ndarray, offsets: np.ndarray) -> list[list[int]]:
+    return [values[a:b].tolist() for a, b in pairwise(offsets)]
 
 
-def test_members_are_those_of_each_span_in_order() -> None:
-    owner, member = csr.members(np.array([7, 3, 3, 0], np.int32), np.array([9, 3, 4, 2], np.int32))
-    assert owner.tolist() == [0, 0, 2, 3, 3]
-    assert member.tolist() == [7, 8, 3, 0, 1]
+def test_lists_come_back(lists: list[list[int]]) -> None:
+    values, offsets = as_csr(lists)
+    assert (values.dtype, offsets.dtype) == (np.int32, np.int64)
+    assert as_lists(values, offsets) == lists
 
 
-@each
-def test_reduce_gives_zero_where_a_list_is_empty(lists: list[list[int]]) -> None:
-    values, offsets = ragged(lists)
+def test_places(lists: list[list[int]]) -> None:
+    found = csr.places(np.array([len(of) for of in lists], np.int32))
+    assert found.dtype == np.int64
+    assert found.tolist() == [place for of in lists for place in range(len(of))]
+
+
+def test_members(lists: list[list[int]]) -> None:
+    spans = [(10 * i, 10 * i + len(of)) for i, of in enumerate(lists)]
+    starts, ends = np.array(spans, np.int32).reshape(-1, 2).T
+    owner, member = csr.members(starts, ends)
+    assert list(zip(owner.tolist(), member.tolist(), strict=True)) == [
+        (i, m) for i, s in enumerate(spans) for m in range(*s)
+    ]
+
+
+@pytest.mark.parametrize("step", [1, -1, 2], ids=["all", "backwards", "every other"])
+def test_take(lists: list[list[int]], step: int) -> None:
+    chosen = np.arange(len(lists))[::step]
+    assert as_lists(*csr.take(*as_csr(lists), chosen)) == lists[::step]
+    twice = csr.take(*as_csr(lists), np.concatenate([chosen, chosen]))
+    assert as_lists(*twice) == lists[::step] * 2
+
+
+def test_reduce(lists: list[list[int]]) -> None:
+    values, offsets = as_csr(lists)
     assert csr.reduce(np.add, values, offsets).tolist() == [sum(of) for of in lists]
     assert csr.reduce(np.maximum, values, offsets).tolist() == [max(of, default=0) for of in lists]
-    means = csr.reduce(np.add, values > 2, offsets, dtype=np.float64)
-    assert means.dtype == np.float64 and means.tolist() == [sum(v > 2 for v in of) for of in lists]
+    shares = csr.reduce(np.add, values > 4, offsets, np.float64)
+    assert shares.dtype == np.float64
+    assert shares.tolist() == [sum(value > 4 for value in of) for of in lists]
 
 
-def test_take_gives_lists_in_the_order_asked_for() -> None:
-    values, offsets = ragged(LISTS["empty-at-the-ends"])
-    taken, bounds = csr.take(values, offsets, np.array([4, 0, 1, 1]))
-    assert taken.tolist() == [2, 3, 1, 3, 1] and bounds.tolist() == [0, 1, 1, 3, 5]
-
-
-def test_concatenate_takes_nothing_too() -> None:
-    assert csr.concatenate([], np.int32).dtype == np.int32
-    joined = csr.concatenate((np.full((n, 2), n, np.int64) for n in (1, 0, 2)), np.int32)
-    assert joined.dtype == np.int32 and joined.tolist() == [[1, 1], [2, 2], [2, 2]]
+def test_reduce_ignores_values_behind_the_last_list() -> None:
+    assert csr.reduce(np.add, np.array([1, 2, 100]), np.array([0, 1, 2])).tolist() == [1, 2]

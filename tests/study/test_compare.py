@@ -19,8 +19,12 @@ from support.toy import make_toy
 
 import psykern
 from psykern import ComparisonError, Settings
-from psykern.study.compare import Comparison, ParticipantTable, RunResult, _aggregate, _pair_study, _Study, compare
+from psykern.study.bootstrap import aggregate
+from psykern.study.compare import compare
+from psykern.study.finished import StudyResponses
 from psykern.study.models import BASE, PUBLISHED_NLL, STUDY_MODELS, StudyModel, find_model, read_models
+from psykern.study.results import Comparison, ParticipantTable, RunResult
+from psykern.study.two_runs import _pair_study
 
 HUMANS = Humans(participants=30)
 MODELS = {
@@ -123,7 +127,7 @@ def test_equal_models_differ_by_nothing(tmp_path: Path) -> None:
     assert pair.studies_base_wins == 0  # a tie is no win
 
 
-def null_study(rng: np.random.Generator, name: str, participants: int) -> tuple[_Study, _Study]:
+def null_study(rng: np.random.Generator, name: str, participants: int) -> tuple[StudyResponses, StudyResponses]:
     """One study under two models that fit equally well: each response is a little easier for one or the other, and so
     is each participant."""
     offsets = np.concatenate([[0], np.cumsum(rng.integers(5, 30, participants))])
@@ -131,12 +135,14 @@ def null_study(rng: np.random.Generator, name: str, participants: int) -> tuple[
     rows_ = len(person)
     common = np.exp(0.4 * rng.standard_normal(rows_) + 0.4 * rng.standard_normal(participants)[person])
 
-    def model() -> _Study:
+    def model() -> StudyResponses:
         own = 0.1 * rng.standard_normal(participants)[person] + 0.2 * rng.standard_normal(rows_)
         nothing = np.zeros(rows_, np.float32)
         none = np.empty(0, np.int64)
         known = np.zeros(rows_, bool)
-        return _Study(name, offsets, common + own, nothing, nothing, known, np.empty(0, np.float32), offsets[:1], none)
+        return StudyResponses(
+            name, offsets, common + own, nothing, nothing, known, np.empty(0, np.float32), offsets[:1], none
+        )
 
     return model(), model()
 
@@ -150,7 +156,7 @@ def test_intervals_of_equal_models_cover_zero() -> None:
         found = [_pair_study(*null_study(rng, f"s{i}", 25), (math.nan, math.nan), 400) for i in range(4)]
         for name in covered:
             points = [getattr(row, name).value for row, _ in found]
-            estimate = _aggregate(points, [drawn[name] for _, drawn in found])
+            estimate = aggregate(points, [drawn[name] for _, drawn in found])
             covered[name] += estimate.low <= 0 <= estimate.high
     assert all(920 <= count <= 980 for count in covered.values()), covered
 

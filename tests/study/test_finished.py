@@ -1,4 +1,4 @@
-"""runs.py: a run's responses in one order, however they were written; and what is said of folders that are no run."""
+"""finished.py: a run's responses in one order, however they were written; and what is said of other folders."""
 
 from __future__ import annotations
 

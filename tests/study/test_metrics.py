@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from psykern.runs.summary import option_hits
-from psykern.study import metrics
+from psykern.study import bootstrap, metrics
+from psykern.study.bootstrap import bootstrap_sums, ends, inflate
 
 scipy_stats = pytest.importorskip("scipy.stats")
 scipy_optimize = pytest.importorskip("scipy.optimize")
@@ -64,7 +65,7 @@ def test_no_responses() -> None:
     assert metrics.rescaled_option_nll(*empty, 1.0).shape == (0,)
     assert metrics.fit_temperature(*empty, np.empty(0)) == 1.0
     assert math.isnan(metrics.calibration(np.empty(0), np.empty(0)).error)
-    assert metrics.bootstrap_sums(np.empty((0, 2)), 5, np.random.default_rng(0)).tolist() == [[0.0, 0.0]] * 5
+    assert bootstrap_sums(np.empty((0, 2)), 5, np.random.default_rng(0)).tolist() == [[0.0, 0.0]] * 5
 
 
 def test_bits_and_pseudo_r2_by_hand() -> None:
@@ -160,8 +161,8 @@ def test_sign_test_of_nothing() -> None:
 
 def test_bootstrap_draws_clusters_with_replacement(monkeypatch: pytest.MonkeyPatch) -> None:
     columns = np.stack([np.ones(4), 10.0 ** np.arange(4)], axis=1)
-    monkeypatch.setattr(metrics, "_DRAW_CELLS", 40)  # several chunks
-    drawn = metrics.bootstrap_sums(columns, 4000, np.random.default_rng(0))
+    monkeypatch.setattr(bootstrap, "_DRAW_CELLS", 40)  # several chunks
+    drawn = bootstrap_sums(columns, 4000, np.random.default_rng(0))
     assert (drawn[:, 0] == 4).all()
     times = np.stack([drawn[:, 1] // 10**i % 10 for i in range(4)], axis=1)  # how often each was drawn
     assert (times.sum(axis=1) == 4).all()
@@ -171,16 +172,16 @@ def test_bootstrap_draws_clusters_with_replacement(monkeypatch: pytest.MonkeyPat
 
 def test_interval_of_a_mean_is_near_the_normal_one() -> None:
     values = np.random.default_rng(1).normal(3, 2, 400)
-    drawn = metrics.bootstrap_sums(np.stack([values, np.ones(400)], axis=1), 4000, np.random.default_rng(2))
-    low, high = metrics.interval(metrics.widen(values.mean(), drawn[:, 0] / drawn[:, 1], 400))
+    drawn = bootstrap_sums(np.stack([values, np.ones(400)], axis=1), 4000, np.random.default_rng(2))
+    low, high = ends(inflate(values.mean(), drawn[:, 0] / drawn[:, 1], 400))
     expected = scipy_stats.norm.interval(0.95, values.mean(), scipy_stats.sem(values))
     assert (low, high) == pytest.approx(expected, abs=0.02)
 
 
 def test_interval_of_one_cluster_or_nothing_is_nan() -> None:
-    assert np.isnan(metrics.interval(metrics.widen(1.0, np.ones(5), 1))).all()
-    assert np.isnan(metrics.interval(np.empty(0))).all()
-    assert metrics.widen(1.0, np.array([3.0]), 2)[0] == pytest.approx(1 + 2 * math.sqrt(2))
+    assert np.isnan(ends(inflate(1.0, np.ones(5), 1))).all()
+    assert np.isnan(ends(np.empty(0))).all()
+    assert inflate(1.0, np.array([3.0]), 2)[0] == pytest.approx(1 + 2 * math.sqrt(2))
 
 
 def test_null_intervals_cover_zero() -> None:
@@ -197,11 +198,11 @@ def test_null_intervals_cover_zero() -> None:
             offsets = rng.standard_t(5, participants)
             sums = counts * offsets + np.sqrt(counts) * rng.standard_normal(participants)
             mean = sums.sum() / counts.sum()
-            drawn = metrics.bootstrap_sums(np.stack([sums, counts], axis=1), draws, rng)
+            drawn = bootstrap_sums(np.stack([sums, counts], axis=1), draws, rng)
             means.append(mean)
-            widened.append(metrics.widen(mean, drawn[:, 0] / drawn[:, 1], participants))
+            widened.append(inflate(mean, drawn[:, 0] / drawn[:, 1], participants))
             pooled.append((1 + 5 / 3) / counts.sum())  # variance of a mean of independent responses
-        low, high = metrics.interval(np.mean(widened, axis=0))
+        low, high = ends(np.mean(widened, axis=0))
         covered += low <= 0 <= high
         naive += abs(np.mean(means)) <= 1.96 * math.sqrt(sum(pooled)) / studies
     assert 920 <= covered <= 980

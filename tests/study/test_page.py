@@ -1,4 +1,4 @@
-"""report.py and figures.py: the files of a report, what the page says, and the page in a real browser."""
+"""A report: its files (report.py, tables.py, figures), what the page says, and the page in a real browser."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from support.simulated_runs import Humans, rows, write_run
 
 import psykern
 from psykern.cli import main
-from psykern.study.figures import _KINDS, _OTHER
+from psykern.study.figures.style import KINDS, OTHER
 
 pytest.importorskip("matplotlib")
 image_module = pytest.importorskip("PIL.Image")
@@ -183,8 +183,8 @@ def test_the_page_says_what_was_found(report: Path) -> None:
 
 
 def test_kinds_differ_by_colour_and_marker() -> None:
-    known = {kind: _KINDS[kind] for kind in ("base", "instruction", "reasoning", "vision", "code", "math", "human")}
-    looks = [*known.values(), _OTHER]
+    known = {kind: KINDS[kind] for kind in ("base", "instruction", "reasoning", "vision", "code", "math", "human")}
+    looks = [*known.values(), OTHER]
     assert len({color for color, _, _ in looks}) == len(looks)
     assert len({marker for _, marker, _ in looks}) == len(looks)
     okabe_ito = {"#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"}
@@ -305,10 +305,11 @@ def test_importing_psykern_does_not_import_matplotlib() -> None:
 
 
 def test_numbers_in_words() -> None:
-    from psykern.study.compare import Estimate
-    from psykern.study.page import _estimate, _number, _p, _share
+    from psykern.study.page import _estimate, _p
+    from psykern.study.results import Interval
+    from psykern.study.tables import number, share
 
-    assert _number(-0.12345) == "−0.123" and _number(0.5, sign=True) == "+0.500" and _number(math.nan) == "–"
-    assert _estimate(Estimate(1.0, math.nan, math.nan), 1) == "1.0"
-    assert "[0.9, 1.1]" in _estimate(Estimate(1.0, 0.9, 1.1), 1)
-    assert (_p(0.04), _p(1e-5), _p(math.nan), _share(0.255)) == ("0.040", "1.0e-05", "–", "26%")
+    assert number(-0.12345) == "−0.123" and number(0.5, sign=True) == "+0.500" and number(math.nan) == "–"
+    assert _estimate(Interval(1.0, math.nan, math.nan), 1) == "1.0"
+    assert "[0.9, 1.1]" in _estimate(Interval(1.0, 0.9, 1.1), 1)
+    assert (_p(0.04), _p(1e-5), _p(math.nan), share(0.255)) == ("0.040", "1.0e-05", "–", "26%")
