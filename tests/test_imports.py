@@ -28,7 +28,7 @@ ROOMS: dict[str, set[str]] = {
     "models": {"core", "kernels"},
     "engine": {"core", "kernels", "models", "_cpu"},
     "scoring": {"core", "kernels", "data", "models", "engine"},
-    "runs": {"core", "kernels", "data", "models", "engine", "scoring", "version", "study.metrics"},
+    "runs": {"core", "kernels", "data", "models", "engine", "scoring", "version"},
     "study": {"core", "runs.summary", "version"},
     "integrations": {"psykern"},
     "demo": set(),
