@@ -12,10 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from psykern.core.errors import (
-    RowError,
-    Source,
-)
+from psykern.core.errors import RowError, Source
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -20,14 +20,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from psykern.data.protocol import (
-    CLOSE_MARK,
-)
-from psykern.data.tokenizer import (
-    Snippets,
-    Tokenizer,
-    Tokens,
-)
+from psykern.data.protocol import CLOSE_MARK
+from psykern.data.tokenizer import Snippets, Tokenizer, Tokens
 
 _WINDOW_WORDS = 2  # whole pre-tokens between a window's ends and the marks
 
@@ -70,7 +64,7 @@ class _Site(NamedTuple):
         return self.starts_text and self.ends_text
 
 
-class Candidate(NamedTuple):
+class _Candidate(NamedTuple):
     """An option's tokens. The numbers are indices into ``ids``."""
 
     ids: list[int]
@@ -178,7 +172,7 @@ def _site_branches(site: _Site, snippets: Snippets) -> Branches | None:
 
 def _candidate(
     site: _Site, insert: Insert, original: list[int], ids: list[int], offsets: list[tuple[int, int]]
-) -> Candidate:
+) -> _Candidate:
     """An option's branch begins at its first scored token, or at the token before that where the text's tokens
     change."""
     a = len(site.left)
@@ -187,10 +181,10 @@ def _candidate(
     stop = max(first, bisect_left(offsets, b, key=_START)) if insert[0] else first
     changed = next((i for i, (new, old) in enumerate(zip(ids, original, strict=False)) if new != old), first)
     closed = bisect_left(offsets, b + len(CLOSE_MARK), key=_START)
-    return Candidate(ids, begin=min(first, changed), first=first, stop=stop, closed=closed)
+    return _Candidate(ids, begin=min(first, changed), first=first, stop=stop, closed=closed)
 
 
-def _branches(original: list[int], candidates: Sequence[Candidate]) -> Branches:
+def _branches(original: list[int], candidates: Sequence[_Candidate]) -> Branches:
     """The branches of a response's options, with the closing mark's tokens where the options need them."""
     options = sorted(c.ids[c.first : c.stop] for c in candidates)
     # In sorted order, a list that begins any other begins the next one that differs from it.
@@ -214,5 +208,5 @@ def split_branches(options: tuple[str, ...], after: str, snippets: Snippets) -> 
     candidates = []
     for option in options:
         own = snippets[option][0]
-        candidates.append(Candidate(own + closing, 0, 0, len(own), len(own) + len(closing)))
+        candidates.append(_Candidate(own + closing, 0, 0, len(own), len(own) + len(closing)))
     return _branches([], candidates)

@@ -24,14 +24,7 @@ import tokenizers
 from psykern.core.errors import RowError
 from psykern.core.settings import Settings
 from psykern.core.types import EncodedTranscript, Transcript
-from psykern.data.branches import (
-    Insert,
-    JointText,
-    Options,
-    Placed,
-    joint_branches,
-    split_branches,
-)
+from psykern.data.branches import Insert, JointText, Options, Placed, joint_branches, split_branches
 from psykern.data.chat import ChatTemplate, Rendered
 from psykern.data.context import cut
 from psykern.data.persona import interview
@@ -44,12 +37,7 @@ from psykern.data.protocol import (
     study_spans,
     study_text,
 )
-from psykern.data.tokenizer import (
-    Snippets,
-    Tokenizer,
-    Tokens,
-    tokenize,
-)
+from psykern.data.tokenizer import Snippets, Tokenizer, Tokens, tokenize
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -138,7 +126,10 @@ class Encoder:
         return self._discrete is None or self._discrete.fullmatch(response) is not None
 
     def _conditioned(self, transcript: Transcript) -> _Prepared | None:
-        """None: nothing is known of the participant. Raises RowError where the chat's template refuses it."""
+        """The transcript under condition and protocol; None: its participant's interview would be empty.
+
+        Raises RowError where the chat's template refuses it.
+        """
         if self._discrete is not None:
             transcript = keep_responses(transcript, self._discrete)
         if self.settings.condition == "persona":

@@ -27,10 +27,7 @@ from psykern.core.errors import DataError, RowError, Source
 from psykern.core.types import Transcript
 from psykern.data import persona
 from psykern.data.dataset import Dataset
-from psykern.data.files import (
-    DAMAGE,
-    open_lines,
-)
+from psykern.data.files import DAMAGE, open_lines
 
 _COLUMNS = ("text", "study", "experiment", "participant", "participant_reindexed", "options", *persona.COLUMNS)
 _PARQUET_BATCH = 64  # rows decoded together
