@@ -16,6 +16,8 @@ from psykern.core.settings import fields, having
     [
         ({"protocol": "Exact"}, "protocol: expected one of exact, study, got 'Exact'"),
         ({"options": "all"}, "options: expected one of none, given, observed"),
+        ({"boundary": "both"}, "boundary: expected one of joint, split, got 'both'"),
+        ({"over_length": "cut"}, "over_length: expected one of error, skip, truncate, got 'cut'"),
         ({"dtype": "float16"}, "dtype: expected one of auto, float32, bfloat16"),
         ({"max_options": 0}, "max_options: expected at least 1, got 0"),
         ({"limit": -1}, "limit: expected at least 1, got -1"),

@@ -94,3 +94,8 @@ def test_a_smaller_wave_needs_less_memory(toy: Toy) -> None:
         assert small.wave_bytes < large.wave_bytes
         assert small.computed_tokens == large.computed_tokens
         assert large.wave_bytes >= 4 * 64 * 2 * large.computed_tokens  # hidden states and a layer's keys, in float32
+
+
+def test_the_estimate_does_not_read_files_from_end_to_end(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psykern.data.dataset.hash_file", lambda _: pytest.fail("a file was hashed"))
+    assert psykern.estimate(toy.model, toy.data, Settings(device="cpu")).studies
