@@ -108,7 +108,7 @@ def test_layers_of_two_kinds_equal_transformers(
     oracle.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "mixed"}))
-    monkeypatch.setitem(families.FAMILIES, "mixed", mixed)  # type: ignore[arg-type]
+    monkeypatch.setitem(families.FAMILIES, "mixed", mixed)
 
     model = Model(tmp_path, Compute.resolve("cpu"), num_slots=num_slots)
     ids = torch.randint(320, (20,), generator=torch.Generator().manual_seed(0))
