@@ -66,7 +66,8 @@ class LayerSpec:
 
     @property
     def most_memory(self) -> int:
-        """Numbers that a row of a batch needs between the layer's operations, at most; what budgets count with."""
+        """Numbers that a row of a batch needs between the layer's operations, at most: more than :class:`Scratch` has.
+        A bound: the size of a device's waves follows from it, so that a closer one would change runs."""
         return 5 * self.norms.hidden_size + self.mixer.most_memory + self.ffn.most_memory
 
     def layer(self, tensors: Mapping[str, Tensor], tables: RotaryTables, num_positions: int, backend: Backend) -> Layer:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from psykern.kernels.compute import Compute
 from psykern.models.model import Model
-from psykern.models.slots import Layout, Slots
+from psykern.models.slots import Layout, Slots, share_layouts
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "self_attn.q_proj.weight": (8, 6),
@@ -74,6 +74,36 @@ def test_every_layer_is_the_one_asked_for(num_slots: int, order: list[int]) -> N
         tensors = held.layer(index)
         for name, expected in read(index).items():
             assert torch.equal(tensors[name], expected.float())
+
+
+WIDE = SHAPES | {"mlp.gate_proj.weight": (50, 6), "mlp.up_proj.weight": (50, 6), "mlp.down_proj.weight": (6, 50)}
+
+
+def test_layers_of_a_kind_share_a_layout() -> None:
+    narrow, wide, again, apart = share_layouts(
+        [(SHAPES, FUSED), (WIDE, FUSED), (dict(SHAPES), dict(FUSED)), (SHAPES, {})]
+    )
+    assert again is narrow
+    assert (narrow.size, wide.size) == (LAYOUT.size, Layout.of(WIDE, FUSED).size)
+    assert narrow.size < wide.size
+    assert "mlp.gate_up_proj.weight" in narrow.views and "mlp.gate_up_proj.weight" not in apart.views
+
+
+@pytest.mark.parametrize("num_slots", [1, 2, 3])
+def test_a_slot_has_room_for_the_largest_kind_of_layer(num_slots: int) -> None:
+    """Layers 1 and 2 are wide; a slot takes layers of both kinds, in turn."""
+    kinds = [SHAPES, WIDE, WIDE, SHAPES]
+
+    def by_kind(index: int) -> dict[str, Tensor]:
+        return {name: torch.full(shape, index + i / 100) for i, (name, shape) in enumerate(kinds[index].items())}
+
+    layouts = share_layouts((shapes, FUSED) for shapes in kinds)
+    held = Slots(by_kind, layouts, num_slots=num_slots, device=CPU, dtype=torch.float32)
+    for index in [0, 1, 2, 3] * 3:
+        tensors = held.layer(index)
+        assert all(torch.equal(tensors[name], tensor) for name, tensor in by_kind(index).items())
+        assert tensors["mlp.up_proj.weight"].untyped_storage().nbytes() == 4 * layouts[1].size
+        assert tensors["mlp.gate_up_proj.weight"].shape == (2 * kinds[index]["mlp.up_proj.weight"][0], 6)
 
 
 def test_a_resident_layer_is_read_once() -> None:

@@ -47,7 +47,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import psykern
 from psykern import Run, Settings
-from psykern.engine import engine
+from psykern.engine.budgets import CPU_BUDGETS
 
 pipeline = importlib.import_module("psykern.runs.run")  # the package's attribute of that name is the function
 
@@ -385,7 +385,7 @@ def test_the_manifest_says_how_the_run_was_made(toy: Toy, toy_run: Run) -> None:
     settings = Settings()
     for name in ("protocol", "boundary", "options", "max_options", "over_length", "limit", "studies"):
         assert manifest[name] == getattr(settings, name)
-    assert (manifest["wave_tokens"], manifest["batch_tokens"]) == astuple(engine.CPU_BUDGETS)
+    assert (manifest["wave_tokens"], manifest["batch_tokens"]) == astuple(CPU_BUDGETS)
     assert manifest["peak_device_bytes"] is None and manifest["gpu_idle_share"] is None
     assert (manifest["device"], manifest["dtype"]) == ("cpu", "float32")
     assert manifest["backend"] == psykern.kernels.resolve("auto", torch.device("cpu"))
