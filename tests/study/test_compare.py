@@ -1,4 +1,4 @@
-"""compare.py and pairing.py: planted differences, an independent calculation, and every refusal."""
+"""compare.py: planted differences, and an independent calculation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import json
 import math
 import random
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from psykern import ComparisonError, Settings
 from psykern.study.bootstrap import aggregate
 from psykern.study.compare import compare
 from psykern.study.finished import StudyResponses
-from psykern.study.models import BASE, PUBLISHED_NLL, STUDY_MODELS, StudyModel, find_model, read_models
+from psykern.study.models import BASE, StudyModel
 from psykern.study.results import Comparison, ParticipantTable, RunResult
 from psykern.study.two_runs import _pair_study
 
@@ -233,190 +232,11 @@ def test_persona_is_compared_on_the_participants_it_has(tmp_path: Path) -> None:
     assert [value.value for value in results[0][0]] == pytest.approx([0.2, 0.2], abs=0.03)
 
 
-# Refusals
-
-Change = Callable[[list[Row], dict[str, object]], list[Row]]
-
-
-def _settings(**values: object) -> Change:
-    def change(records: list[Row], manifest: dict[str, object]) -> list[Row]:
-        manifest.update(values)
-        return records
-
-    return change
-
-
-REFUSED: dict[str, tuple[Change, str]] = {
-    "data": (_settings(data=[{"hash": "e" * 64}]), r"data: tuned was scored on other files than base.*eeee"),
-    "protocol": (_settings(protocol="study"), 'protocol: base has "exact", tuned has "study"'),
-    "boundary": (_settings(boundary="split"), 'boundary: base has "joint", tuned has "split"'),
-    "options": (_settings(options="observed"), 'options: base has "given", tuned has "observed"'),
-    "limit": (_settings(limit=5), "limit: base has null, tuned has 5"),
-    "discrete": (_settings(discrete="[A-Z]"), r'discrete: base has null, tuned has "\[A-Z\]"'),
-    "condition": (_settings(condition="chat"), r"base has no partner"),
-    "participant": (
-        lambda records, _: [r for r in records if (r["study"], r["participant"]) != ("beta", "7")],
-        r"tuned lacks 1 of the 90 participants of base; the first: beta, experiment 'beta-1', participant '7'",
-    ),
-    "study": (lambda records, _: [r for r in records if r["study"] != "beta"], "tuned lacks 30 of the 90"),
-    "more participants": (
-        lambda records, _: [*records, records[0] | {"participant": "x"}],
-        "base lacks 1 of the 91 participants of tuned",
-    ),
-    "response": (lambda records, _: records[1:], r"has \d+ responses in base and \d+ in tuned; .* in 1 participants"),
-    "index": (
-        lambda records, _: [records[0] | {"response_index": -1}, *records[1:]],
-        "are numbered differently in base and tuned",
-    ),
-    "text": (
-        lambda records, _: [records[0] | {"response": "other"}, *records[1:]],
-        r"those of alpha, experiment 'alpha-0', participant '0' have other texts in base than in tuned",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_compared_is_refused_with_what_differs(case: str, tmp_path: Path) -> None:
-    change, message = REFUSED[case]
-    manifest: dict[str, object] = {}
-    post = change(rows(HUMANS), manifest)
-    runs = [
-        write_run(tmp_path / "base", "org/base", rows(HUMANS)),
-        write_run(tmp_path / "tuned", "org/tuned", post, **manifest),
-    ]
-    with pytest.raises(ComparisonError, match=message):
-        compare(runs, models=MODELS)
-
-
-def test_under_the_studys_protocol_texts_may_differ_by_tokenizer(tmp_path: Path) -> None:
-    post = [row | {"response": row["response"] + "!"} for row in rows(HUMANS)]
-    runs = [
-        write_run(tmp_path / "base", "org/base", rows(HUMANS), protocol="study"),
-        write_run(tmp_path / "tuned", "org/tuned", post, protocol="study"),
-    ]
-    assert len(compare(runs, models=MODELS).pairs) == 1
-
-
-def test_a_run_without_its_partner(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", "Qwen/Qwen3-8B", rows(HUMANS))
-    with pytest.raises(ComparisonError, match=r"Qwen3-8B has no partner: its base Qwen3-8B-Base .*not among the runs"):
-        compare([run])
-    base = write_run(tmp_path / "base", "Qwen/Qwen3-4B-Base", rows(HUMANS))
-    with pytest.raises(ComparisonError, match=r"Qwen3-4B-Base has no partner: no run of a model.*1 more"):
-        compare([base, run])
-    unknown = write_run(tmp_path / "unknown", "me/mine", rows(HUMANS))
-    with pytest.raises(ComparisonError, match=r"mine has no partner: which base.*--models"):
-        compare([unknown])
-    alone = compare([base, run, unknown], unpaired=True)
-    assert (len(alone.runs), alone.pairs) == (3, ())
-
-
-def test_the_same_model_twice(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path / str(i), "Qwen/Qwen3-8B", rows(HUMANS)) for i in range(2)]
-    with pytest.raises(ComparisonError, match="are both Qwen3-8B in condition plain"):
-        compare(runs)
-
-
-# Files that describe pairs, models and domains
-
-
-def pairs_file(tmp_path: Path, text: str) -> Path:
-    (tmp_path / "pairs.csv").write_text(text)
-    return tmp_path / "pairs.csv"
-
-
-def test_pairs_from_a_file(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path / name, f"me/{name}", rows(HUMANS, seed=i)) for i, name in enumerate("abc")]
-    text = f"base,post,kind\n{runs[0]},b,reasoning\nme/a,c,\n"
-    comparison = compare(runs, pairs=pairs_file(tmp_path, text), draws=50)
-    assert [(p.pair.base.label, p.pair.post.label, p.pair.kind) for p in comparison.pairs] == [
-        ("a", "b", "reasoning"),
-        ("a", "c", "other"),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("base,post\na,x\n", r"pairs.csv:2: post: expected one of the runs \(a, b, b \(chat\)\), got 'x'"),
-        ("base,post\na,a\n", "pairs.csv:2: base and post are the same run"),
-        ("base,post\na,b (chat)\n", r"pairs.csv:2: condition: a has plain, b \(chat\) has chat"),
-        ("base,post\na,me/b\n", "could be any of"),
-        ("from,to\na,b\n", "expected the columns base, post"),
-        ("base,post\n", "at least one row"),
-    ],
-)
-def test_a_pairs_file_that_makes_no_sense(text: str, message: str, tmp_path: Path) -> None:
-    runs = [write_run(tmp_path / name, f"me/{name}", rows(HUMANS)) for name in "ab"]
-    runs.append(write_run(tmp_path / "chat", "me/b", rows(HUMANS), condition="chat"))
-    with pytest.raises(ComparisonError, match=message):
-        compare(runs, pairs=pairs_file(tmp_path, text))
-
-
-def test_models_from_yaml(tmp_path: Path) -> None:
-    path = tmp_path / "models.yaml"
-    path.write_text(
-        "me/first:\n  family: Mine\n  size: 7\n  kind: base\n  name: First\n"
-        "second:\n  family: Mine\n  generation: Mine 2\n  kind: reasoning\n  base: First\n"
-    )
-    found = read_models(path)
-    assert found["me/first"] == StudyModel("First", "Mine", "Mine", 7.0, BASE, None)
-    assert found["second"] == StudyModel("second", "Mine", "Mine 2", None, "reasoning", "First")
-    runs = [write_run(tmp_path / name, f"me/{name}", rows(HUMANS)) for name in ("first", "second")]
-    (pair,) = compare(runs, models=path, draws=50).pairs
-    assert (pair.pair.base.label, pair.pair.post.label) == ("First", "second")
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("- a\n", "expected names of models with their fields, got list"),
-        ("m: 7\n", "models.yaml: m: expected fields"),
-        ("m: {family: F, kind: base, szie: 7}\n", "got szie"),
-        ("m: {kind: base}\n", "m: family: expected a text, got None"),
-        ("m: {family: F, kind: base, size: big}\n", "size: expected billions of weights, got 'big'"),
-        ("m: {family\n", "cannot be read as YAML"),
-    ],
-)
-def test_a_yaml_that_makes_no_sense(text: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "models.yaml").write_text(text)
-    with pytest.raises(ComparisonError, match=message):
-        read_models(tmp_path / "models.yaml")
-
-
 def test_a_domains_file_without_its_columns(tmp_path: Path) -> None:
     (tmp_path / "domains.csv").write_text("name,domain\na,b\n")
     run = write_run(tmp_path / "run", "me/m", rows(HUMANS))
     with pytest.raises(ComparisonError, match="expected the columns study and domain"):
         compare([run], domains=tmp_path / "domains.csv", unpaired=True)
-
-
-def test_table_of_the_studys_models() -> None:
-    for model in STUDY_MODELS.values():
-        assert (model.kind == BASE) <= (model.base is None)
-        if model.base is not None:
-            base = STUDY_MODELS[model.base.lower()]
-            assert base.size is not None and base.family == model.family
-    families = {model.family for model in STUDY_MODELS.values()}
-    assert families == {"Qwen1.5", "Qwen2", "Qwen2.5", "Qwen3", "Qwen3.5", "Llama 3", "OLMo 3"}
-    assert all(STUDY_MODELS[name.lower()].kind == BASE for name in PUBLISHED_NLL)
-    expected = {
-        "Qwen/Qwen1.5-0.5B-Chat": ("instruction", 0.5, "Qwen1.5-0.5B"),
-        "Qwen/Qwen2.5-Coder-7B": ("code", 7, "Qwen2.5-7B"),
-        "Qwen/Qwen3-8B": ("reasoning", 8, "Qwen3-8B-Base"),
-        "Qwen/Qwen3-32B": ("reasoning", 32, None),
-        "Qwen/Qwen3-30B-A3B-Base": ("base", 30, None),
-        "Qwen/Qwen3-VL-32B-Thinking": ("vision", 32, "Qwen3-14B-Base"),
-        "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": ("reasoning", 8, "Llama-3.1-8B"),
-        "meta-llama/Meta-Llama-3.1-70B-Instruct": ("instruction", 70, "Llama-3.1-70B"),
-        "unsloth/Llama-3.2-90B-Vision": ("vision", 90, "Llama-3.1-70B"),
-        "allenai/Olmo-3.1-32B-Think/": ("reasoning", 32, "Olmo-3-1125-32B"),
-        "/models/Llama-3.1-Centaur-70B": ("human", 70, "Llama-3.1-70B"),
-    }
-    for model_id, values in expected.items():
-        found = find_model(model_id, {})
-        assert found is not None and (found.kind, found.size, found.base) == values, model_id
-    assert find_model("me/unknown", {}) is None
 
 
 # Real runs
