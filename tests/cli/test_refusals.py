@@ -15,6 +15,7 @@ from support.toy import Toy
 import psykern
 from psykern import kernels
 from psykern.engine import engine
+from psykern.engine.engine import Engine
 
 
 def test_a_run_is_never_overwritten(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,7 +57,7 @@ def test_an_allocation_that_fails_says_which_budget_to_lower(
     def fail(*_: object) -> None:
         torch.empty(2**60)
 
-    monkeypatch.setattr(engine, "decoder_layer", fail)
+    monkeypatch.setattr("psykern.models.layer.Layer.__call__", fail)
     assert_error(capsys, score(toy.model, toy.data, tmp_path / "run"), "out of memory", "lower --wave-tokens")
 
 
@@ -138,15 +139,15 @@ def test_what_was_written_before_a_stop_is_kept(
     arguments = ("--unit-tokens", 1, "--quiet")
     assert score(toy.model, toy.data, tmp_path / "whole", *arguments) == 0
 
-    def stream(*arguments: Any, **named: Any) -> Iterator[Any]:
-        for done, scores in enumerate(original(*arguments, **named)):
+    def pairs(*arguments: Any, **named: Any) -> Iterator[Any]:
+        for done, pair in enumerate(original(*arguments, **named)):
             if done == 2:
                 raise error
-            yield scores
+            yield pair
 
-    original = engine.stream
+    original = Engine.pairs
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "stream", stream)
+        patch.setattr(Engine, "pairs", pairs)
         capsys.readouterr()
         assert score(toy.model, toy.data, tmp_path / "run", *arguments) == expected
     assert message in capsys.readouterr().err

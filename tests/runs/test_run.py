@@ -13,6 +13,7 @@ import pytest
 import torch
 from support.scoring import (
     INVARIANCE,
+    assert_no_close_call,
     assert_same_logprobs,
     assert_same_scores,
     column_bytes,
@@ -119,6 +120,10 @@ def test_is_argmax_takes_every_token_of_a_response(tmp_path: Path) -> None:
 
 
 # Budgets, sharing, company, repetition
+
+
+def test_the_toys_tokens_are_no_close_calls(toy: Toy) -> None:
+    assert_no_close_call(toy.oracle, toy.rows)
 
 
 BUDGETS = {

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from psykern.data.dataset import Dataset
 from support.toy import Toy, make_toy_data
 
 import psykern
 from psykern import Settings
 from psykern.core.clock import Clock
 from psykern.core.types import TargetScores
+from psykern.data.dataset import Dataset
 from psykern.kernels.compute import Compute
 from psykern.runs.job import Options, PlannedUnit
 from psykern.runs.run import score_with

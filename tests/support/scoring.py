@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from support.toy import (
+    Oracle,
     Row,
     by_transcript,
 )
@@ -27,6 +28,12 @@ def score(model: Path, data: Path | Sequence[Path], out: Path, **settings: Any) 
 
 def records(run: Run) -> list[list[Row]]:
     return by_transcript(psykern.read_run(run.folder))
+
+
+def assert_no_close_call(oracle: Oracle, rows: Sequence[Row], protocol: str = "exact") -> None:
+    """That ``assert_same_scores`` may compare ``is_argmax``: no rounding can choose another token."""
+    for row in rows:
+        assert not any(record.is_close_call for record in oracle.records(row["text"], protocol)), row["text"]
 
 
 def assert_same_scores(one: pa.Table, two: pa.Table) -> None:
