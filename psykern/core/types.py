@@ -80,7 +80,7 @@ class EncodedUnit:
 @dataclass(frozen=True, slots=True, eq=False)
 class TargetScores:
     """Scores by target id. First the tokens of all responses (transcripts in order, responses in order, tokens in
-    order), then those of all branches in the same manner. Filled by ``engine.engine``."""
+    order), then those of all branches in the same manner. Filled by ``Engine``."""
 
     logprob: np.ndarray  # [targets] float32, nats
     is_argmax: np.ndarray  # [targets] bool, the token is the vocabulary's argmax (lowest id on ties)

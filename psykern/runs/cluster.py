@@ -22,7 +22,6 @@ from psykern.core.settings import Settings
 from psykern.core.stages import ahead
 from psykern.core.types import EncodedUnit
 from psykern.data.dataset import Dataset
-from psykern.engine.budgets import budgets_for
 from psykern.kernels.compute import Compute
 from psykern.runs.job import Options, Run, RunJob, recipe_of
 from psykern.runs.manifest import Counts, Recipe
@@ -116,9 +115,7 @@ class _Worker:
 
     def recipe(self) -> Recipe:
         """Of a run that begins on this machine."""
-        model = self._scorer.model
-        budgets = budgets_for(self._settings, model.spec, model.compute)
-        return recipe_of(self._scorer, self._dataset, self._settings, budgets, Clock())
+        return recipe_of(self._scorer, self._dataset, self._settings, Clock())
 
     def score(self, unit: EncodedUnit, recipe: Recipe) -> Counts | PsykernError:
         """Writes the unit's part, with the budgets of ``recipe``; an error that the user can act on is given back, not

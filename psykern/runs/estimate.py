@@ -11,7 +11,7 @@ from psykern.core.errors import RowError
 from psykern.core.settings import Settings
 from psykern.data.dataset import Dataset
 from psykern.data.feed import Feed
-from psykern.engine.budgets import Cost, budgets_for, cost
+from psykern.engine.budgets import Cost, budgets, cost
 from psykern.engine.plan import Plan
 from psykern.kernels.compute import Compute
 from psykern.runs.job import planned
@@ -77,13 +77,13 @@ def estimate(
     compute = Compute.resolve(settings.device, settings.dtype)
     settings = with_unit_tokens(settings, compute)
     spec, language = load_language(model, chat=settings.condition == "chat", clock=clock)
-    budgets = budgets_for(settings, spec, compute)
+    chosen = budgets(spec, compute.device, compute.dtype).under(settings)
     feed = Feed(Dataset.find(data, hashed=False), language.encoder(settings), clock=clock)
     units = feed.units()
     rejects: list[RowError] = []
     plans: dict[str, StudyPlan] = {}
     with Progress(sum(unit.characters for unit in units), quiet=quiet) as progress:
-        for item in planned(feed.encoded(units), settings, spec.max_positions, budgets, progress, clock):
+        for item in planned(feed.encoded(units), settings, spec.max_positions, chosen, progress, clock):
             rejects.extend(item.unit.rejects)
             study = item.unit.info.study
             if item.transcripts:

@@ -98,9 +98,9 @@ def planned(
         yield PlannedUnit(unit, transcripts, of, progress.start(unit.info.characters, of.num_responses, of.num_tokens))
 
 
-def recipe_of(scorer: Scorer, dataset: Dataset, settings: Settings, budgets: Budgets, clock: Clock) -> Recipe:
+def recipe_of(scorer: Scorer, dataset: Dataset, settings: Settings, clock: Clock) -> Recipe:
     """How a run that begins now is made. ``settings`` must name their ``unit_tokens``."""
-    compute, language = scorer.model.compute, scorer.language
+    compute, language, budgets = scorer.model.compute, scorer.language, scorer.budgets.under(settings)
     is_chat = language.chat is not None and settings.condition == "chat"
     assert settings.unit_tokens is not None
     return Recipe(

@@ -90,7 +90,7 @@ class Outcome:
     responses_per_second: float = 0.0
     peak_memory_bytes: int = 0
     peak_device_bytes: int | None = None  # of a device with memory of its own; None: there was none
-    gpu_idle_share: float | None = None  # of the time between its first and last wave; see engine.DeviceClock
+    gpu_idle_share: float | None = None  # of the time between its first and last wave; see engine.watch.DeviceClock
     finished: str | None = None  # ISO 8601, UTC; None: not yet
 
 

@@ -18,7 +18,6 @@ from psykern.core.settings import Condition, Settings, Shard
 from psykern.data.dataset import Dataset
 from psykern.data.feed import Feed
 from psykern.data.token_cache import TokenCache
-from psykern.engine.budgets import budgets_for
 from psykern.kernels.compute import Compute
 from psykern.runs.job import Options, Run, RunJob, recipe_of
 from psykern.runs.manifest import Recipe, tokens_depend_on
@@ -107,8 +106,7 @@ def score_with(
 ) -> Run:
     """One run with a model that is loaded; raises what :func:`score` raises."""
     settings = with_unit_tokens(settings, scorer.model.compute)
-    budgets = budgets_for(settings, scorer.model.spec, scorer.model.compute)
-    recipe = recipe_of(scorer, dataset, settings, budgets, clock)
+    recipe = recipe_of(scorer, dataset, settings, clock)
     feed = feed_of(dataset, scorer.language, settings, recipe, options, clock)
     with clock("scan"):
         units = feed.units()

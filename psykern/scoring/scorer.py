@@ -11,6 +11,7 @@ from psykern.core.settings import Settings
 from psykern.data.chat import ChatTemplate
 from psykern.data.encode import Encoder
 from psykern.data.tokenizer import Tokenizer
+from psykern.engine.budgets import Budgets, budgets
 from psykern.engine.engine import Engine
 from psykern.kernels.compute import Compute
 from psykern.models.checkpoint import hash_model, resolve_model
@@ -53,6 +54,7 @@ class Scorer:
     model: Model
     language: Language
     engine: Engine
+    budgets: Budgets  # that suit the device, as it was when the model had been loaded and nothing else
 
     @classmethod
     def load(cls, model: str | Path, compute: Compute, *, chat: bool = False, clock: Clock | None = None) -> Scorer:
@@ -65,8 +67,9 @@ class Scorer:
             folder = resolve_model(model)
             language = Language.load(folder, read_spec(folder).vocab_size, chat=chat)
             decoder = Model(folder, compute)  # last, as it takes longest
+            suitable = budgets(decoder.spec, compute.device, compute.dtype)
         with clock("hash"):
-            return cls(str(model), hash_model(folder), decoder, language, Engine(decoder))
+            return cls(str(model), hash_model(folder), decoder, language, Engine(decoder), suitable)
 
 
 def load_language(model: str | Path, *, chat: bool, clock: Clock | None = None) -> tuple[ModelSpec, Language]:
