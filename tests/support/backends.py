@@ -120,3 +120,12 @@ def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
         pytest.fail(
             f"{int(differs.sum())} elements differ, first {place}: {actual[tuple(place)]} != {expected[tuple(place)]}"
         )
+
+
+def assert_agrees(place: Place, actual: Tensor, expected: Tensor, tolerance: float | None) -> None:
+    """Two ways to the same numbers: equal bits where psykern promises them, which are all results without a matrix
+    product (``tolerance`` None) and all of the C++ backend; else within ``tolerance``, or 1e-6 of the number."""
+    if tolerance is None or place.backend == "cpu":
+        assert_same_bits(actual, expected)
+    else:
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=tolerance, equal_nan=True)
