@@ -44,7 +44,7 @@ test: build
 # Every case of the Triton kernels under Triton's interpreter, which a process must choose before it imports them.
 interpret: build
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -k triton -W ignore --numprocesses auto \
-	    $(addprefix tests/kernels/test_,triton_kernels.py dispatch.py elementwise.py option_logprobs.py prefix_attention.py)
+	    $(addprefix tests/kernels/test_,triton_kernels.py contract.py dispatch.py elementwise.py option_logprobs.py prefix_attention.py)
 
 format: setup
 	$(PY) -m ruff check --fix .
