@@ -51,7 +51,7 @@ test: build
 # Every case of the Triton kernels under Triton's interpreter, which a process must choose before it imports them.
 interpret: setup
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=$(THREADS) $(OLDER) $(PYTEST) -k triton -W ignore \
-	    $(addprefix tests/kernels/test_,triton_kernels.py dispatch.py elementwise.py option_logprobs.py prefix_attention.py)
+	    $(addprefix tests/kernels/test_,triton_kernels.py contract.py dispatch.py elementwise.py option_logprobs.py prefix_attention.py)
 
 plain: setup
 	OMP_NUM_THREADS=$(THREADS) $(PYTEST)

@@ -80,7 +80,7 @@ if [ "$device" = cpu ]; then
     pytest tests 140 -m "not gpu" tests/engine/test_gpu.py
 else
     pytest tests 110 -m gpu -k "not sanitizer" -n 12 \
-        tests/engine/test_gpu.py tests/kernels/test_{dispatch,elementwise,option_logprobs,prefix_attention}.py
+        tests/engine/test_gpu.py tests/kernels/test_{contract,dispatch,elementwise,option_logprobs,prefix_attention}.py
 fi
 score Qwen3-8B 170
 bench option_logprobs_gpu 70 option_logprobs

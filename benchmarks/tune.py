@@ -57,7 +57,7 @@ def instead(case: Case, alternative: Alternative) -> Iterator[None]:
 
 
 def product_tiles(rows: int) -> list[Alternative]:
-    """Of ``option_logprobs``: rows, tokens, step of the product, warps, stages; "loads" without the copy engine."""
+    """Of ``option_logprobs``: rows, tokens, step of the product, warps, stages; "loads" without TMA."""
     module = importlib.import_module(f"{TRITON}.option_logprobs")
     if rows <= 16:
         sizes = [
@@ -89,11 +89,11 @@ def product_tiles(rows: int) -> list[Alternative]:
         ]
     tiles = [("x".join(map(str, size)), module.Tiles(*size)) for size in sizes]
     found = [Alternative(name, {"tiles_of": lambda *_, t=t: t}) for name, t in tiles]
-    return [*found, Alternative("loads", {"uses_copies": lambda *_: False})]
+    return [*found, Alternative("loads", {"uses_tma": lambda *_: False})]
 
 
 def attention_blocks(head_dim: int) -> list[Alternative]:
-    """Of ``prefix_attention``: rows, keys, keys of masked blocks, warps, stages; "loads" without the copy engine."""
+    """Of ``prefix_attention``: rows, keys, keys of masked blocks, warps, stages; "loads" without TMA."""
     module = importlib.import_module(f"{TRITON}.prefix_attention")
     sizes = [(128, 64, 64, 8, 2), (128, 128, 64, 8, 2), (64, 64, 32, 4, 2), (64, 64, 32, 4, 3), (64, 128, 32, 4, 2)]
     if head_dim <= 64:
@@ -102,7 +102,7 @@ def attention_blocks(head_dim: int) -> list[Alternative]:
         sizes += [(128, 64, 32, 8, 3)]
     blocks = [("x".join(map(str, size)), module.Blocks(*size)) for size in sizes]
     found = [Alternative(name, {"blocks_of": lambda *_, b=b: b}) for name, b in blocks]
-    return [*found, Alternative("loads", {"uses_copies": lambda *_: False})]
+    return [*found, Alternative("loads", {"uses_tma": lambda *_: False})]
 
 
 def cuda_tiles() -> list[Alternative]:

@@ -46,40 +46,44 @@ def option_logprobs(
     tile = torch.zeros((height, size), dtype=torch.float32 if is_wide else hidden.dtype, device=device)
     buffer = torch.empty(height * width, dtype=torch.float32, device=device)
     state = torch.empty((3, height), dtype=torch.float32, device=device)  # maximum, total, moment
-    maximum, total, moment = (s.data_ptr() for s in state)
     with torch.cuda.device(device):
-        stream = torch.cuda.current_stream().cuda_stream
+        running = dict(zip(("maximum", "total", "moment"), (x.data_ptr() for x in state), strict=True))
+        running["stream"] = torch.cuda.current_stream().cuda_stream
         for begin in range(0, num_rows, height):
-            rows = min(height, num_rows - begin)
-            tile[:rows] = hidden[begin : begin + rows]
+            rows = slice(begin, min(begin + height, num_rows))
+            tile[: rows.stop - begin] = hidden[rows]
             for first in range(0, weight.shape[0], width):
                 part = weight[first : first + width]
                 z = buffer[: height * len(part)].view(height, len(part))
                 _multiply(tile, part, z)
-                _cuda.online_softmax_chunk(
-                    z=z.data_ptr(),
-                    rows=rows,
-                    width=len(part),
-                    first=first,
-                    token_offsets=token_offsets[begin:].data_ptr(),
-                    token_ids=token_ids.data_ptr(),
-                    wanted=logits.data_ptr(),
-                    maximum=maximum,
-                    total=total,
-                    moment=moment,
-                    best=argmax[begin:].data_ptr(),
-                    stream=stream,
-                )
-            _cuda.finish_softmax(
-                maximum=maximum,
-                total=total,
-                moment=moment,
-                lse=lse[begin:].data_ptr(),
-                entropy=entropy[begin:].data_ptr(),
-                rows=rows,
-                stream=stream,
-            )
+                _reduce_chunk(z, first, token_offsets[begin:], token_ids, logits, argmax[rows], running)
+            done = {"lse": lse[begin:].data_ptr(), "entropy": entropy[begin:].data_ptr()}
+            _cuda.finish_softmax(rows=rows.stop - begin, **done, **running)
     return lse, logits, argmax, entropy
+
+
+def _reduce_chunk(
+    z: Tensor,
+    first: int,
+    token_offsets: Tensor,
+    token_ids: Tensor,
+    logits: Tensor,
+    argmax: Tensor,
+    running: dict[str, int],
+) -> None:
+    """The logits z of the tokens from ``first`` on into the rows' running sums, and those that are wanted into
+    ``logits``."""
+    _cuda.online_softmax_chunk(
+        z=z.data_ptr(),
+        rows=len(argmax),
+        width=z.shape[1],
+        first=first,
+        token_offsets=token_offsets.data_ptr(),
+        token_ids=token_ids.data_ptr(),
+        wanted=logits.data_ptr(),
+        best=argmax.data_ptr(),
+        **running,
+    )
 
 
 def _tile_shape(num_rows: int, vocabulary: int, widened_size: int) -> tuple[int, int]:

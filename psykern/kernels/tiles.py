@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from psykern.core import csr
+
 _PACK_SHARE = 4  # a segment is short where a tile holds at least so many of it
 
 # Columns of the tiles' table.
@@ -35,6 +37,18 @@ class QueryTiles:
     num_tiles: int
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Active:
+    """The segments that have queries, in order."""
+
+    starts: np.ndarray  # [A] int32, first query
+    counts: np.ndarray  # [A] int32, queries
+    first_range: np.ndarray  # [A] int32, of the path
+    end_range: np.ndarray  # [A] int32
+    last_range: np.ndarray  # [A] int32; 0 where the path has no range
+    trunk: np.ndarray  # [A] int32, keys of the path before its last range
+
+
 def plan_tiles(
     positions: np.ndarray,
     query_offsets: np.ndarray,
@@ -44,50 +58,12 @@ def plan_tiles(
     device: torch.device,
 ) -> QueryTiles:
     """The tiles of at most ``tile_queries`` queries each; see :class:`psykern.kernels.Segments` for the arrays."""
-    active = np.flatnonzero(np.diff(query_offsets))  # segments with queries
-    starts, counts = query_offsets[active], np.diff(query_offsets)[active]
-    first_range, end_range = range_offsets[active], range_offsets[active + 1]
-    sizes = np.concatenate(([0], np.cumsum(key_ranges[:, 1] - key_ranges[:, 0], dtype=np.int64)))
-    last = np.maximum(end_range - 1, 0)
-    trunk = (sizes[last] - sizes[first_range]).astype(np.int32)  # keys before the last range
-    group = _groups(positions, key_ranges, starts, counts, first_range, end_range, trunk, tile_queries)
-
-    begins = np.flatnonzero(np.diff(group, prepend=-1))  # first segment of each group, among the active
-    ends = np.append(begins[1:], len(group)).astype(np.int64)
-    is_packed = ends - begins > 1
-    longest = begins.copy()  # the segment whose trunk holds those of all others
-    for g in np.flatnonzero(is_packed):
-        longest[g] += int(trunk[begins[g] : ends[g]].argmax())
-
-    packed = np.repeat(is_packed, ends - begins)  # by segment
-    segment = np.repeat(np.arange(len(active)), counts)  # of each query
-    own = key_ranges[last, 0] if len(key_ranges) else trunk
-    beyond = positions + 1 - trunk[segment]
-    in_pack = packed[segment]
-    limits = np.where(in_pack, trunk[segment], positions + 1).astype(np.int32)
-    tails = np.where(in_pack[:, None], own[segment][:, None] + np.stack((0 * beyond, beyond), axis=1), 0)
-
-    queries = np.append(starts, len(positions))
-    queries = queries[ends] - queries[begins]  # of each group
-    pieces = -(-queries // tile_queries)
-    owner = np.repeat(np.arange(len(begins)), pieces)
-    piece = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    table = np.zeros((len(owner), NUM_COLUMNS), np.int32)
-    table[:, FIRST_QUERY] = starts[begins][owner] + piece * tile_queries
-    table[:, END_QUERY] = np.minimum(table[:, FIRST_QUERY] + tile_queries, (starts[begins] + queries)[owner])
-    table[:, FIRST_RANGE] = first_range[longest][owner]
-    table[:, END_RANGE] = (end_range[longest] - is_packed)[owner]
-    if len(table):
-        first = table[:, FIRST_QUERY]
-        table[:, FIRST_POSITION] = np.minimum.reduceat(positions, first)
-        table[:, LAST_POSITION] = np.maximum.reduceat(positions, first)
-        table[:, LIMIT] = np.maximum.reduceat(limits, first)
-        table[:, MIN_LIMIT] = np.minimum.reduceat(limits, first)
-        table[:, FIRST_TAIL] = np.where(is_packed[owner], np.minimum.reduceat(tails[:, 0], first), 0)
-        table[:, END_TAIL] = np.maximum.reduceat(tails[:, 1], first)
-    order = np.argsort(-table[:, LIMIT], kind="stable")
+    active = _active(query_offsets, range_offsets, key_ranges)
+    groups = _groups(active, positions, key_ranges, tile_queries)
+    limits, tails = _limits(active, groups, positions, key_ranges)
+    table = _table(active, groups, tile_queries, positions, limits, tails)
     return QueryTiles(
-        table=_upload(table[order], device),
+        table=_upload(table, device),
         key_ranges=_upload(key_ranges, device),
         limits=_upload(limits, device),
         tails=_upload(tails, device),
@@ -96,42 +72,97 @@ def plan_tiles(
     )
 
 
-def _groups(
-    positions: np.ndarray,
-    key_ranges: np.ndarray,
-    starts: np.ndarray,
-    counts: np.ndarray,
-    first_range: np.ndarray,
-    end_range: np.ndarray,
-    trunk: np.ndarray,
+def _active(query_offsets: np.ndarray, range_offsets: np.ndarray, key_ranges: np.ndarray) -> _Active:
+    active = np.flatnonzero(np.diff(query_offsets))
+    first_range, end_range = range_offsets[active], range_offsets[active + 1]
+    last_range = np.maximum(end_range - 1, 0)
+    keys = csr.offsets_of(key_ranges[:, 1] - key_ranges[:, 0])  # before each range, over all paths
+    return _Active(
+        starts=query_offsets[active],
+        counts=np.diff(query_offsets)[active],
+        first_range=first_range,
+        end_range=end_range,
+        last_range=last_range,
+        trunk=(keys[last_range] - keys[first_range]).astype(np.int32),
+    )
+
+
+def _limits(
+    active: _Active, groups: np.ndarray, positions: np.ndarray, key_ranges: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """By query: how many keys of the trunk it sees [N], and the begin and end of the rows it sees behind it [N, 2]."""
+    segment = np.repeat(np.arange(len(active.counts)), active.counts)  # of each query
+    in_pack = np.repeat(np.diff(groups) > 1, np.diff(groups))[segment]
+    trunk = active.trunk[segment]
+    own = key_ranges[active.last_range, 0][segment] if len(key_ranges) else trunk
+    limits = np.where(in_pack, trunk, positions + 1)
+    tails = np.where(in_pack[:, None], np.stack((own, own + positions + 1 - trunk), axis=1), 0)
+    return limits, tails
+
+
+def _table(
+    active: _Active,
+    groups: np.ndarray,
     tile_queries: int,
+    positions: np.ndarray,
+    limits: np.ndarray,
+    tails: np.ndarray,
 ) -> np.ndarray:
-    """[segments] ascending numbers: segments of one number are answered together."""
-    if len(starts) == 0:
-        return np.zeros(0, np.int64)
-    num_ranges = end_range - first_range
-    last = np.maximum(end_range - 1, 0)
-    is_short = (num_ranges >= 2) & (counts * _PACK_SHARE <= tile_queries) & (positions[starts] >= trunk)
-    is_short &= np.diff(key_ranges[last], axis=1)[:, 0] <= tile_queries if len(key_ranges) else False
-    # The next segment continues a pack: as many ranges, the last right behind this one's, all but the last two equal,
-    # the one before the last from the same row.
-    links = is_short[:-1] & is_short[1:] & (num_ranges[:-1] == num_ranges[1:])
-    links &= key_ranges[last[:-1], 1] == key_ranges[last[1:], 0] if len(key_ranges) else False
-    candidates = np.flatnonzero(links)
-    if len(candidates):
-        n = num_ranges[candidates]
-        offsets = np.cumsum(n) - n
-        place = np.arange(n.sum()) - np.repeat(offsets, n)  # of a range on its path
-        here = key_ranges[np.repeat(first_range[candidates], n) + place]
-        there = key_ranges[np.repeat(first_range[candidates + 1], n) + place]
-        same = (here[:, 0] == there[:, 0]) & ((here[:, 1] == there[:, 1]) | (place == np.repeat(n, n) - 2))
-        same |= place == np.repeat(n, n) - 1
-        links[candidates] = np.logical_and.reduceat(same, offsets)
-    chain = np.concatenate(([0], np.cumsum(~links)))
-    before = starts - starts[np.flatnonzero(np.diff(chain, prepend=-1))][chain]  # queries of the chain before this
-    longest = int(counts[is_short].max(initial=1))
+    """[tiles, NUM_COLUMNS], those with the most keys first, so that no long one begins when all others are done."""
+    begins, is_packed = groups[:-1], np.diff(groups) > 1
+    longest = begins.copy()  # the segment of each group whose trunk holds those of all others
+    for g in np.flatnonzero(is_packed):
+        longest[g] += int(active.trunk[begins[g] : groups[g + 1]].argmax())
+    queries = csr.reduce(np.add, active.counts, groups)
+    pieces = -(-queries // tile_queries)
+    owner, piece = csr.members(np.zeros_like(pieces), pieces)  # of each tile
+    first = active.starts[begins][owner] + piece * tile_queries
+    of_tile = np.append(first, len(positions))  # the tiles' queries stand end to end
+    table = np.zeros((len(owner), NUM_COLUMNS), np.int32)
+    table[:, FIRST_QUERY] = first
+    table[:, END_QUERY] = of_tile[1:]
+    table[:, FIRST_RANGE] = active.first_range[longest][owner]
+    table[:, END_RANGE] = (active.end_range[longest] - is_packed)[owner]
+    table[:, FIRST_POSITION] = csr.reduce(np.minimum, positions, of_tile)
+    table[:, LAST_POSITION] = csr.reduce(np.maximum, positions, of_tile)
+    table[:, LIMIT] = csr.reduce(np.maximum, limits, of_tile)
+    table[:, MIN_LIMIT] = csr.reduce(np.minimum, limits, of_tile)
+    table[:, FIRST_TAIL] = np.where(is_packed[owner], csr.reduce(np.minimum, tails[:, 0], of_tile), 0)
+    table[:, END_TAIL] = csr.reduce(np.maximum, tails[:, 1], of_tile)
+    return table[np.argsort(-table[:, LIMIT], kind="stable")]
+
+
+def _groups(active: _Active, positions: np.ndarray, key_ranges: np.ndarray, tile_queries: int) -> np.ndarray:
+    """CSR offsets [G+1] of the active segments: those of one group are answered together."""
+    if len(active.starts) == 0 or len(key_ranges) == 0:
+        return np.arange(len(active.starts) + 1)
+    is_short = (active.end_range - active.first_range >= 2) & (active.counts * _PACK_SHARE <= tile_queries)
+    is_short &= positions[active.starts] >= active.trunk  # all queries see the whole trunk
+    is_short &= np.diff(key_ranges[active.last_range], axis=1)[:, 0] <= tile_queries
+    chain = np.concatenate(([0], np.cumsum(~_links(active, is_short, key_ranges))))
+    heads = np.flatnonzero(np.diff(chain, prepend=-1))  # the first segment of each chain
+    before = active.starts - active.starts[heads][chain]  # queries of the chain before this segment
+    longest = int(active.counts[is_short].max(initial=1))
     pack = np.where(is_short, before // (tile_queries - longest + 1), 0)
-    return np.cumsum((np.diff(chain, prepend=0) != 0) | (np.diff(pack, prepend=0) != 0))
+    is_next = (np.diff(chain, prepend=-1) != 0) | (np.diff(pack, prepend=0) != 0)  # begins another group
+    return np.append(np.flatnonzero(is_next), len(is_next))
+
+
+def _links(active: _Active, is_short: np.ndarray, key_ranges: np.ndarray) -> np.ndarray:
+    """[A-1]: whether the next segment can share a tile with this one. It has as many ranges, the last right behind
+    this one's; all but the last two are equal; and the one before the last begins at the same row."""
+    num_ranges, last = active.end_range - active.first_range, active.last_range
+    links = is_short[:-1] & is_short[1:] & (num_ranges[:-1] == num_ranges[1:])
+    links &= key_ranges[last[:-1], 1] == key_ranges[last[1:], 0]
+    candidates = np.flatnonzero(links)
+    counts = num_ranges[candidates]
+    owner, place = csr.members(np.zeros_like(counts), counts)  # of each range: its path, and its place there
+    here = key_ranges[active.first_range[candidates][owner] + place]
+    there = key_ranges[active.first_range[candidates + 1][owner] + place]
+    to_last = counts[owner] - 1 - place
+    same = (here[:, 0] == there[:, 0]) & ((here[:, 1] == there[:, 1]) | (to_last == 1)) | (to_last == 0)
+    links[candidates] = csr.reduce(np.logical_and, same, csr.offsets_of(counts))
+    return links
 
 
 def _upload(array: np.ndarray, device: torch.device) -> Tensor:

@@ -8,15 +8,17 @@ from __future__ import annotations
 import importlib
 import os
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from support import attention
-from support.backends import Place, assert_as_in_company, check
+from support.backends import Place, assert_agrees, check
 from support.checkpoints import CONFIGS, make_model, oracle_logprobs
 from support.groups import random_group, wanted
 from support.logprobs import TOLERANCES, fp64, problem, run
+from torch import Tensor
 
 from psykern.engine.engine import Engine
 from psykern.engine.plan import plan
@@ -27,51 +29,55 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reaso
 TRITON = Place("triton", torch.device("cpu"))
 
 
+def descriptors(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The matrices that an operation describes for TMA from now on."""
+    found: list[Tensor] = []
+    describe = module.descriptor
+    monkeypatch.setattr(module, "descriptor", lambda x, *block: found.append(x) or describe(x, *block))
+    return found
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize(
     ("rows", "vocabulary", "size"),
     [(130, 512, 64), (130, 515, 72), (17, 300, 64), (3, 127, 40)],
     ids=["even-tiles", "odd-tiles", "64-rows", "16-rows"],
 )
-def test_tiles_that_the_copy_engine_fetches(
+def test_tiles_that_tma_fetches(
     rows: int, vocabulary: int, size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = importlib.import_module("psykern.kernels.triton.option_logprobs")
     monkeypatch.setattr(module, "is_hopper", lambda device: True)
-    used: list[bool] = []
-    source = module._source
-    monkeypatch.setattr(module, "_source", lambda x, b, k, use: used.append(use) or source(x, b, k, use))
+    fetched = descriptors(module, monkeypatch)
     hidden, weight, *wanted = problem(rows, vocabulary, size, dtype)
     inputs = (hidden.to(dtype), weight, *wanted)
     check(TRITON, lambda p: run(p, *inputs), fp64(*inputs), TOLERANCES[dtype])
-    assert used == [True, True]
+    assert len(fetched) == 2
 
 
-def test_rows_that_do_not_begin_at_multiples_of_16_bytes_are_not_for_the_copy_engine(
+def test_rows_that_do_not_begin_at_multiples_of_16_bytes_are_not_for_tma(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     module = importlib.import_module("psykern.kernels.triton.option_logprobs")
     monkeypatch.setattr(module, "is_hopper", lambda device: True)
     x = torch.zeros(4, 72, dtype=torch.float16)
-    assert module.uses_copies(x, x)
-    assert not module.uses_copies(x[:, 1:], x[:, 1:])
-    assert not module.uses_copies(torch.zeros(4, 71, dtype=torch.float16), x)
-    assert not module.uses_copies(x, x.bfloat16())
-    assert not module.uses_copies(x.float(), x.float())
+    assert module.uses_tma(x, x)
+    assert not module.uses_tma(x[:, 1:], x[:, 1:])
+    assert not module.uses_tma(torch.zeros(4, 71, dtype=torch.float16), x)
+    assert not module.uses_tma(x, x.bfloat16())
+    assert not module.uses_tma(x.float(), x.float())
 
 
 @pytest.mark.parametrize("window", [None, 40], ids=["full", "window-40"])
 @pytest.mark.parametrize(("heads", "size"), [((8, 2), 64), ((2, 1), 128)], ids=["Dh-64", "Dh-128"])
 @pytest.mark.parametrize("layout", ["long-on-two-ranges", "branches", "deep-ancestors"])
-def test_keys_that_the_copy_engine_fetches(
+def test_keys_that_tma_fetches(
     layout: str, heads: tuple[int, int], size: int, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows of the store that no segment names are NaN: a block that all queries see holds none of them."""
     module = importlib.import_module("psykern.kernels.triton.prefix_attention")
     monkeypatch.setattr(module, "is_hopper", lambda device: True)
-    used: list[bool] = []
-    take = module._blocks_of_keys
-    monkeypatch.setattr(module, "_blocks_of_keys", lambda x, b, use: used.append(use) or take(x, b, use))
+    fetched = descriptors(module, monkeypatch)
     chosen = attention.LONG[layout]
     q, k, v, segments = attention.problem(chosen, heads, size, torch.float16)
     named = torch.zeros(len(k), dtype=torch.bool)
@@ -82,7 +88,7 @@ def test_keys_that_the_copy_engine_fetches(
     check(
         TRITON, lambda p: [attention.run(p, q, k, v, segments, window=window)], [truth], attention.TOLERANCES[q.dtype]
     )
-    assert used == [True, True]
+    assert len(fetched) == 2
 
 
 def test_keys_that_no_query_of_a_tile_sees_are_not_read() -> None:
@@ -95,16 +101,16 @@ def test_keys_that_no_query_of_a_tile_sees_are_not_read() -> None:
     torch.testing.assert_close(got.double(), truth, rtol=0, atol=attention.TOLERANCES[q.dtype])
 
 
-def test_heads_that_are_not_for_the_copy_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heads_that_are_not_for_tma(monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("psykern.kernels.triton.prefix_attention")
     x = torch.zeros(4, 2, 64, dtype=torch.float16)
-    assert not module.uses_copies(x, x)  # no Hopper GPU
+    assert not module.uses_tma(x, x)  # no Hopper GPU
     monkeypatch.setattr(module, "is_hopper", lambda device: True)
-    assert module.uses_copies(x, x)
-    assert not module.uses_copies(x.float(), x.float())
-    assert not module.uses_copies(x[..., :48], x[..., :48])  # 48 numbers: a block would hold those of the next head
+    assert module.uses_tma(x, x)
+    assert not module.uses_tma(x.float(), x.float())
+    assert not module.uses_tma(x[..., :48], x[..., :48])  # 48 numbers: a block would hold those of the next head
     unaligned = torch.zeros(4, 2 * 64 + 1, dtype=torch.float16)[:, 1:].view(4, 2, 64)
-    assert not module.uses_copies(x, unaligned) and not module.uses_copies(unaligned, x)
+    assert not module.uses_tma(x, unaligned) and not module.uses_tma(unaligned, x)
 
 
 @pytest.mark.parametrize("limit", ["_PARTIAL_BYTES", "_HIDDEN_BYTES"])
@@ -116,7 +122,7 @@ def test_rows_in_several_launches_score_as_in_one(limit: str, monkeypatch: pytes
     monkeypatch.setattr(module, limit, 1)
     assert module.rows_of_launch(150, 32 * 4, 3, 64) == 64
     for one, other in zip(run(TRITON, *inputs), whole, strict=True):
-        assert_as_in_company(TRITON, one, other, TOLERANCES[torch.float32])
+        assert_agrees(TRITON, one, other, TOLERANCES[torch.float32])
 
 
 @pytest.mark.parametrize(

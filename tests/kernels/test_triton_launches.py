@@ -71,7 +71,7 @@ kernel[(1, 65_536)](x, x, x, 8, 8, 8, 8, BLOCK_F=1024)
 """,
     "tensor-map": """
 attention = importlib.import_module("psykern.kernels.triton.prefix_attention")
-attention.described = lambda x, rows, columns: importlib.import_module(
+attention.descriptor = lambda x, rows, columns: importlib.import_module(
     "triton.tools.tensor_descriptor").TensorDescriptor(x, [len(x), 1024], [x.stride(0), 1], [rows, columns])
 q = torch.zeros(4, 2, 64, dtype=torch.bfloat16)  # rows of 128 numbers, said to have 1,024
 ends = torch.tensor([0, 4], dtype=torch.int32)
@@ -122,7 +122,7 @@ def test_every_launch_is_legal_and_only_the_first_run_compiles(
         *("logits_kernel", "combine_kernel", "attention_kernel"),
         *("add_rms_norm_kernel", "qk_norm_rope_kernel", "silu_mul_kernel"),
     }
-    # The copy engine fetches rows and weights of the head, and keys and values where heads are a power of 2 long.
+    # TMA fetches rows and weights of the head, and keys and values where heads are a power of 2 long.
     num_fetching = first["launch logits_kernel"] + (head_dim != 80) * first["launch attention_kernel"]
     assert sum(n for line, n in first.items() if line.startswith("map")) == 2 * num_fetching
     for run in later:

@@ -23,7 +23,7 @@ CASES = {case.config: case for case in resources.cases()}
 HARDEST = [  # configuration, architecture, the tensor core instruction of its product
     ("R64-V50281-D2045-bf16", 90, "wgmma"),  # masked loads
     ("R1024-V151936-D2048-bf16", 80, "mma"),
-    ("R1024-V151936-D2048-bf16", 90, "wgmma"),  # the copy engine's tiles, 255 registers
+    ("R1024-V151936-D2048-bf16", 90, "wgmma"),  # TMA's tiles, 255 registers
     ("Dh64-full-bf16", 90, "wgmma"),
     ("Dh80-full-bf16", 80, "mma"),
     ("Dh128-full-bf16", 80, "mma"),

@@ -181,12 +181,8 @@ def run(
     v: Tensor,
     segments: kernels.Segments,
     window: int | None = None,
-    out: Tensor | None = None,
     scale: float = SCALE,
 ) -> Tensor:
     with poisoned_memory():
         on_device = (*place.put(q, k, v), put(place, segments))
-        given = None if out is None else place.put(out)[0]
-        o = kernels.prefix_attention(*on_device, softmax_scale=scale, window=window, out=given, backend=place.backend)
-    assert given is None or o is given
-    return o.cpu()
+        return kernels.prefix_attention(*on_device, softmax_scale=scale, window=window, backend=place.backend).cpu()

@@ -120,14 +120,6 @@ def _error(actual: Tensor, expected: Tensor) -> float:
     return float(((a - e).abs() / e.abs().clamp(min=1)).max()) if len(a) else 0.0
 
 
-def assert_as_in_company(place: Place, alone: Tensor, together: Tensor, tolerance: float) -> None:
-    """Equal bytes where the products are psykern's own; a library's promise a row nothing of the kind."""
-    if place.has_own_products:
-        assert_same_bits(alone, together)
-    else:
-        torch.testing.assert_close(alone, together, rtol=1e-6, atol=tolerance)
-
-
 def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
     """Equal bytes, NaN included; the message gives the first place that differs."""
     assert actual.shape == expected.shape and actual.dtype == expected.dtype
@@ -137,3 +129,12 @@ def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
         pytest.fail(
             f"{int(differs.sum())} elements differ, first {place}: {actual[tuple(place)]} != {expected[tuple(place)]}"
         )
+
+
+def assert_agrees(place: Place, actual: Tensor, expected: Tensor, tolerance: float | None) -> None:
+    """Two ways to the same numbers: equal bits where psykern promises them, which are all results without a matrix
+    product (``tolerance`` None) and all where the products are psykern's own; else within ``tolerance``, or 1e-6 of the number."""
+    if tolerance is None or place.has_own_products:
+        assert_same_bits(actual, expected)
+    else:
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=tolerance, equal_nan=True)

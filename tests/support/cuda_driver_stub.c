@@ -1,5 +1,5 @@
 // A CUDA driver that runs nothing: of a launch it checks the grid, the block and the shared memory, and of a tensor map
-// what the copy engine demands, by the limits of an H100. Triton compiles, loads and launches as on that machine.
+// what TMA demands, by the limits of an H100. Triton compiles, loads and launches as on that machine.
 #include <cuda.h>
 #include <stdio.h>
 #include <string.h>

@@ -1,11 +1,16 @@
-"""A valid call of each operation."""
+"""Calls of each operation: a small valid one, and the table that ``test_contract.py`` holds all backends to."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from support.backends import REFERENCE, Place
+from support import attention, logprobs
+from support.backends import REFERENCE, Place, poisoned_memory
+from torch import Tensor
 
 from psykern import kernels
 
@@ -63,3 +68,187 @@ def segments(place: Place = REFERENCE, **changed: torch.Tensor) -> kernels.Segme
 
 def call(op: str, backend: kernels.Backend = "auto", place: Place = REFERENCE, **changed: Any) -> Any:
     return getattr(kernels, op)(**(arguments(op, place) | changed), backend=backend)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A call that answers several items at once, rows or segments, none of which may depend on the others."""
+
+    op: str
+    arguments: dict[str, Any]  # on the CPU; without ``backend`` and without arrays to write to
+    items: int
+    alone: Callable[[dict[str, Any], int], dict[str, Any]]  # the arguments of item i by itself
+    part: Callable[[int], Sequence[Any]]  # by output, the index of what item i has of it
+    spoil: tuple[str, Callable[[int], Any]]  # a number that only item i depends on: the argument, and its index
+    outs: tuple[str, ...] = ("out",)  # arguments for arrays to write to, one for each output
+    may_be: tuple[dict[str, str], ...] = ()  # inputs that may be given for them, all those of one entry together
+    apart: tuple[str, ...] = ()  # inputs whose rows may lie apart
+    tolerance: float | None = None  # of operations with a matrix product: between two ways to the same numbers
+
+    def run(self, place: Place, given: dict[str, Any]) -> list[Tensor]:
+        """What the operation gives of arguments on the place's device; what it leaves out of new arrays is NaN."""
+        with poisoned_memory():
+            result = getattr(kernels, self.op)(**given, backend=place.backend)
+        return [result] if isinstance(result, Tensor) else list(result)
+
+
+def put(place: Place, given: dict[str, Any]) -> dict[str, Any]:
+    """Copies on the place's device."""
+    on_device = {}
+    for name, value in given.items():
+        if isinstance(value, kernels.Segments):
+            value = attention.put(place, value)
+        on_device[name] = place.put(value)[0] if isinstance(value, Tensor) else value
+    return on_device
+
+
+def with_gaps(x: Tensor) -> Tensor:
+    """``x`` with NaN behind each of its rows, which are dense."""
+    size = x[0].numel()
+    wide = torch.full((len(x), size + 8), math.nan, dtype=x.dtype, device=x.device)
+    rows = wide[:, :size].unflatten(1, x.shape[1:])
+    return rows.copy_(x)
+
+
+def cases(dtype: torch.dtype) -> dict[str, Case]:
+    """Each operation in each of its forms, in ``dtype``."""
+    layouts = ("trie", "carried", "no-queries")
+    return {
+        "option_logprobs": _option_logprobs(dtype),
+        **{f"attention-{n}": _prefix_attention(attention.LAYOUTS[n], None, dtype) for n in layouts},
+        **{f"attention-{n}-window": _prefix_attention(attention.LAYOUTS[n], 5, dtype) for n in layouts},
+        "attention-many-tiles": _prefix_attention(attention.LONG["many-gaps"], None, dtype),
+        "add-first": _add_rms_norm(dtype, norm_first=False, has_residual=True),
+        "norm-first": _add_rms_norm(dtype, norm_first=True, has_residual=True),
+        "norm-alone": _add_rms_norm(dtype, norm_first=False, has_residual=False),
+        **{f"rope-norm-of-{norm}": _qk_norm_rope(dtype, norm) for norm in ("none", "head", "projection")},
+        "silu_mul": _silu_mul(dtype),
+        "gather_rows": _gather_rows(dtype),
+    }
+
+
+def _normal(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def _rows(*names: str) -> Callable[[dict[str, Any], int], dict[str, Any]]:
+    """The call of row i by itself: that row of the arguments ``names``."""
+    return lambda given, i: given | {name: given[name][i : i + 1] for name in names if given[name] is not None}
+
+
+def _option_logprobs(dtype: torch.dtype) -> Case:
+    hidden, weight, offsets, ids = logprobs.problem(9, 300, 33, dtype)
+
+    def tokens(i: int) -> slice:
+        return slice(int(offsets[i]), int(offsets[i + 1]))
+
+    def alone(given: dict[str, Any], i: int) -> dict[str, Any]:
+        found = given["token_ids"][tokens(i)]
+        ends = torch.tensor([0, len(found)], device=found.device)
+        return _rows("hidden")(given, i) | {"token_offsets": ends, "token_ids": found}
+
+    return Case(
+        "option_logprobs",
+        {"hidden": hidden.to(dtype), "weight": weight, "token_offsets": offsets, "token_ids": ids},
+        items=9,
+        alone=alone,
+        part=lambda i: (slice(i, i + 1), tokens(i), slice(i, i + 1), slice(i, i + 1)),
+        spoil=("hidden", lambda i: (i, 5)),
+        outs=(),
+        apart=("hidden", "weight"),
+        tolerance=logprobs.TOLERANCES[dtype],
+    )
+
+
+def _prefix_attention(layout: attention.Layout, window: int | None, dtype: torch.dtype) -> Case:
+    q, k, v, segments = attention.problem(layout, dtype=dtype)
+    ends = segments.query_offsets.tolist()
+
+    def queries(i: int) -> slice:
+        return slice(ends[i], ends[i + 1])
+
+    def alone(given: dict[str, Any], i: int) -> dict[str, Any]:
+        one = attention.Layout((layout.segments[i],)).kernel_segments()
+        return given | {"q": given["q"][queries(i)], "segments": one}
+
+    return Case(
+        "prefix_attention",
+        {"q": q, "k": k, "v": v, "segments": segments, "softmax_scale": attention.SCALE, "window": window},
+        items=len(layout.segments),
+        alone=alone,
+        part=lambda i: (queries(i),),
+        spoil=("q", lambda i: (queries(i), 1, 3)),
+        may_be=({"out": "q"},),
+        apart=("q", "k", "v"),
+        tolerance=attention.TOLERANCES[dtype],
+    )
+
+
+def _add_rms_norm(dtype: torch.dtype, norm_first: bool, has_residual: bool) -> Case:
+    x, residual = (_normal(9, 35, dtype=dtype, seed=seed) for seed in (0, 1))
+    swaps = ({"normed": "x", "summed": "residual"}, {"normed": "residual", "summed": "x"})
+    return Case(
+        "add_rms_norm",
+        {
+            "x": x,
+            "residual": residual if has_residual else None,
+            "weight": _normal(35, dtype=dtype, seed=2),
+            "eps": 1e-5,
+            "norm_first": norm_first,
+        },
+        items=9,
+        alone=_rows("x", "residual"),
+        part=lambda i: (slice(i, i + 1), slice(i, i + 1)),
+        spoil=("x", lambda i: (i, 7)),
+        outs=("normed", "summed") if has_residual else ("normed",),
+        may_be=swaps if has_residual else (),
+        apart=("x", "residual") if has_residual else ("x",),
+    )
+
+
+def _qk_norm_rope(dtype: torch.dtype, norm: str) -> Case:
+    sizes = {"none": 0, "head": 24, "projection": 3 * 24}
+    angles = torch.arange(50)[:, None] * torch.rand(12, generator=torch.Generator().manual_seed(0))
+    return Case(
+        "qk_norm_rope",
+        {
+            "x": _normal(9, 3, 24, dtype=dtype, seed=0),
+            "weight": _normal(sizes[norm], dtype=dtype, seed=1) if sizes[norm] else None,
+            "cos": angles.cos(),
+            "sin": angles.sin(),
+            "positions": torch.tensor([49, 0, 49, 3, 4, 5, 17, 18, 2], dtype=torch.int32),
+            "eps": 1e-5,
+        },
+        items=9,
+        alone=_rows("x", "positions"),
+        part=lambda i: (slice(i, i + 1),),
+        spoil=("x", lambda i: (i, 1, 7)),
+        may_be=({"out": "x"},),
+        apart=("x",),
+    )
+
+
+def _silu_mul(dtype: torch.dtype) -> Case:
+    return Case(
+        "silu_mul",
+        {"gate": 3 * _normal(9, 33, dtype=dtype, seed=0), "up": _normal(9, 33, dtype=dtype, seed=1)},
+        items=9,
+        alone=_rows("gate", "up"),
+        part=lambda i: (slice(i, i + 1),),
+        spoil=("gate", lambda i: (i, 7)),
+        may_be=({"out": "gate"}, {"out": "up"}),
+        apart=("gate", "up"),
+    )
+
+
+def _gather_rows(dtype: torch.dtype) -> Case:
+    rows = torch.tensor([4, 0, 6, 1])
+    return Case(
+        "gather_rows",
+        {"source": _normal(2, 7, 3, 4, dtype=dtype, seed=0), "rows": rows},
+        items=4,
+        alone=_rows("rows"),
+        part=lambda i: ((slice(None), slice(i, i + 1)),),
+        spoil=("source", lambda i: (slice(None), int(rows[i]), 1, 2)),
+        apart=("source",),
+    )

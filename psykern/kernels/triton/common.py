@@ -34,18 +34,19 @@ def dense_rows(x: Tensor) -> Tensor:
 
 
 def has_aligned_rows(x: Tensor) -> bool:
-    """Whether each row begins at a multiple of 16 bytes, as Hopper's copy engine asks."""
+    """Whether each row begins at a multiple of 16 bytes, as TMA asks."""
     return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
 
 
-def described(x: Tensor, block_rows: int, block_columns: int) -> TensorDescriptor:
-    """A matrix with dense rows for the copy engine, which fetches blocks of it and reads 0 outside."""
+def descriptor(x: Tensor, block_rows: int, block_columns: int) -> TensorDescriptor:
+    """What TMA, the tensor memory accelerator of Hopper GPUs, needs to fetch blocks of a matrix with dense rows; what
+    lies outside the matrix it reads as 0."""
     return TensorDescriptor(x, list(x.shape), [x.stride(0), 1], [block_rows, block_columns])
 
 
 @cache
 def is_hopper(device: torch.device) -> bool:
-    """Compute capability 9.0 or later: larger shared memory, and what reads tiles without registers."""
+    """Compute capability 9.0 or later: larger shared memory, and TMA, which loads tiles without registers."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 

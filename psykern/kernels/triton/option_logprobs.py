@@ -4,12 +4,12 @@ Each program computes one tile [rows, tokens] of logits in fp32 accumulators, an
 its rows, the maximum m, its token, sum exp(z - m) and sum exp(z - m) (z - m), and it stores the logits that the row
 asks for. A second kernel combines the tiles of a row in the order of the vocabulary. Tiles are numbered down a column
 of row blocks first, so that programs that run together read the same rows of the weight, and a launch takes only as
-many rows as stay in the L2 cache meanwhile. On Hopper the copy engine fetches the tiles (tensor descriptors).
+many rows as stay in the L2 cache meanwhile. On Hopper TMA fetches the tiles.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -20,7 +20,7 @@ from psykern.kernels.triton.common import (
     LN2,
     LOG2E,
     dense_rows,
-    described,
+    descriptor,
     has_aligned_rows,
     is_hopper,
     is_wide,
@@ -43,11 +43,11 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-def tiles_of(rows: int, size: int, dtype: torch.dtype, use_copies: bool) -> Tiles:
+def tiles_of(rows: int, size: int, dtype: torch.dtype, use_tma: bool) -> Tiles:
     """Of a product of ``rows`` hidden states of ``size`` numbers; ``dtype`` is what is multiplied.
 
-    benchmarks/results/triton_resources_*.csv have the registers they take. Only where the copy engine fetches the tiles
-    (``use_copies``) are enough left for tiles of 128 x 256: with masked loads these spill.
+    benchmarks/results/triton_resources_*.csv have the registers they take. Only where TMA fetches the tiles are enough
+    registers left for those of 128 x 256: with masked loads these spill.
     """
     if dtype == torch.float32:
         return Tiles(16, 64, 32, 4, 2) if rows <= 16 else Tiles(64, 64, 16, 8, 2)
@@ -56,7 +56,7 @@ def tiles_of(rows: int, size: int, dtype: torch.dtype, use_copies: bool) -> Tile
         return Tiles(16, 128, block_k, 4, 4)
     if rows <= 64:
         return Tiles(64, 128, block_k, 8, 4)
-    return Tiles(128, 256, block_k, 8, 3) if use_copies else Tiles(128, 128, block_k, 8, 3)
+    return Tiles(128, 256, block_k, 8, 3) if use_tma else Tiles(128, 128, block_k, 8, 3)
 
 
 def option_logprobs(
@@ -74,57 +74,84 @@ def option_logprobs(
     if num_rows == 0:
         return lse, logits, argmax, entropy
 
-    dtype = hidden.dtype if hidden.dtype == weight.dtype else torch.float32
-    use_copies = uses_copies(hidden, weight)
-    tiles = tiles_of(num_rows, size, dtype, use_copies)
+    use_tma = uses_tma(hidden, weight)
+    tiles = tiles_of(num_rows, size, _multiplied(hidden, weight), use_tma)
     num_tiles = triton.cdiv(vocabulary, tiles.block_v)
     chunk = rows_of_launch(num_rows, hidden.stride(0) * hidden.element_size(), num_tiles, tiles.block_r)
     partial = torch.empty((3, num_tiles, chunk), dtype=torch.float32, device=device)  # maximum, total, moment
     best = torch.empty((num_tiles, chunk), dtype=torch.int32, device=device)
     with on_device_of(hidden):
         for first in range(0, num_rows, chunk):
-            rows = min(chunk, num_rows - first)
-            row_blocks = triton.cdiv(rows, tiles.block_r)
-            logits_kernel[(row_blocks * num_tiles,)](
-                _source(hidden[first : first + rows], tiles.block_r, tiles.block_k, use_copies),
-                _source(weight, tiles.block_v, tiles.block_k, use_copies),
-                token_offsets[first:],
-                token_ids,
-                logits,
-                partial,
-                best,
-                hidden.stride(0),
-                weight.stride(0),
-                rows,
-                vocabulary,
-                size,
-                chunk,
-                row_blocks,
-                IS_WIDE=is_wide(dtype),
-                USE_COPIES=use_copies,
-                EVEN_K=size % tiles.block_k == 0,
-                EVEN_V=vocabulary % tiles.block_v == 0,
-                BLOCK_R=tiles.block_r,
-                BLOCK_V=tiles.block_v,
-                BLOCK_K=tiles.block_k,
-                BLOCK_T=_TARGETS,
-                num_warps=tiles.num_warps,
-                num_stages=tiles.num_stages,
-            )
-            combine_kernel[(triton.cdiv(rows, 16),)](
-                partial,
-                best,
-                lse[first:],
-                argmax[first:],
-                entropy[first:],
-                rows,
-                num_tiles,
-                chunk,
-                BLOCK_R=16,
-                BLOCK_T=power_of_2(min(num_tiles, 128)),
-                num_warps=4,
-            )
+            rows = slice(first, min(first + chunk, num_rows))
+            _reduce_tiles(hidden[rows], weight, token_offsets[first:], token_ids, logits, partial, best, tiles, use_tma)
+            _combine_tiles(partial, best, lse[rows], argmax[rows], entropy[rows])
     return lse, logits, argmax, entropy
+
+
+def _reduce_tiles(
+    hidden: Tensor,
+    weight: Tensor,
+    token_offsets: Tensor,
+    token_ids: Tensor,
+    logits: Tensor,
+    partial: Tensor,
+    best: Tensor,
+    tiles: Tiles,
+    use_tma: bool,
+) -> None:
+    """The wanted logits of some rows, and each tile's part of their sums."""
+    rows, (vocabulary, size) = hidden.shape[0], weight.shape
+    row_blocks = triton.cdiv(rows, tiles.block_r)
+    logits_kernel[(row_blocks * partial.shape[1],)](
+        hidden,
+        weight,
+        descriptor(hidden, tiles.block_r, tiles.block_k) if use_tma else None,
+        descriptor(weight, tiles.block_v, tiles.block_k) if use_tma else None,
+        token_offsets,
+        token_ids,
+        logits,
+        partial,
+        best,
+        hidden.stride(0),
+        weight.stride(0),
+        rows,
+        vocabulary,
+        size,
+        partial.shape[2],
+        row_blocks,
+        IS_WIDE=is_wide(_multiplied(hidden, weight)),
+        USE_TMA=use_tma,
+        EVEN_K=size % tiles.block_k == 0,
+        EVEN_V=vocabulary % tiles.block_v == 0,
+        BLOCK_R=tiles.block_r,
+        BLOCK_V=tiles.block_v,
+        BLOCK_K=tiles.block_k,
+        BLOCK_T=_TARGETS,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
+
+
+def _combine_tiles(partial: Tensor, best: Tensor, lse: Tensor, argmax: Tensor, entropy: Tensor) -> None:
+    _, num_tiles, chunk = partial.shape
+    combine_kernel[(triton.cdiv(len(lse), 16),)](
+        partial,
+        best,
+        lse,
+        argmax,
+        entropy,
+        len(lse),
+        num_tiles,
+        chunk,
+        BLOCK_R=16,
+        BLOCK_T=power_of_2(min(num_tiles, 128)),
+        num_warps=4,
+    )
+
+
+def _multiplied(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype of the product's inputs: their own, or where they differ what holds both."""
+    return hidden.dtype if hidden.dtype == weight.dtype else torch.float32
 
 
 def rows_of_launch(rows: int, row_bytes: int, num_tiles: int, block_r: int) -> int:
@@ -133,8 +160,8 @@ def rows_of_launch(rows: int, row_bytes: int, num_tiles: int, block_r: int) -> i
     return min(max(most // block_r, 1), triton.cdiv(rows, block_r)) * block_r
 
 
-def uses_copies(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether Hopper's copy engine fetches the tiles: 16-bit numbers, and rows that begin at multiples of 16 bytes."""
+def uses_tma(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether TMA fetches the tiles: 16-bit numbers, and rows that begin at multiples of 16 bytes."""
     return (
         is_hopper(hidden.device)
         and hidden.dtype == weight.dtype != torch.float32
@@ -143,9 +170,37 @@ def uses_copies(hidden: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _source(x: Tensor, block: int, block_k: int, use_copies: bool) -> Any:
-    """``x`` as the kernel takes it: as it is, or described for the copy engine."""
-    return described(x, block, block_k) if use_copies else x
+@triton.jit
+def count_tokens(token_ids_ptr, target0, target1, token0, BLOCK_V: tl.constexpr, BLOCK_T: tl.constexpr):
+    """How many of the tokens wanted in places ``target0`` to ``target1`` are of the tile that begins at ``token0``."""
+    num_hits = 0
+    for t in range(target0, target1, BLOCK_T):
+        offs_t = t + tl.arange(0, BLOCK_T)
+        ids = tl.load(token_ids_ptr + offs_t, mask=offs_t < target1, other=-1)
+        num_hits += tl.sum(((ids >= token0) & (ids < token0 + BLOCK_V)).to(tl.int32), axis=0)
+    return num_hits
+
+
+@triton.jit
+def multiply(h, w, z, IS_WIDE: tl.constexpr):
+    """z + h @ w.T; IS_WIDE: in fp32."""
+    if IS_WIDE:
+        z = tl.dot(h.to(tl.float32), tl.trans(w.to(tl.float32)), z, input_precision="ieee")
+    else:
+        z = tl.dot(h, tl.trans(w), z)
+    return z
+
+
+@triton.jit
+def store_wanted(token_offsets_ptr, token_ids_ptr, logits_ptr, z, offs_r, offs_v, token0, R, BLOCK_V: tl.constexpr):
+    """The logits of z [BLOCK_R, BLOCK_V] that its rows ask for."""
+    begins = tl.load(token_offsets_ptr + offs_r, mask=offs_r < R, other=0)
+    counts = (tl.load(token_offsets_ptr + offs_r + 1, mask=offs_r < R, other=0) - begins).to(tl.int32)
+    for j in range(0, tl.max(counts, axis=0)):
+        ids = tl.load(token_ids_ptr + begins + j, mask=j < counts, other=-1)
+        is_here = (ids >= token0) & (ids < token0 + BLOCK_V)
+        wanted = tl.sum(tl.where(ids[:, None] == offs_v[None, :], z, 0.0), axis=1)  # one term is not 0
+        tl.store(logits_ptr + begins + j, wanted, mask=is_here)
 
 
 # Sizes and starts that change from batch to batch are not specialized on: each would compile the kernel anew.
@@ -154,8 +209,10 @@ def _source(x: Tensor, block: int, block_k: int, use_copies: bool) -> Any:
     do_not_specialize_on_alignment=["token_offsets_ptr", "token_ids_ptr", "logits_ptr"],
 )
 def logits_kernel(
-    hidden_ptr,  # or tensor descriptors, with USE_COPIES
+    hidden_ptr,
     weight_ptr,
+    hidden_desc,  # tensor descriptors of the same matrices; None without USE_TMA
+    weight_desc,
     token_offsets_ptr,
     token_ids_ptr,
     logits_ptr,
@@ -169,7 +226,7 @@ def logits_kernel(
     chunk,
     row_blocks,
     IS_WIDE: tl.constexpr,
-    USE_COPIES: tl.constexpr,
+    USE_TMA: tl.constexpr,
     EVEN_K: tl.constexpr,
     EVEN_V: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -188,21 +245,14 @@ def logits_kernel(
     # Does any row of the block ask for a token of this tile? Looked up first: the answer comes during the product.
     target0 = tl.load(token_offsets_ptr + row0).to(tl.int32)
     target1 = tl.load(token_offsets_ptr + tl.minimum(row0 + BLOCK_R, R)).to(tl.int32)
-    num_hits = 0
-    for t in range(target0, target1, BLOCK_T):
-        offs_t = t + tl.arange(0, BLOCK_T)
-        ids = tl.load(token_ids_ptr + offs_t, mask=offs_t < target1, other=-1)
-        num_hits += tl.sum(((ids >= token0) & (ids < token0 + BLOCK_V)).to(tl.int32), axis=0)
+    num_hits = count_tokens(token_ids_ptr, target0, target1, token0, BLOCK_V, BLOCK_T)
 
     z = tl.zeros([BLOCK_R, BLOCK_V], dtype=tl.float32)
-    if USE_COPIES:
+    if USE_TMA:
         for k in range(0, D, BLOCK_K):
-            h = hidden_ptr.load([row0, k])
-            w = weight_ptr.load([token0, k])
-            if IS_WIDE:
-                z = tl.dot(h.to(tl.float32), tl.trans(w.to(tl.float32)), z, input_precision="ieee")
-            else:
-                z = tl.dot(h, tl.trans(w), z)
+            h = hidden_desc.load([row0, k])
+            w = weight_desc.load([token0, k])
+            z = multiply(h, w, z, IS_WIDE)
     else:
         offs_k = tl.arange(0, BLOCK_K)
         # Rows beyond the last are read again, and not used: the loop needs no mask for them.
@@ -217,21 +267,12 @@ def logits_kernel(
             else:
                 h = tl.load(h_ptrs, mask=(offs_k < D - k)[None, :], other=0.0)
                 w = tl.load(w_ptrs, mask=(offs_k < D - k)[None, :], other=0.0)
-            if IS_WIDE:
-                z = tl.dot(h.to(tl.float32), tl.trans(w.to(tl.float32)), z, input_precision="ieee")
-            else:
-                z = tl.dot(h, tl.trans(w), z)
+            z = multiply(h, w, z, IS_WIDE)
             h_ptrs += BLOCK_K
             w_ptrs += BLOCK_K
 
     if num_hits > 0:
-        begins = tl.load(token_offsets_ptr + offs_r, mask=offs_r < R, other=0)
-        counts = (tl.load(token_offsets_ptr + offs_r + 1, mask=offs_r < R, other=0) - begins).to(tl.int32)
-        for j in range(0, tl.max(counts, axis=0)):
-            ids = tl.load(token_ids_ptr + begins + j, mask=j < counts, other=-1)
-            is_here = (ids >= token0) & (ids < token0 + BLOCK_V)
-            wanted = tl.sum(tl.where(ids[:, None] == offs_v[None, :], z, 0.0), axis=1)  # one term is not 0
-            tl.store(logits_ptr + begins + j, wanted, mask=is_here)
+        store_wanted(token_offsets_ptr, token_ids_ptr, logits_ptr, z, offs_r, offs_v, token0, R, BLOCK_V)
 
     if not EVEN_V:
         z = tl.where((offs_v < V)[None, :], z, float("-inf"))

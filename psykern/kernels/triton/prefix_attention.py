@@ -2,37 +2,25 @@
 
 One program answers the query heads of one key head for the queries of one tile (:mod:`psykern.kernels.tiles`),
 so that a key is read once for all of them. Blocks of keys that all queries of the tile see need no mask, and on Hopper
-the copy engine fetches them (tensor descriptors); those that none sees, behind the last query or before the window, are
+TMA fetches them; those that none sees, behind the last query or before the window, are
 not read. What lies between, at the edges, is masked, in smaller blocks where these leave registers to the others.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from psykern.kernels import tiles
 from psykern.kernels.segments import Segments
-from psykern.kernels.tiles import (
-    END_QUERY,
-    END_RANGE,
-    END_TAIL,
-    FIRST_POSITION,
-    FIRST_QUERY,
-    FIRST_RANGE,
-    FIRST_TAIL,
-    LAST_POSITION,
-    LIMIT,
-    MIN_LIMIT,
-    NUM_COLUMNS,
-)
 from psykern.kernels.triton.common import (
     LOG2E,
     dense_rows,
-    described,
+    descriptor,
     has_aligned_rows,
     is_hopper,
     is_wide,
@@ -53,14 +41,14 @@ class Blocks(NamedTuple):
     num_stages: int
 
 
-def blocks_of(head_dim: int, dtype: torch.dtype, hopper: bool, use_copies: bool) -> Blocks:
+def blocks_of(head_dim: int, dtype: torch.dtype, hopper: bool, use_tma: bool) -> Blocks:
     """By head size and dtype: the largest that spill no register, by Triton 3.6 nor 3.9
-    (benchmarks/results/triton_resources_*.csv). Loads take registers, but not the copy engine's (``use_copies``)."""
+    (benchmarks/results/triton_resources_*.csv). Loads take registers, but not those by TMA (``use_tma``)."""
     if dtype == torch.float32:
         if head_dim > 128:
             return Blocks(16, 16, 16, 8, 1)
         return Blocks(32 if head_dim <= 64 else 16, 32, 32, 8, 2) if hopper else Blocks(32, 32, 32, 8, 1)
-    if use_copies:
+    if use_tma:
         if head_dim <= 64:
             return Blocks(128, 64, 32, 8, 3)
         return Blocks(128, 128, 32, 8, 2) if head_dim <= 128 else Blocks(64, 64, 32, 8, 2)
@@ -85,25 +73,25 @@ def prefix_attention(
     if q.numel() == 0:
         return out
     q, k, v = dense_rows(q), dense_rows(k.to(q.dtype)), dense_rows(v.to(q.dtype))
-    use_copies = uses_copies(k, v)
-    blocks = blocks_of(q.shape[2], q.dtype, is_hopper(q.device), use_copies)
+    use_tma = uses_tma(k, v)
+    blocks = blocks_of(q.shape[2], q.dtype, is_hopper(q.device), use_tma)
     group = q.shape[1] // k.shape[1]
     block_m = max(blocks.block_m, power_of_2(group))
-    tiles = segments.tiles(block_m // group, q.device)
+    cut = segments.tiles(block_m // group, q.device)
     target = out if dense_rows(out) is out else torch.empty_like(out, memory_format=torch.contiguous_format)
     with on_device_of(q):
-        attention_kernel[(tiles.num_tiles, k.shape[1])](
+        attention_kernel[(cut.num_tiles, k.shape[1])](
             q,
             k,
             v,
-            _blocks_of_keys(k, blocks.block_n, use_copies),
-            _blocks_of_keys(v, blocks.block_n, use_copies),
+            descriptor(k.flatten(1), blocks.block_n, k.shape[2]) if use_tma else None,
+            descriptor(v.flatten(1), blocks.block_n, v.shape[2]) if use_tma else None,
             target,
-            tiles.table,
-            tiles.key_ranges,
-            tiles.limits,
-            tiles.tails,
-            tiles.positions,
+            cut.table,
+            cut.key_ranges,
+            cut.limits,
+            cut.tails,
+            cut.positions,
             q.stride(0),
             k.stride(0),
             v.stride(0),
@@ -114,90 +102,83 @@ def prefix_attention(
             GROUP=group,
             HAS_WINDOW=window is not None,
             IS_WIDE=is_wide(q.dtype),
-            USE_COPIES=use_copies,
+            USE_TMA=use_tma,
             BLOCK_M=block_m,
             BLOCK_N=blocks.block_n,
             BLOCK_E=blocks.block_e,
             BLOCK_D=power_of_2(q.shape[2]),
-            FIRST_QUERY=FIRST_QUERY,
-            END_QUERY=END_QUERY,
-            FIRST_RANGE=FIRST_RANGE,
-            END_RANGE=END_RANGE,
-            FIRST_TAIL=FIRST_TAIL,
-            END_TAIL=END_TAIL,
-            FIRST_POSITION=FIRST_POSITION,
-            LAST_POSITION=LAST_POSITION,
-            LIMIT=LIMIT,
-            MIN_LIMIT=MIN_LIMIT,
-            NUM_COLUMNS=NUM_COLUMNS,
             num_warps=blocks.num_warps,
             num_stages=blocks.num_stages,
         )
     return out if target is out else out.copy_(target)
 
 
-def uses_copies(k: Tensor, v: Tensor) -> bool:
-    """Whether Hopper's copy engine fetches the keys and values: 16-bit numbers, heads of a power of 2 of them, and rows
+def uses_tma(k: Tensor, v: Tensor) -> bool:
+    """Whether TMA fetches the keys and values: 16-bit numbers, heads of a power of 2 of them, and rows
     that begin at multiples of 16 bytes."""
     size = k.shape[2]
     is_fit = k.dtype != torch.float32 and size == power_of_2(size) and is_hopper(k.device)
     return is_fit and has_aligned_rows(k) and has_aligned_rows(v)
 
 
-def _blocks_of_keys(x: Tensor, block: int, use_copies: bool) -> Any:
-    """``x`` as the kernel takes it where it needs no mask: as it is, or described for the copy engine."""
-    return described(x.flatten(1), block, x.shape[2]) if use_copies else x
+# The columns of the tiles' table, as constants that a kernel may read.
+FIRST_QUERY, END_QUERY = tl.constexpr(tiles.FIRST_QUERY), tl.constexpr(tiles.END_QUERY)
+FIRST_RANGE, END_RANGE = tl.constexpr(tiles.FIRST_RANGE), tl.constexpr(tiles.END_RANGE)
+FIRST_TAIL, END_TAIL = tl.constexpr(tiles.FIRST_TAIL), tl.constexpr(tiles.END_TAIL)
+FIRST_POSITION, LAST_POSITION = tl.constexpr(tiles.FIRST_POSITION), tl.constexpr(tiles.LAST_POSITION)
+LIMIT, MIN_LIMIT = tl.constexpr(tiles.LIMIT), tl.constexpr(tiles.MIN_LIMIT)
+NUM_COLUMNS = tl.constexpr(tiles.NUM_COLUMNS)
+
+
+@triton.jit
+def fetch(source, rows, row, offs_d, inside, IS_MASKED: tl.constexpr, USE_TMA: tl.constexpr):
+    """The block [BLOCK_N, BLOCK_D] of keys or values in the store's ``rows``, of which ``row`` is the first. IS_MASKED:
+    0 where it is not ``inside``."""
+    x_ptr, x_desc, stride, column = source
+    places = rows[:, None] * stride + offs_d[None, :]
+    if IS_MASKED:
+        x = tl.load(x_ptr + places, mask=inside, other=0.0)
+    elif USE_TMA:
+        x = x_desc.load([row, column])
+    else:
+        x = tl.load(x_ptr + places)
+    return x
 
 
 @triton.jit
 def attend(
     q,
-    acc,
-    maximum,
-    total,
-    k_ptr,
-    v_ptr,
-    k_blocks,
-    v_blocks,
-    stride_km,
-    stride_vm,
-    row,
-    column,
-    begin,
-    end,
-    skip_from,
-    skip,
-    lows,
-    highs,
+    softmax,  # (acc [BLOCK_M, BLOCK_D], maximum [BLOCK_M], total [BLOCK_M]) of the keys before
+    keys,  # (pointer, tensor descriptor, stride, column), see ``fetch``
+    values,
+    span,  # (row, begin, end, skip_from, skip)
+    sees,  # (lows [BLOCK_M], highs [BLOCK_M]), with IS_MASKED
     offs_d,
-    Dh,
     scale,
+    Dh: tl.constexpr,
     IS_MASKED: tl.constexpr,
     IS_WIDE: tl.constexpr,
-    USE_COPIES: tl.constexpr,
+    USE_TMA: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
 ):
-    """The keys at places ``begin`` to ``end`` behind store row ``row``, without ``skip`` from place ``skip_from`` on;
-    with IS_MASKED a query sees those from its ``lows`` to its ``highs``."""
+    """``softmax`` with the keys at places ``begin`` to ``end`` behind store row ``row``, without ``skip`` of them from
+    place ``skip_from`` on. With IS_MASKED a query sees those from its ``lows`` to its ``highs``, else all."""
+    acc, maximum, total = softmax
+    row, begin, end, skip_from, skip = span
+    lows, highs = sees
     highs = tl.minimum(highs, end)
     for i in range(begin, end - skip, BLOCK_N):
         places = i + tl.where(i >= skip_from, skip, 0) + tl.arange(0, BLOCK_N)
         rows = (row + places).to(tl.int64)
         inside = (places < end)[:, None] & (offs_d < Dh)[None, :]
-        if IS_MASKED or Dh != BLOCK_D:
-            k = tl.load(k_ptr + rows[:, None] * stride_km + offs_d[None, :], mask=inside, other=0.0)
-        elif USE_COPIES:
-            k = k_blocks.load([row + i, column])
-        else:
-            k = tl.load(k_ptr + rows[:, None] * stride_km + offs_d[None, :])
+        k = fetch(keys, rows, row + i, offs_d, inside, IS_MASKED or Dh != offs_d.shape[0], USE_TMA)
         if IS_WIDE:
             scores = tl.dot(q.to(tl.float32), tl.trans(k.to(tl.float32)), input_precision="ieee")
         else:
             scores = tl.dot(q, tl.trans(k))
         if IS_MASKED:
-            sees = (places[None, :] >= lows[:, None]) & (places[None, :] < highs[:, None])
-            scores = tl.where(sees, scores, float("-inf"))
+            is_seen = (places[None, :] >= lows[:, None]) & (places[None, :] < highs[:, None])
+            scores = tl.where(is_seen, scores, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(scores, axis=1) * scale)
         shift = new_maximum
         if IS_MASKED:
@@ -207,12 +188,7 @@ def attend(
         total = total * rescale + tl.sum(weights, axis=1)
         acc = acc * rescale[:, None]
         maximum = new_maximum
-        if IS_MASKED or Dh != BLOCK_D:
-            v = tl.load(v_ptr + rows[:, None] * stride_vm + offs_d[None, :], mask=inside, other=0.0)
-        elif USE_COPIES:
-            v = v_blocks.load([row + i, column])
-        else:
-            v = tl.load(v_ptr + rows[:, None] * stride_vm + offs_d[None, :])
+        v = fetch(values, rows, row + i, offs_d, inside, IS_MASKED or Dh != offs_d.shape[0], USE_TMA)
         if IS_WIDE:
             acc = tl.dot(weights, v.to(tl.float32), acc, input_precision="ieee")
         else:
@@ -228,8 +204,8 @@ def attention_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
-    k_blocks,  # or tensor descriptors, with USE_COPIES
-    v_blocks,
+    k_desc,  # tensor descriptors of k and v; None without USE_TMA
+    v_desc,
     out_ptr,
     table_ptr,
     key_ranges_ptr,
@@ -246,36 +222,23 @@ def attention_kernel(
     GROUP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     IS_WIDE: tl.constexpr,
-    USE_COPIES: tl.constexpr,
+    USE_TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    FIRST_QUERY: tl.constexpr,
-    END_QUERY: tl.constexpr,
-    FIRST_RANGE: tl.constexpr,
-    END_RANGE: tl.constexpr,
-    FIRST_TAIL: tl.constexpr,
-    END_TAIL: tl.constexpr,
-    FIRST_POSITION: tl.constexpr,
-    LAST_POSITION: tl.constexpr,
-    LIMIT: tl.constexpr,
-    MIN_LIMIT: tl.constexpr,
-    NUM_COLUMNS: tl.constexpr,
 ):
     """One tile of queries, one key head. Row m of a product is query m // GROUP, head m % GROUP."""
     tile_ptr = table_ptr + tl.program_id(0) * NUM_COLUMNS
     head = tl.program_id(1)
-    first_query = tl.load(tile_ptr + FIRST_QUERY)
-    end_query = tl.load(tile_ptr + END_QUERY)
     limit = tl.load(tile_ptr + LIMIT)
     min_limit = tl.load(tile_ptr + MIN_LIMIT)
     end_tail = tl.load(tile_ptr + END_TAIL)
 
     offs_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, BLOCK_D)
-    query = first_query + offs_m // GROUP
-    is_query = query < end_query
+    query = tl.load(tile_ptr + FIRST_QUERY) + offs_m // GROUP
+    is_query = query < tl.load(tile_ptr + END_QUERY)
     mask = is_query[:, None] & (offs_d < Dh)[None, :]
     columns = ((head * GROUP + offs_m % GROUP) * Dh)[:, None] + offs_d[None, :]
     q = tl.load(q_ptr + query.to(tl.int64)[:, None] * stride_qn + columns, mask=mask, other=0.0)
@@ -288,9 +251,9 @@ def attention_kernel(
     scale = softmax_scale * LOG2E
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     maximum = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([BLOCK_M], dtype=tl.float32)
-    k_ptr += head * Dh
-    v_ptr += head * Dh
+    softmax = (acc, maximum, tl.zeros([BLOCK_M], dtype=tl.float32))
+    keys = (k_ptr + head * Dh, k_desc, stride_km, head * Dh)
+    values = (v_ptr + head * Dh, v_desc, stride_vm, head * Dh)
 
     place = 0  # of the range's first key on the path
     for r in range(tl.load(tile_ptr + FIRST_RANGE), tl.load(tile_ptr + END_RANGE)):
@@ -303,63 +266,13 @@ def attention_kernel(
             begin = tl.maximum(first_key - place, 0)
             common_begin = begin + tl.cdiv(tl.maximum(common_key - place, 0) - begin, BLOCK_E) * BLOCK_E
         common_keys = tl.maximum(tl.minimum(min_limit - place, length) - common_begin, 0) // BLOCK_N * BLOCK_N
-        common_end = common_begin + common_keys
-        acc, maximum, total = attend(
-            q,
-            acc,
-            maximum,
-            total,
-            k_ptr,
-            v_ptr,
-            k_blocks,
-            v_blocks,
-            stride_km,
-            stride_vm,
-            row,
-            head * Dh,
-            common_begin,
-            common_end,
-            0,
-            0,
-            lows,
-            highs,
-            offs_d,
-            Dh,
-            scale,
-            IS_MASKED=False,
-            IS_WIDE=IS_WIDE,
-            USE_COPIES=USE_COPIES,
-            BLOCK_N=BLOCK_N,
-            BLOCK_D=BLOCK_D,
+        span = (row, common_begin, common_begin + common_keys, 0, 0)
+        softmax = attend(
+            q, softmax, keys, values, span, (lows, highs), offs_d, scale, Dh, False, IS_WIDE, USE_TMA, BLOCK_N
         )
-        acc, maximum, total = attend(
-            q,
-            acc,
-            maximum,
-            total,
-            k_ptr,
-            v_ptr,
-            k_blocks,
-            v_blocks,
-            stride_km,
-            stride_vm,
-            row,
-            head * Dh,
-            begin,
-            end,
-            common_begin,
-            common_keys,
-            lows - place,
-            highs - place,
-            offs_d,
-            Dh,
-            scale,
-            IS_MASKED=True,
-            IS_WIDE=IS_WIDE,
-            USE_COPIES=USE_COPIES,
-            BLOCK_N=BLOCK_E,
-            BLOCK_D=BLOCK_D,
-        )
+        span = (row, begin, end, common_begin, common_keys)
+        sees = (lows - place, highs - place)
+        softmax = attend(q, softmax, keys, values, span, sees, offs_d, scale, Dh, True, IS_WIDE, USE_TMA, BLOCK_E)
         place += length
     if end_tail > 0:
         tail_ptr = tails_ptr + 2 * query
@@ -367,34 +280,10 @@ def attention_kernel(
         tail_lows = tl.load(tail_ptr, mask=is_query, other=0)
         if HAS_WINDOW:
             tail_lows = tl.maximum(tail_lows, tail_highs - window)
-        acc, maximum, total = attend(
-            q,
-            acc,
-            maximum,
-            total,
-            k_ptr,
-            v_ptr,
-            k_blocks,
-            v_blocks,
-            stride_km,
-            stride_vm,
-            0,
-            head * Dh,
-            tl.load(tile_ptr + FIRST_TAIL),
-            end_tail,
-            0,
-            0,
-            tail_lows,
-            tail_highs,
-            offs_d,
-            Dh,
-            scale,
-            IS_MASKED=True,
-            IS_WIDE=IS_WIDE,
-            USE_COPIES=USE_COPIES,
-            BLOCK_N=BLOCK_E,
-            BLOCK_D=BLOCK_D,
-        )
+        span = (0, tl.load(tile_ptr + FIRST_TAIL), end_tail, 0, 0)
+        sees = (tail_lows, tail_highs)
+        softmax = attend(q, softmax, keys, values, span, sees, offs_d, scale, Dh, True, IS_WIDE, USE_TMA, BLOCK_E)
+    acc, _, total = softmax
     o = acc / total[:, None]
     # Places are computed anew, from a load that the compiler must repeat: kept, they would take registers of the loops.
     query = tl.load(tile_ptr + FIRST_QUERY, volatile=True) + offs_m // GROUP
