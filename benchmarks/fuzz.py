@@ -14,81 +14,35 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from harness import print_row, write_csv
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from hypothesis import HealthCheck, given, seed, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, seed, settings
 from support import fuzzing
 from support.toy import make_toy, toy_rows, write_rows
 
 SECONDS_AT_MOST = 10  # of one input
 EXAMPLES = 200  # of one rule, before the next one's turn
 _FREE = settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-_SUFFIXES = st.sampled_from(["jsonl", "jsonl.gz", "zip", "parquet"])
 
 
-@contextmanager
-def new_folder() -> Iterator[Path]:
-    """For one input, which must not hang."""
-    signal.alarm(SECONDS_AT_MOST)  # its default action ends the process
-    with tempfile.TemporaryDirectory(prefix="psykern-fuzz-") as parent:
-        folder = Path(parent) / "a" / "b"
-        folder.mkdir(parents=True)
-        yield folder
-    signal.alarm(0)
+def counted(count: Counter[str]) -> fuzzing.NewFolder:
+    """Counts the inputs by rule. One that hangs ends the process, which is an alarm's default action."""
 
+    @contextmanager
+    def new_folder(rule: str) -> Iterator[Path]:
+        count[rule] += 1
+        signal.alarm(SECONDS_AT_MOST)
+        with fuzzing.new_folder(rule) as folder:
+            yield folder
+        signal.alarm(0)
 
-def rules(model: Path, data: Path, count: Counter[str]) -> dict[str, Callable[..., None]]:
-    """Each rule as a function of drawn values; ``count`` counts inputs."""
-
-    def rows(lines: list[bytes], packing: str, chosen: Any) -> None:
-        count["rows"] += 1
-        with new_folder() as folder:
-            fuzzing.check_rows(model, lines, packing, chosen, folder)
-
-    def files(lines: list[bytes], suffix: str, damage: list[tuple[float, int]], cut: float) -> None:
-        count["files"] += 1
-        content = fuzzing.parquet_of(lines) if suffix == "parquet" else fuzzing.pack(lines, suffix)
-        with new_folder() as folder:
-            fuzzing.check_damaged(model, content, suffix, damage, cut, folder)
-
-    def raw(content: bytes, suffix: str) -> None:
-        count["raw"] += 1
-        with new_folder() as folder:
-            fuzzing.check_damaged(model, content, suffix, [], 1.0, folder)
-
-    def manifests(text: str) -> None:
-        count["manifests"] += 1
-        with new_folder() as folder:
-            fuzzing.check_manifest(model, data, text, folder)
-
-    def changed(changes: dict[str, Any], removed: list[str]) -> None:
-        count["changed_manifests"] += 1
-        with new_folder() as folder:
-            fuzzing.check_changed_manifest(model, data, changes, removed, folder)
-
-    def parts(content: bytes, place: float, length: float) -> None:
-        count["parts"] += 1
-        with new_folder() as folder:
-            fuzzing.check_part(model, data, content, place, length, folder)
-
-    lines = fuzzing.LINES
-    share = st.floats(0, 1, exclude_max=True)
-    return {
-        "rows": given(lines=lines, packing=fuzzing.PACKINGS, chosen=fuzzing.SETTINGS)(rows),
-        "files": given(lines=lines, suffix=_SUFFIXES, damage=fuzzing.DAMAGE, cut=fuzzing.CUT)(files),
-        "raw": given(content=st.binary(max_size=300), suffix=_SUFFIXES)(raw),
-        "manifests": given(text=fuzzing.JSON_TEXT)(manifests),
-        "changed": given(changes=fuzzing.CHANGES, removed=fuzzing.REMOVED)(changed),
-        "parts": given(content=st.binary(max_size=50), place=share, length=share)(parts),
-    }
+    return new_folder
 
 
 def run(minutes: float, first_seed: int, model: Path, data: Path) -> Counter[str]:
@@ -96,7 +50,7 @@ def run(minutes: float, first_seed: int, model: Path, data: Path) -> Counter[str
     end = time.monotonic() + 60 * minutes
     number = first_seed
     while time.monotonic() < end:
-        for rule in rules(model, data, count).values():
+        for rule in fuzzing.rules(model, data, counted(count)).values():
             seed(number)(_FREE(rule))()
             number += 1
             if time.monotonic() >= end:
@@ -109,7 +63,7 @@ def run_atheris(minutes: float, model: Path, data: Path) -> None:
     import atheris
 
     count: Counter[str] = Counter()
-    tests = [_FREE(rule).hypothesis.fuzz_one_input for rule in rules(model, data, count).values()]
+    tests = [_FREE(rule).hypothesis.fuzz_one_input for rule in fuzzing.rules(model, data, counted(count)).values()]
 
     def one_input(content: bytes) -> None:
         if content:

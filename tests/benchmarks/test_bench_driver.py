@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import csv
-import sys
 from pathlib import Path
 
+import bench_driver
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import bench_driver  # noqa: E402
-
-from psykern import Settings, demo  # noqa: E402
+from psykern import Settings, demo
 
 
 def rows(path: Path) -> list[dict[str, str]]:

@@ -9,20 +9,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bench_elementwise
+import bench_option_logprobs
+import bench_prefix_attention
+import bench_scale
+import bench_score
+import gpu_summary
+import harness
 import numpy as np
 import pytest
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import bench_elementwise  # noqa: E402
-import bench_option_logprobs  # noqa: E402
-import bench_prefix_attention  # noqa: E402
-import bench_scale  # noqa: E402
-import bench_score  # noqa: E402
-import gpu_summary  # noqa: E402
-import harness  # noqa: E402
 
 QUICK = ["--quick", "--repeats", "1"]
 

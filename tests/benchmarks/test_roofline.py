@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import roofline
+import shapes
 import torch
 from support.groups import random_group
 
@@ -16,10 +17,6 @@ from psykern.engine.budgets import cost
 from psykern.engine.plan import plan
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import roofline  # noqa: E402
-import shapes  # noqa: E402
 
 # Billions of weights as the model cards give them, rounded there by up to 1.3 %.
 PUBLISHED = {

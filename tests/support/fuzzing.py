@@ -1,18 +1,21 @@
 """What the fuzzers feed to psykern, and what must hold: an error a user can act on or a run that accounts for every
-row, and nothing written outside the run's folder. Used by ``test_fuzz.py`` and by ``benchmarks/fuzz.py``."""
+row, and nothing written outside the run's folder. Used by ``tests/runs/test_fuzz.py`` and by ``benchmarks/fuzz.py``."""
 
 from __future__ import annotations
 
 import gzip
 import io
 import json
+import tempfile
 import zipfile
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from hypothesis import given
 from hypothesis import strategies as st
 
 import psykern
@@ -75,6 +78,7 @@ SETTINGS = st.builds(
     unit_tokens=st.sampled_from([1, 50, 2**17]),
 )
 PACKINGS = st.sampled_from(["jsonl", "jsonl.gz", "zip"])
+SUFFIXES = st.sampled_from(["jsonl", "jsonl.gz", "zip", "parquet"])
 # Bytes of the packed file that are changed, and where it is cut: shares of its length.
 DAMAGE = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=3)
 CUT = st.one_of(st.just(1.0), st.floats(0, 1))
@@ -84,6 +88,18 @@ MANIFEST_FIELDS = st.sampled_from(
 CHANGES = st.dictionaries(MANIFEST_FIELDS, _VALUE, max_size=3)
 REMOVED = st.lists(MANIFEST_FIELDS, max_size=2)
 JSON_TEXT = st.one_of(_VALUE.map(json.dumps), st.text(max_size=30))
+
+
+NewFolder = Callable[[str], AbstractContextManager[Path]]  # for one input of the rule so named
+
+
+@contextmanager
+def new_folder(rule: str) -> Iterator[Path]:
+    """A folder for one input, deep enough that a step or two upwards is seen too."""
+    with tempfile.TemporaryDirectory(prefix=f"psykern-fuzz-{rule}-") as parent:
+        folder = Path(parent) / "a" / "b"
+        folder.mkdir(parents=True)
+        yield folder
 
 
 def pack(lines: list[bytes], packing: str, member: str = "prompts.jsonl") -> bytes:
@@ -197,3 +213,42 @@ def parquet_of(lines: list[bytes]) -> bytes:
     stream = io.BytesIO()
     pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), stream)
     return stream.getvalue()
+
+
+def rules(model: Path, data: Path, new_folder: NewFolder) -> dict[str, Callable[..., None]]:
+    """Each rule as hypothesis calls it, over what it is fed with; every input gets a new folder."""
+
+    def rows(lines: list[bytes], packing: str, chosen: Any) -> None:
+        with new_folder("rows") as folder:
+            check_rows(model, lines, packing, chosen, folder)
+
+    def files(lines: list[bytes], suffix: str, damage: list[tuple[float, int]], cut: float) -> None:
+        content = parquet_of(lines) if suffix == "parquet" else pack(lines, suffix)
+        with new_folder("files") as folder:
+            check_damaged(model, content, suffix, damage, cut, folder)
+
+    def raw(content: bytes, suffix: str) -> None:
+        with new_folder("raw") as folder:
+            check_damaged(model, content, suffix, [], 1.0, folder)
+
+    def manifests(text: str) -> None:
+        with new_folder("manifests") as folder:
+            check_manifest(model, data, text, folder)
+
+    def changed(changes: dict[str, Any], removed: list[str]) -> None:
+        with new_folder("changed_manifests") as folder:
+            check_changed_manifest(model, data, changes, removed, folder)
+
+    def parts(content: bytes, place: float, length: float) -> None:
+        with new_folder("parts") as folder:
+            check_part(model, data, content, place, length, folder)
+
+    share = st.floats(0, 1, exclude_max=True)
+    return {
+        "rows": given(lines=LINES, packing=PACKINGS, chosen=SETTINGS)(rows),
+        "files": given(lines=LINES, suffix=SUFFIXES, damage=DAMAGE, cut=CUT)(files),
+        "raw": given(content=st.binary(max_size=300), suffix=SUFFIXES)(raw),
+        "manifests": given(text=JSON_TEXT)(manifests),
+        "changed_manifests": given(changes=CHANGES, removed=REMOVED)(changed),
+        "parts": given(content=st.binary(max_size=50), place=share, length=share)(parts),
+    }

@@ -13,12 +13,13 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_a_killed_run_goes_on_to_the_same_records(tmp_path: Path) -> None:
     """In a process of its own: it forks, which a process with threads at work must not."""
     script = (
-        "import json, pathlib, sys, torture\n"
-        "o = torture.torture(8, 1, pathlib.Path(sys.argv[1]))\n"
+        "import json, pathlib, sys\n"
+        "from support.killing import torture\n"
+        "o = torture(8, 1, pathlib.Path(sys.argv[1]))\n"
         "print(json.dumps([o.equal, o.rounds, sum(o.kills.values())]))\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)], cwd=ROOT / "benchmarks", capture_output=True, text=True
+        [sys.executable, "-c", script, str(tmp_path)], cwd=ROOT / "tests", capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     equal, rounds, kills = json.loads(done.stdout.splitlines()[-1])
