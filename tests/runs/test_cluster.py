@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 from support.toy import Toy, make_toy_data
 
 import psykern
@@ -21,6 +22,17 @@ ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.slow
 
 SETTINGS = Settings(device="cpu", unit_tokens=1)  # a unit for each transcript
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Here and in the cluster's workers: on more, torch's matrix products may round otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +65,21 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
+def is_below(process: int, ancestor: int) -> bool:
+    """Whether ``ancestor`` started ``process``, or what started it."""
+    while process > 1 and process != ancestor:
+        process = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+    return process == ancestor
+
+
 def kill_a_worker_that_scores(out: Path, killed: list[int]) -> None:
-    """Waits for the first part, then kills one of the actors."""
+    """Waits for the first part, then kills one of the actors, of this process's cluster: others may test beside it."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not any((out / "responses").glob("part-*.parquet")):
         time.sleep(0.005)
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it may be gone by now
-            if b"ray::_Worker" in (process / "cmdline").read_bytes():
+            if b"ray::_Worker" in (process / "cmdline").read_bytes() and is_below(int(process.name), os.getpid()):
                 assert json.loads((out / "manifest.json").read_text())["finished"] is None  # in the middle
                 os.kill(int(process.name), signal.SIGKILL)
                 killed.append(int(process.name))

@@ -162,6 +162,16 @@ def test_is_argmax_takes_every_token_of_a_response(tmp_path: Path) -> None:
 # Budgets, sharing, company, repetition
 
 
+def assert_no_close_call(oracle: Oracle, rows: Sequence[Row], protocol: str = "exact") -> None:
+    """That ``assert_same_scores`` may compare ``is_argmax``: no rounding can choose another token."""
+    for row in rows:
+        assert not any(record.is_close_call for record in oracle.records(row["text"], protocol)), row["text"]
+
+
+def test_the_toys_tokens_are_no_close_calls(toy: Toy) -> None:
+    assert_no_close_call(toy.oracle, toy.rows)
+
+
 def assert_same_scores(one: pa.Table, two: pa.Table) -> None:
     for name in one.column_names:
         left, right = one.column(name), two.column(name)
@@ -310,6 +320,7 @@ def test_persona_records_are_those_of_the_interview_and_the_text(talking: Toy, t
     told = [row | {"text": fronts[i % 3] + row["text"]} for i, row in enumerate(talking.rows) if fronts[i % 3]]
     other = score(talking.model, write_rows(tmp_path / "told.jsonl", told), tmp_path / "plain")
     one, two = psykern.read_run(run.folder), psykern.read_run(other.folder)
+    assert_no_close_call(talking.oracle, told)
     assert_same_scores(one, two)
     assert run.manifest.condition == "persona"
     assert run.manifest.counts.without_metadata_transcripts == len(talking.rows) - len(told)
@@ -328,6 +339,7 @@ def test_discrete_responses_are_scored_in_a_text_where_the_others_have_no_marks(
     wanted = score(
         toy.model, write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "other", options="observed", protocol=protocol
     )
+    assert_no_close_call(toy.oracle, rows, protocol)
     assert_same_scores(psykern.read_run(run.folder), psykern.read_run(wanted.folder))
     assert run.manifest.discrete == "[A-Z]" and run.manifest.counts.responses == wanted.manifest.counts.responses > 0
 
@@ -775,6 +787,7 @@ def test_real_scores_do_not_depend_on_budgets_and_company(
     real: Real, real_table: RealTable, tmp_path: Path, budgets: dict[str, int]
 ) -> None:
     names = "substitutions", "thoma", "vantiel-line-break"
+    assert_no_close_call(real.oracle, [row for name in names for row in real.rows[name]])
     few = score(real.model, [real.data / f"{name}.jsonl" for name in names], tmp_path, **budgets)
     assert_same_scores(psykern.read_run(few.folder), of_studies(real_table("exact", "joint"), *names))
 

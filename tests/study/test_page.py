@@ -67,6 +67,13 @@ def report(runs: list[Path], domains: Path, tmp_path_factory: pytest.TempPathFac
     return out
 
 
+@pytest.fixture(scope="module")
+def again(runs: list[Path], domains: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, psykern.Comparison]:
+    """A second report on the same runs, by the function."""
+    out = tmp_path_factory.mktemp("again") / "report"
+    return out, psykern.compare_runs(runs, out, domains=domains)
+
+
 def table(report: Path, name: str) -> list[dict[str, str]]:
     with (report / "tables" / f"{name}.csv").open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
@@ -84,8 +91,8 @@ def test_every_figure_and_table_is_there(report: Path) -> None:
     assert "participants-Qwen3-8B-chat" in names
 
 
-def test_tables_hold_the_comparisons_numbers(report: Path, runs: list[Path], domains: Path) -> None:
-    comparison = psykern.compare_runs(runs, report.parent / "again", domains=domains)
+def test_tables_hold_the_comparisons_numbers(report: Path, again: tuple[Path, psykern.Comparison]) -> None:
+    _, comparison = again
     models = {row["model"]: row for row in table(report, "models")}
     for result in comparison.runs:
         row = models[result.named.label]
@@ -110,13 +117,11 @@ def test_tables_hold_the_comparisons_numbers(report: Path, runs: list[Path], dom
     assert mean == pytest.approx(float(models["Qwen3-8B"]["participant_nll"]))
 
 
-def test_equal_comparisons_give_equal_bytes(report: Path) -> None:
-    again = report.parent / "again"  # written by the test above
-    if not again.exists():
-        pytest.skip("needs the second report of test_tables_hold_the_comparisons_numbers")
+def test_equal_comparisons_give_equal_bytes(report: Path, again: tuple[Path, psykern.Comparison]) -> None:
+    other, _ = again
     files = sorted(path.relative_to(report) for path in report.rglob("*") if path.is_file())
-    assert files == sorted(path.relative_to(again) for path in again.rglob("*") if path.is_file())
-    assert [file for file in files if (report / file).read_bytes() != (again / file).read_bytes()] == []
+    assert files == sorted(path.relative_to(other) for path in other.rglob("*") if path.is_file())
+    assert [file for file in files if (report / file).read_bytes() != (other / file).read_bytes()] == []
 
 
 def test_what_a_comparison_lacks_is_in_no_figure(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 TOLERANCE = 1e-4  # nats, against fp32 transformers
 
-CLOSE_CALL = 1e-3  # nats between the two likeliest tokens below which rounding may choose either
+CLOSE_CALL = 2 * TOLERANCE  # between the two likeliest tokens; below, rounding may choose either
 
 Row = dict[str, Any]
 
