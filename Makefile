@@ -7,8 +7,16 @@ CSRC   := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -nam
 ASAN   := build/asan
 BENCH  ?= score
 
+# A process for each core and a thread in each; tests that need more threads set their number themselves.
+PYTEST  := $(PY) -m pytest --numprocesses auto --dist worksteal
+THREADS ?= 1
+# A processor of 2013, for the pass under the interpreter: numpy, torch and MKL then round as they do on machines that
+# this one is not, which costs nothing. The other pass has the machine's own.
+OLDER   ?= OPENBLAS_CORETYPE=Haswell ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2
+
 MAKEFLAGS += --no-print-directory
-.PHONY: setup build demo test interpret format bench asan clean
+unexport PYTHONDONTWRITEBYTECODE  # tests start some hundred Pythons; each would compile torch and transformers again
+.PHONY: setup build demo test interpret plain matrix format bench asan clean
 
 setup: $(VENV)/.built
 
@@ -39,12 +47,20 @@ test: build
 	$(VENV)/bin/clang-format --dry-run --Werror $(CSRC)
 	$(PY) -m mypy
 	$(MAKE) interpret
-	$(PY) -m pytest
+	$(MAKE) plain
 
 # Every case of the Triton kernels under Triton's interpreter, which a process must choose before it imports them.
-interpret: build
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -k triton -W ignore --numprocesses auto \
+interpret: setup
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=$(THREADS) $(OLDER) $(PYTEST) -k triton -W ignore \
 	    $(addprefix tests/kernels/test_,triton_kernels.py dispatch.py elementwise.py option_logprobs.py prefix_attention.py)
+
+plain: setup
+	OMP_NUM_THREADS=$(THREADS) $(PYTEST)
+
+# Both passes as on other processors and with other numbers of threads: about as many times `make test` as the script
+# has settings.
+matrix: build
+	bash tests/support/matrix.sh
 
 format: setup
 	$(PY) -m ruff check --fix .
