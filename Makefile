@@ -15,6 +15,7 @@ THREADS ?= 1
 OLDER   ?= OPENBLAS_CORETYPE=Haswell ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2
 
 MAKEFLAGS += --no-print-directory
+unexport PYTHONDONTWRITEBYTECODE  # tests start some hundred Pythons; each would compile torch and transformers again
 .PHONY: setup build demo test interpret plain matrix format bench asan clean
 
 setup: $(VENV)/.built

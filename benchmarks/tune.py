@@ -178,7 +178,7 @@ def tune(case: Case, repeats: int, device: torch.device) -> list[dict[str, objec
 
     choices = [Alternative(TABLE, {}), *case.alternatives]
     working = keep_working({a.name: lambda a=a: run(a) for a in choices}, check, own=TABLE)
-    timings = time_side_by_side(working, repeats, 2, device)
+    timings = time_side_by_side(working, repeats, min(2, repeats - 1), device)
     rows = [
         {
             "op": case.op,

@@ -98,10 +98,10 @@ def test_limit_and_studies_choose_before_units_are_cut(tmp_path: Path) -> None:
 
 
 def test_neither_rows_nor_refusals_pile_up(tmp_path: Path) -> None:
-    """40,000 refused rows, and then 40,000 accepted ones: memory is that of a unit."""
+    """30,000 refused rows, and then 20,000 accepted ones: memory is that of a unit."""
     path = tmp_path / "a.jsonl"
     good = json.dumps(row(text="x" * 400 + "<<A>>"))
-    path.write_text("{\n" * 40_000 + f"{good}\n" * 40_000)
+    path.write_text("{\n" * 30_000 + f"{good}\n" * 20_000)
     tracemalloc.start()
     rejects = transcripts = 0
     for unit in units(find(path), unit_tokens=10_000):
@@ -109,5 +109,5 @@ def test_neither_rows_nor_refusals_pile_up(tmp_path: Path) -> None:
         transcripts += len(unit.transcripts)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert (rejects, transcripts) == (40_000, 40_000)
+    assert (rejects, transcripts) == (30_000, 20_000)
     assert peak < 15 * 2**20

@@ -12,6 +12,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
+from support.checkpoints import CONFIGS, make_model
 
 triton = pytest.importorskip("triton")
 
@@ -39,7 +41,6 @@ for name in ("option_logprobs", "prefix_attention"):
     importlib.import_module(f"psykern.kernels.triton.{name}").is_hopper = lambda device: True
 """
 ENGINE = """
-from support.checkpoints import CONFIGS, make_model
 from psykern.kernels.compute import Compute
 from psykern.models.model import Model
 from psykern.engine.plan import plan
@@ -51,9 +52,7 @@ from support.groups import random_group
 
 mapped = Model._on_device
 Model._on_device = lambda model, name: mapped(model, name).clone()  # aligned, as a device's memory is
-family, head_dim, folder = sys.argv[1:]
-make_model(Path(folder), dtype=torch.bfloat16, **CONFIGS[family] | {"hidden_size": 512, "head_dim": int(head_dim)})
-model = Model(Path(folder), Compute(torch.device("cpu"), torch.bfloat16, "triton"), num_slots=2)
+model = Model(Path(sys.argv[1]), Compute(torch.device("cpu"), torch.bfloat16, "triton"), num_slots=2)
 group = random_group(np.random.default_rng(5), 10, 320, 3)
 for wave_tokens, batch_tokens in ((4096, 512), (64, 512), (50, 17), (50, 31), (300, 100)):
     print("run", flush=True)
@@ -114,7 +113,9 @@ def test_every_launch_is_legal_and_only_the_first_run_compiles(
     driver: Path, family: str, head_dim: int, tmp_path: Path
 ) -> None:
     """Later runs have waves that carry prefixes, and batches of other sizes, ragged ends included."""
-    found = launch(driver, ENGINE, family, str(head_dim), str(tmp_path))
+    sizes = {"hidden_size": 512, "head_dim": head_dim}
+    make_model(tmp_path, dtype=torch.bfloat16, **CONFIGS[family] | sizes)  # here: transformers takes long to import
+    found = launch(driver, ENGINE, str(tmp_path))
     assert found.returncode == 0, found.stderr[-3000:]
     first, *later = (Counter(text.splitlines()) for text in found.stdout.split("run\n")[1:])
     launched = {line.split()[1] for line in first if line.startswith("launch")}

@@ -43,12 +43,13 @@ class Place:
 
     @property
     def has_own_products(self) -> bool:
-        """Whether psykern sums the products of matrices itself, in an order of its own.
+        """Whether a row's products are summed in an order of psykern's own, whatever its company.
 
-        The reference's are torch's (MKL, oneDNN), and under Triton's interpreter ``tl.dot`` is numpy's (OpenBLAS). Such
-        a library takes the kernel that fits the processor and the number of rows, and each kernel rounds differently.
+        The C++ kernels' are. The reference's are torch's (MKL, oneDNN), those of ``tl.dot`` under Triton's interpreter
+        numpy's (OpenBLAS): such a library takes the kernel that fits the processor and the number of rows, and each
+        rounds differently. On a GPU psykern itself takes tiles by the number of rows, or the vendor's products.
         """
-        return self.backend != "reference" and not (self.backend == "triton" and self.device.type == "cpu")
+        return self.backend == "cpu"
 
 
 REFERENCE = Place("reference", torch.device("cpu"))
@@ -120,6 +121,14 @@ def _error(actual: Tensor, expected: Tensor) -> float:
     return float(((a - e).abs() / e.abs().clamp(min=1)).max()) if len(a) else 0.0
 
 
+def assert_as_in_company(place: Place, alone: Tensor, together: Tensor, tolerance: float) -> None:
+    """Equal bytes where the products are psykern's own; a library's promise a row nothing of the kind."""
+    if place.has_own_products:
+        assert_same_bits(alone, together)
+    else:
+        torch.testing.assert_close(alone, together, rtol=1e-6, atol=tolerance)
+
+
 def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
     """Equal bytes, NaN included; the message gives the first place that differs."""
     assert actual.shape == expected.shape and actual.dtype == expected.dtype
@@ -132,8 +141,9 @@ def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
 
 
 def assert_agrees(place: Place, actual: Tensor, expected: Tensor, tolerance: float | None) -> None:
-    """Two ways to the same numbers: equal bits where psykern promises them, which are all results without a matrix
-    product (``tolerance`` None) and all where the products are psykern's own; else within ``tolerance``, or 1e-6 of the number."""
+    """Two ways to the same numbers: equal bits where psykern promises them, which is for results without a matrix
+    product (``tolerance`` None) and where the products are its own; else within ``tolerance``, or 1e-6 of the number.
+    """
     if tolerance is None or place.has_own_products:
         assert_same_bits(actual, expected)
     else:
