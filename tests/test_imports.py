@@ -9,6 +9,7 @@ without of the outside.
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -201,3 +202,14 @@ def test_importing_psykern_loads_nothing_heavy(command: str) -> None:
     code = f"{command}; import sys; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
     assert not {"torch", "transformers", "pyarrow", "tokenizers", "psykern.runs"} & set(loaded.stdout.split())
+
+
+def test_the_readme_names_every_file() -> None:
+    files = (ROOT / "README.md").read_text(encoding="utf-8").split("## Files\n")[1].split("## Testing\n")[0]
+    named = set(re.findall(r"[\w_]+", files))
+    modules = {path.stem for path in SOURCES if path.suffix == ".py"} - {"__init__", "__main__", "version"}
+    inside = {"elementwise", "option_logprobs", "prefix_attention", "common", "posttrain", "train"}  # of a folder named
+    inside |= {path.stem for path in (ROOT / "psykern" / "study" / "figures").glob("*.py")}
+    assert modules - named - inside == set()
+    rooms = {path.name for path in (ROOT / "psykern").iterdir() if (path / "__init__.py").is_file()}
+    assert all(f"psykern/{room}/ " in files for room in rooms)
