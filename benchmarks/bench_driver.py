@@ -24,8 +24,8 @@ from unittest import mock
 
 import numpy as np
 import torch
-from bench_score import SHARED, make_checkpoint
 from harness import RESULTS, Timing, print_row, write_csv
+from providers import SHARED, make_checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import psykern

@@ -18,8 +18,8 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from bench_score import load_studies, make_checkpoint
 from harness import time_side_by_side, write_csv
+from providers import load_studies, make_checkpoint
 
 from psykern.core.errors import Source
 from psykern.core.types import EncodedTranscript, TargetScores
