@@ -40,6 +40,7 @@ from psykern.core.types import TargetScores
 from psykern.engine.engine import Engine
 from psykern.engine.plan import Plan
 from psykern.runs import folder as records
+from psykern.runs.manifest import peak_memory_bytes
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
@@ -185,7 +186,7 @@ def rehearse(fraction: float, pieces: int, seed: int, unit_tokens: int, folder: 
             row = {"piece": piece, "way": way} | run(model, data, out, cache, unit_tokens)
             row |= {
                 "tokens_per_second": round(row["tokens"] / row["seconds"]),
-                "peak_mb": round(records.peak_memory_bytes() / 2**20),
+                "peak_mb": round(peak_memory_bytes() / 2**20),
                 "data_mb": round(folder_bytes(data) / 2**20, 1),
                 "records_mb": round(folder_bytes(out) / 2**20, 1),
                 "cache_mb": round(folder_bytes(cache) / 2**20, 1),
