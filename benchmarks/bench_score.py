@@ -34,24 +34,27 @@ import copy
 import gc
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from harness import (
+    CPU,
     Timing,
     add_arguments,
     dtype_of,
+    kernel_idle_share,
     matrix_gflops,
     print_row,
-    sgemm_gflops,
     write_csv,
 )
 from providers import (
     MIXES,
     SHARED,
+    Scored,
     Study,
     load_studies,
     make_checkpoint,
@@ -65,20 +68,15 @@ from providers import (
     weight_bytes,
 )
 from shapes import SHAPES
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
-from transformers import PreTrainedModel
 
 from psykern import demo
 from psykern.core.settings import MIN_SHARE
 from psykern.data.tokenizer import Tokenizer
-from psykern.engine.budgets import Budgets, cost
-from psykern.engine.budgets import budgets as best_budgets
-from psykern.engine.engine import Engine
-from psykern.engine.plan import Plan
+from psykern.engine.budgets import budgets, cost
 from psykern.kernels import Backend, resolve
 from psykern.kernels.compute import Compute
 from psykern.models.model import Model
+from psykern.models.spec import ModelSpec
 
 TOLERANCE = 1e-4  # nats per response
 RMS_TOLERANCE = {torch.float32: 0.003, torch.bfloat16: 0.035}  # nats per token, against transformers in fp32
@@ -90,6 +88,83 @@ OWN: dict[str, Backend] = {
     "psykern:reference": "reference",
     "psykern:bf16": "auto",
 }
+BASELINES = {"study": run_study_procedure, "careful": run_careful_user}
+Runs = Mapping[str, Callable[[], Scored]]  # by the provider's name
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Provider:
+    """What the loop times, ready to run."""
+
+    name: str
+    run: Callable[[], Scored]
+    repeats: int
+    verify: Callable[[Scored], float]  # how far from what is expected; raises SystemExit where that is too far
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Measured:
+    """What the loop gives for a provider."""
+
+    name: str
+    scored: Scored  # of the last run
+    timing: Timing
+    repeats: int
+    peak_bytes: int
+    matrix_gflops: float  # the machine's rate just before
+    difference: float  # as ``verify`` gave it
+
+    def gflops(self, spec: ModelSpec) -> float | None:
+        """The rate of what psykern computed; None for another's."""
+        if self.scored.plan is None:
+            return None
+        work = cost(self.scored.plan, spec, torch.float32)  # the type counts for the bytes alone
+        return (work.flops_body + work.flops_attention + work.flops_head) / self.timing.median / 1e9
+
+    def columns(self, study: Study) -> dict[str, object]:
+        """Those that both kinds of rows have."""
+        planned = self.scored.plan
+        return {
+            "transcripts": len(study.transcripts),
+            "responses": study.num_responses,
+            "tokens": study.num_tokens,
+            "computed_tokens": planned.num_computed if planned else study.num_tokens,
+            **self.timing.columns(),
+            "repeats": self.repeats,
+            "tokens_per_second": round(study.num_tokens / self.timing.median, 1),
+            "peak_mb": round(self.peak_bytes / 1e6),
+        }
+
+
+class Comparison:
+    """With the scores of the first provider that is checked, which are right by themselves."""
+
+    def __init__(self, study: str, distance: Callable[[np.ndarray, np.ndarray], float], most: float, shown: str):
+        """``shown``: the format of a distance, with its unit."""
+        self._study, self._distance, self._most, self._shown = study, distance, most, shown
+        self._first: tuple[str, np.ndarray] | None = None
+
+    def check(self, name: str, scored: Scored, before: np.ndarray | None = None) -> float:
+        """The distance from the first provider's scores. Raises SystemExit where it is too large, or where the bytes
+        are not those of ``before``, an earlier run's."""
+        if before is not None and scored.logprob.tobytes() != before.tobytes():
+            raise SystemExit(f"{self._study}: {name}: two runs give different bytes: refused")
+        self._first = self._first or (name, scored.logprob)
+        first, expected = self._first
+        difference = self._distance(scored.logprob, expected)
+        if difference > self._most:
+            differs = self._shown.format(difference)
+            raise SystemExit(f"{self._study}: {name} differs from {first} by {differs}: refused")
+        return difference
+
+
+def bench(providers: Iterable[Provider], device: torch.device, dtype: torch.dtype) -> Iterator[Measured]:
+    """Each provider in turn. One whose result is wrong is refused, and with it the rest."""
+    for provider in providers:
+        rate = matrix_gflops(device, dtype)
+        scored, timing, peak = measure(provider.run, provider.repeats, device)
+        difference = provider.verify(scored)
+        yield Measured(provider.name, scored, timing, provider.repeats, peak, rate, difference)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -110,24 +185,71 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.shape:
         bench_shape(options)
         return
-
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        oracle = make_checkpoint(folder, options.layers)
-        models = {
-            name: Model(folder / str(CHECKPOINTS.get(name, torch.float32)), Compute.resolve("cpu", backend=backend))
-            for name, backend in OWN.items()
-        }
-        tokenizer = Tokenizer.load(folder / "torch.float32")
-        mix = {name: n for name, n in MIXES[options.mix].items() if not options.studies or name in options.studies}
-        studies = load_studies(mix, tokenizer)
-        print(f"{sum(s.num_tokens for s in studies):,} tokens, {sum(s.num_responses for s in studies):,} responses")
-        rows = []
-        for study in studies:
-            rows += bench_study(study, folder, oracle, models, tokenizer, options)
+    rows = bench_studies(options)
     print_totals(rows, options.providers)
     if options.name:
         print(f"written: {write_csv(options.name, rows, options.folder)}")
+
+
+def chosen(mix: dict[str, int], options: argparse.Namespace) -> dict[str, int]:
+    return {name: count for name, count in mix.items() if not options.studies or name in options.studies}
+
+
+def bench_studies(options: argparse.Namespace) -> list[dict[str, object]]:
+    """The shape of Qwen2.5-0.5B on a CPU: a row for each study and provider."""
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        oracle = make_checkpoint(folder, options.layers)
+        models = {name: Model(folder_of(name, folder), Compute.resolve("cpu", backend=OWN[name])) for name in OWN}
+        tokenizer = Tokenizer.load(folder_of("study", folder))
+        own = partial(run_psykern, tokenizer=tokenizer, min_share=options.min_share)
+        studies = load_studies(chosen(MIXES[options.mix], options), tokenizer)
+        print(f"{sum(s.num_tokens for s in studies):,} tokens, {sum(s.num_responses for s in studies):,} responses")
+        for study in studies:
+            runs = {name: partial(run, oracle, study) for name, run in BASELINES.items()}
+            runs |= {name: partial(own, model, study) for name, model in models.items()}
+            for measured in bench(study_providers(study, runs, options), CPU, torch.float32):
+                rows.append(study_row(study, measured, models["psykern"].spec, folder_of(measured.name, folder)))
+                print_row(rows[-1])
+    return rows
+
+
+def folder_of(provider: str, folder: Path) -> Path:
+    """Of the checkpoint that a provider reads, in the folder of all."""
+    return folder / str(CHECKPOINTS.get(provider, torch.float32))
+
+
+def study_providers(study: Study, runs: Runs, options: argparse.Namespace) -> Iterator[Provider]:
+    """As asked for; compared by the log-probabilities of whole responses."""
+    lengths = np.concatenate([t.spans_tok[:, 1] - t.spans_tok[:, 0] for t in study.encoded])
+    starts = np.concatenate(([0], np.cumsum(lengths[lengths > 0])[:-1]))
+
+    def distance(got: np.ndarray, expected: np.ndarray) -> float:
+        responses, right = (np.add.reduceat(scores.astype(np.float64), starts) for scores in (got, expected))
+        return float(np.abs(responses - right).max())
+
+    comparison = Comparison(study.name, distance, TOLERANCE, "{:.1e} nats")
+    for name in options.providers:
+        repeats = 1 if name == "study" else options.repeats
+        yield Provider(name, runs[name], repeats, partial(comparison.check, name))
+
+
+def study_row(study: Study, measured: Measured, spec: ModelSpec, folder: Path) -> dict[str, object]:
+    """``folder``: of the checkpoint that was read."""
+    gflops = measured.gflops(spec)
+    return {
+        "study": study.name,
+        "provider": measured.name,
+        "layers": spec.num_layers,
+        "checkpoint": folder.name.removeprefix("torch."),
+        **measured.columns(study),
+        "max_difference_nats": f"{measured.difference:.1e}",
+        "weights_mb": round(weight_bytes(folder) / 1e6),
+        "sgemm_gflops": round(measured.matrix_gflops, 1),
+        "gflops": "" if gflops is None else round(gflops, 1),
+        "share_of_sgemm": "" if gflops is None else round(gflops / measured.matrix_gflops, 3),
+    }
 
 
 def bench_shape(options: argparse.Namespace) -> None:
@@ -135,28 +257,64 @@ def bench_shape(options: argparse.Namespace) -> None:
     device, dtype = options.device, dtype_of(options)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        data, mix = options.data / "psych", dict(MIXES[options.mix])
-        if not data.is_dir():
-            data, mix = demo.SAMPLE, dict(MIXES["demo"])
-        mix = {name: n for name, n in mix.items() if not options.studies or name in options.studies}
         start = time.perf_counter()
         user = make_shape(folder, options, dtype)
         tokenizer = Tokenizer.load(folder)
-        studies = load_studies(mix, tokenizer, data)
-        print(f"checkpoint and {sum(s.num_tokens for s in studies):,} tokens in {time.perf_counter() - start:.1f} s")
-        short = together("short", [one for one in map(shortest_of, studies) if one.num_tokens <= ORACLE_TOKENS])
-        if not short.encoded:
-            raise SystemExit(f"expected a transcript of at most {ORACLE_TOKENS} tokens in {', '.join(mix)}")
+        whole, short = load_whole_and_short(options, tokenizer)
+        print(f"checkpoint and {whole.num_tokens:,} tokens in {time.perf_counter() - start:.1f} s")
         expected = run_careful_user(copy.deepcopy(user).float(), short)
         release(device)
         model = Model(folder, Compute(device, dtype, resolve("auto", device)))
-        budgets = best_budgets(model.spec, device, dtype)
-        got = run_psykern(Engine(model), tokenizer, short, MIN_SHARE, budgets)[0].logprob
-        rms = float(np.sqrt(np.mean((got - expected) ** 2.0)))
-        print(f"RMS of differences from transformers in fp32: {rms:.5f} nats, {len(expected)} tokens", flush=True)
-        if rms > 3 * RMS_TOLERANCE[dtype]:  # what lies between is the summary's to tell
-            raise SystemExit(f"RMS: expected at most {RMS_TOLERANCE[dtype]}, got {rms:.5f}: refused")
-        bench_providers(together("all", studies), short, folder, user, model, budgets, tokenizer, options, rms)
+        suitable = budgets(model.spec, device, dtype)
+        own = partial(run_psykern, tokenizer=tokenizer, min_share=options.min_share, budgets=suitable)
+        rms = check_exact(own(model, short), expected, dtype)
+        models = {"psykern": model}
+        if "psykern:streamed" in options.providers:
+            models["psykern:streamed"] = Model(folder, model.compute, num_slots=2)
+        runs = {name: partial(run, user, whole) for name, run in BASELINES.items()}
+        runs |= {name: partial(own, model, whole) for name, model in models.items()}
+        warm_ups = {name: partial(run, user, short) for name, run in BASELINES.items()}
+        rows = []
+        for measured in bench(shape_providers(whole.name, runs, warm_ups, options), device, dtype):
+            rows.append(shape_row(whole, measured, model.spec, rms, options))
+            print_row(rows[-1])
+            save(rows, options)
+        if device.type == "cuda" and "psykern" in options.providers:  # last, as a profiler may stay attached
+            share = kernel_idle_share(runs["psykern"])
+            rows[options.providers.index("psykern")]["kernel_idle_share"] = "" if share is None else round(share, 4)
+            print(f"share of the time in which no kernel ran: {share}")
+            save(rows, options)
+
+
+def save(rows: list[dict[str, object]], options: argparse.Namespace) -> None:
+    if options.name:
+        write_csv(options.name, rows, options.folder, options.device)
+
+
+def load_whole_and_short(options: argparse.Namespace, tokenizer: Tokenizer) -> tuple[Study, Study]:
+    """All studies of the mix as one, and their shortest transcripts, as far as the oracle can score them."""
+    data, mix = options.data / "psych", MIXES[options.mix]
+    if not data.is_dir():
+        data, mix = demo.SAMPLE, MIXES["demo"]
+    mix = chosen(mix, options)
+    studies = load_studies(mix, tokenizer, data)
+    short = together("short", [one for one in map(shortest_of, studies) if one.num_tokens <= ORACLE_TOKENS])
+    if not short.encoded:
+        raise SystemExit(f"expected a transcript of at most {ORACLE_TOKENS} tokens in {', '.join(mix)}")
+    return together("all", studies), short
+
+
+def check_exact(got: Scored, expected: Scored, dtype: torch.dtype) -> float:
+    """The RMS of differences of log-probabilities; raises SystemExit where it is too large."""
+    found = rms_of(got.logprob, expected.logprob)
+    print(f"RMS of differences from transformers in fp32: {found:.5f} nats, {len(expected.logprob)} tokens", flush=True)
+    if found > 3 * RMS_TOLERANCE[dtype]:  # what lies between is the summary's to tell
+        raise SystemExit(f"RMS: expected at most {RMS_TOLERANCE[dtype]}, got {found:.5f}: refused")
+    return found
+
+
+def rms_of(got: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.sqrt(np.mean((got - expected) ** 2.0)))
 
 
 def release(device: torch.device) -> None:
@@ -166,172 +324,37 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def kernel_idle_share(run: Callable[[], object]) -> float | None:
-    """``idle_share`` of the kernels that a run starts on a GPU, as torch's profiler saw them."""
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        run()
-    kernels = [
-        (event.time_range.start, event.time_range.end)
-        for event in profiler.events()
-        if event.device_type == DeviceType.CUDA and not event.name.startswith(("Memcpy", "Memset"))
-    ]
-    return idle_share(np.array(kernels)) if kernels else None
-
-
-def idle_share(spans: np.ndarray) -> float:
-    """The share of the time from the first start to the last end that lies in none of the spans [n, 2]."""
-    starts, ends = spans[spans[:, 0].argsort()].T
-    ends = np.maximum.accumulate(ends)
-    return float((starts[1:] - ends[:-1]).clip(min=0).sum() / (ends[-1] - starts[0]))
-
-
-def bench_providers(
-    study: Study,
-    short: Study,
-    folder: Path,
-    user: PreTrainedModel,
-    model: Model,
-    budgets: Budgets,
-    tokenizer: Tokenizer,
-    options: argparse.Namespace,
-    rms: float,
-) -> None:
-    """One row per provider. Scores far from the first provider's, or other bytes in a further run, are refused."""
-    device, dtype, spec = options.device, dtype_of(options), model.spec
-    used: list[tuple[Plan, float | None]] = []
-
-    def psykern_logprobs(decoder: Model) -> np.ndarray:
-        runner = Engine(decoder)
-        scores, planned = run_psykern(runner, tokenizer, study, options.min_share, budgets)
-        used[:] = [(planned, runner.idle_share)]
-        return scores.logprob
-
-    baselines = {"study": run_study_procedure, "careful": run_careful_user}
-    models = {"psykern": model}
-    if "psykern:streamed" in options.providers:
-        models["psykern:streamed"] = Model(folder, model.compute, num_slots=2)
-    rows: list[dict[str, object]] = []
-    scored: dict[str, np.ndarray] = {}
+def shape_providers(study: str, runs: Runs, warm_ups: Runs, options: argparse.Namespace) -> Iterator[Provider]:
+    """As asked for, each after a run that compiles, allocates and reads: psykern's own, which must repeat itself, or
+    what ``warm_ups`` has for the provider."""
+    most = 2 * RMS_TOLERANCE[torch.bfloat16]  # both are rounded, and each may be that far from fp32
+    comparison = Comparison(study, rms_of, most, "{:.3f} RMS")
     for name in options.providers:
-        is_own = name in models
-        run = partial(psykern_logprobs, models[name]) if is_own else partial(baselines[name], user, study)
-        release(device)
-        first = run() if is_own else baselines[name](user, short)  # compiles, allocates, reads
-        rate = matrix_gflops(device, dtype)
+        release(options.device)
+        first = warm_ups.get(name, runs[name])()
+        before = None if name in warm_ups else first.logprob
         repeats = options.repeats if name == "psykern" else 1
-        scores, seconds, peak = measure(run, repeats, device)
-        if is_own and scores.tobytes() != first.tobytes():
-            raise SystemExit(f"{study.name}: {name}: two runs give different bytes: refused")
-        scored[name] = scores
-        difference = float(np.sqrt(np.mean((scores - next(iter(scored.values()))) ** 2.0)))
-        if difference > 2 * RMS_TOLERANCE[torch.bfloat16]:  # both are rounded, and each may be that far from fp32
-            raise SystemExit(
-                f"{study.name}: {name} differs from {options.providers[0]} by {difference:.3f} RMS: refused"
-            )
-        timing = Timing.of(seconds)
-        row: dict[str, object] = {
-            "shape": options.shape,
-            "study": study.name,
-            "provider": name,
-            "dtype": str(dtype).removeprefix("torch."),
-            "transcripts": len(study.transcripts),
-            "responses": study.num_responses,
-            "tokens": study.num_tokens,
-            "computed_tokens": study.num_tokens,
-            **timing.columns(),
-            "repeats": repeats,
-            "tokens_per_second": round(study.num_tokens / timing.median, 1),
-            "peak_mb": round(peak / 1e6),
-            "rms_against_fp32": round(rms, 6),
-            "matrix_gflops": round(rate, 1),
-            **dict.fromkeys(("gflops", "share_of_matrix", "idle_share", "kernel_idle_share"), ""),
-        }
-        if is_own:
-            planned, idle = used[0]
-            work = cost(planned, spec, dtype)
-            gflops = (work.flops_body + work.flops_attention + work.flops_head) / timing.median / 1e9
-            row |= {"computed_tokens": planned.num_computed, "gflops": round(gflops, 1)}
-            row |= {"share_of_matrix": round(gflops / rate, 3), "idle_share": "" if idle is None else round(idle, 4)}
-        rows.append(row)
-        print_row(row)
-        if options.name:
-            write_csv(options.name, rows, options.folder, device)
-    if device.type == "cuda" and "psykern" in options.providers:  # last, as a profiler may stay attached
-        share = kernel_idle_share(partial(psykern_logprobs, model))
-        rows[options.providers.index("psykern")]["kernel_idle_share"] = "" if share is None else round(share, 4)
-        print(f"share of the time in which no kernel ran: {share}")
-        if options.name:
-            write_csv(options.name, rows, options.folder, device)
+        yield Provider(name, runs[name], repeats, partial(comparison.check, name, before=before))
 
 
-def bench_study(
-    study: Study,
-    folder: Path,
-    oracle: PreTrainedModel,
-    models: dict[str, Model],
-    tokenizer: Tokenizer,
-    options: argparse.Namespace,
-) -> list[dict[str, object]]:
-    """One row per provider. A result that differs from the careful user's by more than the tolerance is refused."""
-    planned: list[Plan] = []
-
-    def psykern_logprobs(model: Model) -> np.ndarray:
-        scores, used = run_psykern(Engine(model), tokenizer, study, options.min_share)
-        planned[:] = [used]
-        return scores.logprob
-
-    providers: dict[str, Callable[[], np.ndarray]] = {
-        "study": lambda: run_study_procedure(oracle, study),
-        "careful": lambda: run_careful_user(oracle, study),
-        **{name: partial(psykern_logprobs, model) for name, model in models.items()},
+def shape_row(
+    study: Study, measured: Measured, spec: ModelSpec, rms: float, options: argparse.Namespace
+) -> dict[str, object]:
+    """``rms``: from fp32, as the exactness check found it."""
+    gflops, idle = measured.gflops(spec), measured.scored.idle_share
+    return {
+        "shape": options.shape,
+        "study": study.name,
+        "provider": measured.name,
+        "dtype": str(dtype_of(options)).removeprefix("torch."),
+        **measured.columns(study),
+        "rms_against_fp32": round(rms, 6),
+        "matrix_gflops": round(measured.matrix_gflops, 1),
+        "gflops": "" if gflops is None else round(gflops, 1),
+        "share_of_matrix": "" if gflops is None else round(gflops / measured.matrix_gflops, 3),
+        "idle_share": "" if idle is None else round(idle, 4),
+        "kernel_idle_share": "",
     }
-    lengths = np.concatenate([t.spans_tok[:, 1] - t.spans_tok[:, 0] for t in study.encoded])
-    starts = np.concatenate(([0], np.cumsum(lengths[lengths > 0])[:-1]))
-    spec = models["psykern"].spec
-    rows: list[dict[str, object]] = []
-    expected: np.ndarray | None = None
-    for name in options.providers:
-        repeats = 1 if name == "study" else options.repeats
-        matrix_rate = sgemm_gflops()
-        scores, seconds, peak = measure(providers[name], repeats)
-        per_response = np.add.reduceat(scores.astype(np.float64), starts)
-        if expected is None:
-            expected = per_response
-        difference = float(np.abs(per_response - expected).max())
-        if difference > TOLERANCE:
-            raise SystemExit(
-                f"{study.name}: {name} differs from {options.providers[0]} by {difference:.1e} nats: refused"
-            )
-        timing = Timing.of(seconds)
-        gflops: float | None = None
-        if name.startswith("psykern"):
-            work = cost(planned[0], spec, torch.float32)
-            gflops = (work.flops_body + work.flops_attention + work.flops_head) / timing.median / 1e9
-        rows.append(
-            {
-                "study": study.name,
-                "provider": name,
-                "layers": spec.num_layers,
-                "checkpoint": str(CHECKPOINTS.get(name, torch.float32)).removeprefix("torch."),
-                "transcripts": len(study.transcripts),
-                "responses": study.num_responses,
-                "tokens": study.num_tokens,
-                "computed_tokens": planned[0].num_computed if name.startswith("psykern") else study.num_tokens,
-                "seconds": round(timing.median, 3),
-                "seconds_p20": round(timing.p20, 3),
-                "seconds_p80": round(timing.p80, 3),
-                "repeats": repeats,
-                "tokens_per_second": round(study.num_tokens / timing.median, 1),
-                "peak_mb": round(peak / 1e6),
-                "max_difference_nats": f"{difference:.1e}",
-                "weights_mb": round(weight_bytes(folder / str(CHECKPOINTS.get(name, torch.float32))) / 1e6),
-                "sgemm_gflops": round(matrix_rate, 1),
-                "gflops": "" if gflops is None else round(gflops, 1),
-                "share_of_sgemm": "" if gflops is None else round(gflops / matrix_rate, 3),
-            }
-        )
-        print_row(rows[-1])
-    return rows
 
 
 def print_totals(rows: list[dict[str, object]], providers: Sequence[str]) -> None:

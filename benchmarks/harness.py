@@ -26,9 +26,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 import psykern
 from psykern import kernels
@@ -328,3 +331,22 @@ def _resident_bytes() -> int:
 def available_bytes() -> int:
     with open("/proc/meminfo") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+
+
+def kernel_idle_share(run: Callable[[], object]) -> float | None:
+    """``idle_share`` of the kernels that a run starts on a GPU, as torch's profiler saw them."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        run()
+    kernels = [
+        (event.time_range.start, event.time_range.end)
+        for event in profiler.events()
+        if event.device_type == DeviceType.CUDA and not event.name.startswith(("Memcpy", "Memset"))
+    ]
+    return idle_share(np.array(kernels)) if kernels else None
+
+
+def idle_share(spans: np.ndarray) -> float:
+    """The share of the time from the first start to the last end that lies in none of the spans [n, 2]."""
+    starts, ends = spans[spans[:, 0].argsort()].T
+    ends = np.maximum.accumulate(ends)
+    return float((starts[1:] - ends[:-1]).clip(min=0).sum() / (ends[-1] - starts[0]))

@@ -16,9 +16,7 @@ from pathlib import Path
 from harness import print_row, write_csv
 from providers import MIXES, Study, load_studies, make_checkpoint, run_psykern
 
-from psykern.core.settings import MIN_SHARE
 from psykern.data.tokenizer import Tokenizer
-from psykern.engine.engine import Engine
 from psykern.kernels.compute import Compute
 from psykern.models.model import Model
 
@@ -26,10 +24,10 @@ LEAST_SHARE = 0.001  # of the run; less counts as "rest"
 
 
 def profile(study: Study, model: Model, tokenizer: Tokenizer) -> list[dict[str, object]]:
-    run_psykern(Engine(model), tokenizer, study, MIN_SHARE)
+    run_psykern(model, study, tokenizer)
     profiler = cProfile.Profile()
     profiler.enable()
-    run_psykern(Engine(model), tokenizer, study, MIN_SHARE)
+    run_psykern(model, study, tokenizer)
     profiler.disable()
     functions = pstats.Stats(profiler).get_stats_profile().func_profiles
     total = sum(f.tottime for f in functions.values())

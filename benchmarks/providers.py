@@ -14,19 +14,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from harness import (
-    CPU,
-    PeakMemory,
-    available_bytes,
-)
+from harness import CPU, PeakMemory, Timing, available_bytes
 from safetensors.torch import save_file
 from shapes import SHAPES
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from psykern import demo
 from psykern.core.errors import RowError
-from psykern.core.settings import Settings
-from psykern.core.types import EncodedTranscript, TargetScores, Transcript
+from psykern.core.settings import MIN_SHARE, Settings
+from psykern.core.types import EncodedTranscript, Transcript
 from psykern.data.dataset import Dataset
 from psykern.data.encode import Encoder
 from psykern.data.rows import read
@@ -34,6 +30,7 @@ from psykern.data.tokenizer import Tokenizer
 from psykern.engine.budgets import CPU_BUDGETS, Budgets
 from psykern.engine.engine import Engine
 from psykern.engine.plan import Plan, plan
+from psykern.models.model import Model
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -72,7 +69,7 @@ MIXES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Study:
     name: str
     transcripts: list[Transcript]
@@ -85,6 +82,15 @@ class Study:
     @property
     def num_responses(self) -> int:
         return sum(len(t.responses) for t in self.encoded)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scored:
+    """What a provider gives for a study. It is on the host, so a device has nothing left to do."""
+
+    logprob: np.ndarray  # [scored tokens] float32, nats
+    plan: Plan | None = None  # psykern's
+    idle_share: float | None = None  # the engine's
 
 
 def make_checkpoint(folder: Path, layers: int) -> PreTrainedModel:
@@ -140,8 +146,7 @@ def accepted(rows: Iterable[Transcript | RowError]) -> Iterator[Transcript]:
 
 
 @torch.inference_mode()
-def run_study_procedure(model: PreTrainedModel, study: Study) -> np.ndarray:
-    """[tokens] log-probabilities of all scored tokens."""
+def run_study_procedure(model: PreTrainedModel, study: Study) -> Scored:
     scores = []
     for t in study.encoded:
         ids = torch.from_numpy(t.token_ids.astype(np.int64))
@@ -157,11 +162,11 @@ def run_study_procedure(model: PreTrainedModel, study: Study) -> np.ndarray:
             for i in range(0, len(logits), step)
         ]
         scores.append(-torch.cat(nll)[labels[1:] != -100])
-    return torch.cat(scores).float().cpu().numpy()
+    return Scored(torch.cat(scores).float().cpu().numpy())
 
 
 @torch.inference_mode()
-def run_careful_user(model: PreTrainedModel, study: Study) -> np.ndarray:
+def run_careful_user(model: PreTrainedModel, study: Study) -> Scored:
     scores = []
     for t in study.encoded:
         ids = torch.from_numpy(t.token_ids.astype(np.int64))[None].to(model.device)
@@ -169,32 +174,27 @@ def run_careful_user(model: PreTrainedModel, study: Study) -> np.ndarray:
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[0, targets - 1]
         logprobs = torch.log_softmax(model.lm_head(hidden), dim=-1)
         scores.append(logprobs.gather(1, ids[0, targets][:, None])[:, 0])
-    return torch.cat(scores).float().cpu().numpy()
+    return Scored(torch.cat(scores).float().cpu().numpy())
 
 
 def run_psykern(
-    runner: Engine,
-    tokenizer: Tokenizer,
-    study: Study,
-    min_share: int,
-    budgets: Budgets = CPU_BUDGETS,
-) -> tuple[TargetScores, Plan]:
+    model: Model, study: Study, tokenizer: Tokenizer, min_share: int = MIN_SHARE, budgets: Budgets = CPU_BUDGETS
+) -> Scored:
     encoded = Encoder(tokenizer, Settings()).encode(study.transcripts).transcripts
     planned = plan(encoded, wave_tokens=budgets.wave_tokens, batch_tokens=budgets.batch_tokens, min_share=min_share)
-    return runner.run(planned), planned
+    engine = Engine(model)
+    return Scored(engine.run(planned).logprob, planned, engine.idle_share)
 
 
-def measure(
-    run: Callable[[], np.ndarray], repeats: int, device: torch.device = CPU
-) -> tuple[np.ndarray, list[float], int]:
-    """Results are on the host, so a device has nothing left to do when a run ends."""
+def measure(run: Callable[[], Scored], repeats: int, device: torch.device = CPU) -> tuple[Scored, Timing, int]:
+    """What the last of the runs gave, how long they took, and the bytes that they held at most."""
     seconds = []
     with PeakMemory(device).watch() as peak:
         for _ in range(repeats):
             start = time.perf_counter()
-            scores = run()
+            scored = run()
             seconds.append(time.perf_counter() - start)
-    return scores, seconds, peak.bytes
+    return scored, Timing.of(seconds), peak.bytes
 
 
 def together(name: str, studies: Sequence[Study]) -> Study:
