@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -24,21 +23,15 @@ from unittest import mock
 
 import numpy as np
 import torch
-from bench_score import SHARED, make_checkpoint
 from harness import RESULTS, Timing, print_row, write_csv
-from transformers import AutoConfig, AutoModelForCausalLM
+from instant import make_tiny, score_instantly
+from providers import SHARED, make_checkpoint
 
 import psykern
-from psykern import Settings, demo
+from psykern import Settings
 from psykern.core.types import TargetScores
-from psykern.data.tokenizer import Tokenizer
 from psykern.engine import engine
-from psykern.engine.engine import Engine
 from psykern.engine.plan import Plan
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-
-from support.instant import InstantEngine
 
 PHASES = ("hash", "scan", "read", "encode", "plan", "run", "write")  # of the manifest; they overlap
 MADE_LOGPROB = -1.0  # nats per token
@@ -52,28 +45,9 @@ def made_scores(plan: Plan) -> TargetScores:
     return TargetScores(logprob, np.ones(plan.num_targets, np.bool_), -logprob)
 
 
-def make_tiny(folder: Path) -> None:
-    """A checkpoint of next to no arithmetic, with Qwen3's tokenizer, or the demo's where that is not at hand."""
-    tokenizer = SHARED / "tokenizers" / "qwen3"
-    source = tokenizer if tokenizer.is_dir() else demo.MODEL
-    folder.mkdir()
-    shutil.copy(source / "tokenizer.json", folder / "tokenizer.json")
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    config = AutoConfig.for_model(
-        "qwen3",
-        vocab_size=Tokenizer.load(source).size,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=2**17,
-        **sizes,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-
-
 def score_at_once(model: Path, data: Path, out: Path, settings: Settings, cache: Path | None = None) -> psykern.Run:
-    """A run with the instant engine. Raises SystemExit where records are not what it gave."""
-    with mock.patch.object(Engine, "pairs", InstantEngine(made_scores).pairs):
-        run = psykern.score(model, data, out, settings, cache=cache)
+    """A run with made scores. Raises SystemExit where records are not what was made."""
+    run = score_instantly(model, data, out, settings, cache, made_scores)
     table = psykern.read_run(out, columns=["num_tokens", "logprob"])
     scored = np.array(table["num_tokens"]) > 0
     logprob = np.array(table["logprob"], dtype=np.float64)
@@ -84,20 +58,19 @@ def score_at_once(model: Path, data: Path, out: Path, settings: Settings, cache:
 
 def bench_rates(folder: Path, data: Path, settings: Settings, repeats: int) -> list[dict[str, object]]:
     """A row per source of tokens."""
-    make_tiny(folder / "model")
+    model = make_tiny(folder / "model")
     cache = folder / "cache"
-    runs: dict[str, list[tuple[float, psykern.Run]]] = {"raw": [], "writing_cache": [], "warm_cache": []}
+    runs: dict[str, list[psykern.Run]] = {"raw": [], "writing_cache": [], "warm_cache": []}
     for turn in range(repeats):
         shutil.rmtree(cache, ignore_errors=True)
         for source, timed in runs.items():
             out = folder / f"{source}-{turn}"
-            run = score_at_once(folder / "model", data, out, settings, None if source == "raw" else cache)
-            timed.append((run.manifest.seconds["total"] - run.manifest.seconds["load"], run))
+            timed.append(score_at_once(model, data, out, settings, None if source == "raw" else cache))
             shutil.rmtree(out)
     rows = []
     for source, timed in runs.items():
-        timing = Timing.of([seconds for seconds, _ in timed])
-        counts, phases = timed[-1][1].manifest.counts, timed[-1][1].manifest.seconds
+        timing = Timing.of([run.manifest.seconds["total"] - run.manifest.seconds["load"] for run in timed])
+        counts, phases = timed[-1].manifest.counts, timed[-1].manifest.seconds
         row = {"source": source, "transcripts": counts.transcripts, "responses": counts.responses}
         row |= {"tokens": counts.tokens, **timing.columns(), "repeats": repeats}
         row |= {"tokens_per_second": round(counts.tokens / timing.median)}

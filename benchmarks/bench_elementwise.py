@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -41,6 +42,21 @@ class Case(NamedTuple):
     providers: dict[str, Callable[[], object]]
 
 
+def providers(
+    device: torch.device, others: Sequence[kernels.Backend], run: Callable[..., None], *arguments: object
+) -> dict[str, Callable[[], object]]:
+    """psykern's choice and torch; on a GPU also torch compiled, and ``others`` of psykern's backends. ``run`` takes the
+    backend before ``arguments``."""
+    found: dict[str, Callable[[], object]] = {
+        "psykern": partial(run, "auto", *arguments),
+        "torch": partial(run, "reference", *arguments),
+    }
+    if device.type == "cuda":
+        found["torch_compiled"] = partial(compiled(run, device), "reference", *arguments)
+        found |= {f"psykern:{backend}": partial(run, backend, *arguments) for backend in others}
+    return found
+
+
 def cases(rows: int, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> dict[str, Case]:
     torch.manual_seed(0)
 
@@ -56,8 +72,6 @@ def cases(rows: int, device: torch.device = CPU, dtype: torch.dtype = torch.floa
     angles = torch.arange(rows)[:, None] / 1e6 ** torch.linspace(0, 1, HEAD_SIZE // 2)
     cos, sin = angles.cos().float().to(device), angles.sin().float().to(device)
 
-    others = available(("triton", "cuda"), device) if device.type == "cuda" else []
-
     def norm(backend: kernels.Backend, add: Tensor | None) -> None:
         kernels.add_rms_norm(x, add, weight, 1e-6, normed=normed, summed=summed, backend=backend)
 
@@ -67,18 +81,8 @@ def cases(rows: int, device: torch.device = CPU, dtype: torch.dtype = torch.floa
     def silu(backend: kernels.Backend, out: Tensor) -> None:
         kernels.silu_mul(gate, up, out=out, backend=backend)
 
-    def pair(run: Callable[..., None], *arguments: object) -> dict[str, Callable[[], object]]:
-        found: dict[str, Callable[[], object]] = {
-            "psykern": lambda: run("auto", *arguments),
-            "torch": lambda: run("reference", *arguments),
-        }
-        if device.type == "cuda":
-            torch_compiled = compiled(run, device)
-            found["torch_compiled"] = lambda: torch_compiled("reference", *arguments)
-            for backend in others:
-                found[f"psykern:{backend}"] = lambda backend=backend: run(backend, *arguments)
-        return found
-
+    others = available(("triton", "cuda"), device) if device.type == "cuda" else []
+    pair = partial(providers, device, others)
     size = HEADS * HEAD_SIZE
     return {
         "rms_norm": Case(2, HIDDEN, pair(norm, None)),
@@ -95,8 +99,8 @@ def bench(
     name: str, case: Case, rows: int, repeats: int, device: torch.device, dtype: torch.dtype
 ) -> list[dict[str, object]]:
     source, target = torch.randn(2, rows, case.size, device=device).to(dtype)
-    providers = keep_working(case.providers, lambda name, result: None)
-    timings = time_side_by_side({**providers, "copy": lambda: target.copy_(source)}, repeats, 2, device)
+    working = keep_working(case.providers, lambda name, result: None)
+    timings = time_side_by_side({**working, "copy": lambda: target.copy_(source)}, repeats, 2, device)
     rates = {p: (2 if p == "copy" else case.arrays) * source.nbytes / timings[p].median / 1e9 for p in timings}
     table = []
     for provider, timing in timings.items():

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from harness import (
@@ -90,6 +91,19 @@ def truth(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def device_providers(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """Those that are there on the device of the inputs."""
+    inputs, device = (hidden, weight, token_ids), hidden.device
+    backends = available(("auto", "triton", "cuda") if device.type == "cuda" else ("auto", "reference"), device)
+    own = {"psykern" if name == "auto" else f"psykern:{name}": partial(scored, *inputs, name) for name in backends}
+    others: dict[str, Callable[[], Tensor]] = {
+        "torch": partial(log_softmax, *inputs),
+        "torch_compiled": partial(compiled(log_softmax, device), *inputs),
+        **(cross_entropies(*inputs) if device.type == "cuda" else {}),
+    }
+    return {**own, **others}
+
+
 @torch.no_grad()
 def bench_device(
     rows: int, vocabulary: int, hidden_size: int, repeats: int, device: torch.device, dtype: torch.dtype
@@ -99,24 +113,13 @@ def bench_device(
     weight = (torch.randn(vocabulary, hidden_size, device=device) * 0.02).to(dtype)
     token_ids = torch.randint(vocabulary, (rows,), dtype=torch.int32, device=device)
     inputs = (hidden, weight, token_ids)
-    backends = available(("auto", "triton", "cuda") if device.type == "cuda" else ("auto", "reference"), device)
-    own = {
-        "psykern" if backend == "auto" else f"psykern:{backend}": lambda backend=backend: scored(*inputs, backend)
-        for backend in backends
-    }
-    torch_compiled = compiled(log_softmax, device)
-    others: dict[str, Callable[[], Tensor]] = {
-        "torch": lambda: log_softmax(*inputs),
-        "torch_compiled": lambda: torch_compiled(*inputs),
-        **(cross_entropies(*inputs) if device.type == "cuda" else {}),
-    }
     expected = truth(*inputs)
 
     def check(name: str, result: Tensor) -> None:
         tolerance = OWN_TOLERANCE if name.startswith("psykern") else OTHERS_TOLERANCE[dtype]
         torch.testing.assert_close(result.float(), expected, atol=tolerance, rtol=0)
 
-    providers = keep_working({**own, **others}, check)
+    providers = keep_working(device_providers(*inputs), check)
     timings = time_side_by_side({**providers, "gemm": lambda: hidden @ weight.T}, repeats, 2, device)
     rates = {name: 2 * rows * vocabulary * hidden_size / timing.median / 1e9 for name, timing in timings.items()}
     table = []

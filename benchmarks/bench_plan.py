@@ -18,8 +18,8 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from bench_score import load_studies, make_checkpoint
 from harness import time_side_by_side, write_csv
+from providers import load_studies, make_checkpoint
 
 from psykern.core.errors import Source
 from psykern.core.types import EncodedTranscript, TargetScores
@@ -41,9 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as temporary:
         make_checkpoint(Path(temporary), layers=4)
-        model = Model(Path(temporary), Compute.resolve("cpu"))
+        folder = Path(temporary) / "torch.float32"
+        model = Model(folder, Compute.resolve("cpu"))
         rows = []
-        for study in load_studies(STUDIES, Tokenizer.load(Path(temporary))):
+        for study in load_studies(STUDIES, Tokenizer.load(folder)):
             rows += bench_minima(study.name, study.encoded, model, options.repeats)
     bench_large_plan()
     if options.name:

@@ -18,7 +18,6 @@ import gzip
 import json
 import re
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -26,26 +25,19 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
-import torch
 from harness import RESULTS, print_row, write_csv
+from instant import make_tiny, score_instantly
+from providers import SHARED
 from scipy.optimize import root
-from transformers import AutoConfig, AutoModelForCausalLM
 
-import psykern
 from psykern import Settings
 from psykern.core.types import TargetScores
-from psykern.engine.engine import Engine
 from psykern.engine.plan import Plan
 from psykern.runs import folder as records
+from psykern.runs.manifest import peak_memory_bytes
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-
-from support.instant import InstantEngine
-
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 TRANSCRIPTS, RESPONSES, TOKENS = 208_021, 25_906_599, 1.0e9  # of Psych-201
 CHARS_PER_TOKEN = 4.2  # of these studies under Qwen3's tokenizer
 STUDIES = 200
@@ -113,27 +105,6 @@ def write_piece(folder: Path, sources: Sequence[Source], counts: Sequence[int], 
                 file.write(json.dumps({"participant": participant, "text": text}, ensure_ascii=False) + "\n")
 
 
-def make_model(folder: Path) -> Path:
-    """The smallest model with Qwen3's tokenizer."""
-    config = AutoConfig.for_model(
-        "qwen3",
-        vocab_size=151_936,
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=131_072,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(SHARED / "tokenizers" / "qwen3" / name, folder / name)
-    return folder
-
-
 def drawn_scores(rng: np.random.Generator, plan: Plan) -> TargetScores:
     """Every wave is laid out as for a model; scores are drawn, so that records pack as badly as real ones."""
     for _ in plan.waves():
@@ -144,10 +115,9 @@ def drawn_scores(rng: np.random.Generator, plan: Plan) -> TargetScores:
 
 def run(model: Path, data: Path, out: Path, cache: Path, unit_tokens: int) -> dict[str, float]:
     """Seconds of everything but loading, and what went through."""
-    instant = InstantEngine(partial(drawn_scores, np.random.default_rng(0)))
+    settings = Settings(device="cpu", unit_tokens=unit_tokens)
     start = time.perf_counter()
-    with mock.patch.object(Engine, "pairs", instant.pairs):
-        made = psykern.score(model, data, out, Settings(device="cpu", unit_tokens=unit_tokens), cache=cache)
+    made = score_instantly(model, data, out, settings, cache, partial(drawn_scores, np.random.default_rng(0)))
     seconds = time.perf_counter() - start - made.manifest.seconds["load"]
     counts = made.manifest.counts
     rows = sum(batch.num_rows for batch in records.iter_run(out, ["response_index"]))
@@ -172,7 +142,7 @@ def folder_bytes(folder: Path) -> int:
 def rehearse(fraction: float, pieces: int, seed: int, unit_tokens: int, folder: Path) -> list[dict[str, Any]]:
     """A row for each piece and way."""
     sources = load_sources(SHARED / "psych")
-    model = make_model(folder / "model")
+    model = make_tiny(folder / "model")
     rng = np.random.default_rng(seed)
     sizes = rng.lognormal(0, 1, STUDIES)
     counts = np.maximum(1, np.round(sizes / sizes.sum() * TRANSCRIPTS * fraction)).astype(int)
@@ -185,7 +155,7 @@ def rehearse(fraction: float, pieces: int, seed: int, unit_tokens: int, folder: 
             row = {"piece": piece, "way": way} | run(model, data, out, cache, unit_tokens)
             row |= {
                 "tokens_per_second": round(row["tokens"] / row["seconds"]),
-                "peak_mb": round(records.peak_memory_bytes() / 2**20),
+                "peak_mb": round(peak_memory_bytes() / 2**20),
                 "data_mb": round(folder_bytes(data) / 2**20, 1),
                 "records_mb": round(folder_bytes(out) / 2**20, 1),
                 "cache_mb": round(folder_bytes(cache) / 2**20, 1),

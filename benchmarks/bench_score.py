@@ -32,12 +32,10 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import json
-import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -45,72 +43,41 @@ import numpy as np
 import torch
 from harness import (
     CPU,
-    PeakMemory,
     Timing,
     add_arguments,
-    available_bytes,
     dtype_of,
+    kernel_idle_share,
     matrix_gflops,
     print_row,
-    sgemm_gflops,
     write_csv,
 )
-from safetensors.torch import save_file
+from providers import (
+    MIXES,
+    SHARED,
+    Scored,
+    Study,
+    load_studies,
+    make_checkpoint,
+    make_shape,
+    measure,
+    run_careful_user,
+    run_psykern,
+    run_study_procedure,
+    shortest_of,
+    together,
+    weight_bytes,
+)
 from shapes import SHAPES
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from psykern import demo
-from psykern.core.errors import RowError
-from psykern.core.settings import MIN_SHARE, Settings
-from psykern.core.types import EncodedTranscript, TargetScores, Transcript
-from psykern.data.dataset import Dataset
-from psykern.data.encode import Encoder
-from psykern.data.rows import read
+from psykern.core.settings import MIN_SHARE
 from psykern.data.tokenizer import Tokenizer
-from psykern.engine.budgets import CPU_BUDGETS, Budgets, cost
-from psykern.engine.budgets import budgets as best_budgets
-from psykern.engine.engine import Engine
-from psykern.engine.plan import Plan, plan
+from psykern.engine.budgets import budgets, cost
 from psykern.kernels import Backend, resolve
 from psykern.kernels.compute import Compute
 from psykern.models.model import Model
+from psykern.models.spec import ModelSpec
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-MIXES = {
-    "full": {
-        "frey2017mpl": 6,
-        "guenther2024substitutions": 16,
-        "thoma2025riskychoice": 40,
-        "franke2024bayesian": 30,
-        "jagadish2023zero": 3,
-        "dezfouli2019": 1,
-        "shahar2019twosteptask": 1,
-    },
-    "medium": {
-        "frey2017mpl": 1,
-        "guenther2024substitutions": 16,
-        "thoma2025riskychoice": 10,
-        "franke2024bayesian": 10,
-        "jagadish2023zero": 1,
-        "dezfouli2019": 1,
-        "shahar2019twosteptask": 1,
-    },
-    "gpu": {  # about 0.3 million tokens, of every length
-        "frey2017mpl": 12,
-        "guenther2024substitutions": 64,
-        "thoma2025riskychoice": 60,
-        "franke2024bayesian": 30,
-        "jagadish2023zero": 6,
-        "dezfouli2019": 2,
-        "shahar2019twosteptask": 3,
-    },
-    "demo": {"frey2017mpl": 1, "guenther2024substitutions": 2, "jagadish2023zero": 1},  # of the package's own sample
-    "many": {"guenther2024substitutions": 200},
-    "longest": {"dezfouli2019": 0},  # 0: the study's longest transcript alone, for peak memory
-    "small": {"guenther2024substitutions": 4, "thoma2025riskychoice": 4, "franke2024bayesian": 3},
-}
 TOLERANCE = 1e-4  # nats per response
 RMS_TOLERANCE = {torch.float32: 0.003, torch.bfloat16: 0.035}  # nats per token, against transformers in fp32
 ORACLE_TOKENS = 6000  # of a transcript that is scored in fp32 on a GPU, at most
@@ -121,131 +88,83 @@ OWN: dict[str, Backend] = {
     "psykern:reference": "reference",
     "psykern:bf16": "auto",
 }
+BASELINES = {"study": run_study_procedure, "careful": run_careful_user}
+Runs = Mapping[str, Callable[[], Scored]]  # by the provider's name
 
 
-@dataclass(frozen=True)
-class Study:
+@dataclass(frozen=True, slots=True, eq=False)
+class Provider:
+    """What the loop times, ready to run."""
+
     name: str
-    transcripts: list[Transcript]
-    encoded: list[EncodedTranscript]  # what the baselines are given
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(t.token_ids) for t in self.encoded)
-
-    @property
-    def num_responses(self) -> int:
-        return sum(len(t.responses) for t in self.encoded)
+    run: Callable[[], Scored]
+    repeats: int
+    verify: Callable[[Scored], float]  # how far from what is expected; raises SystemExit where that is too far
 
 
-def make_checkpoint(folder: Path, layers: int) -> PreTrainedModel:
-    """Random weights at the shape of Qwen2.5-0.5B, in a folder by the name of each dtype; the model in fp32."""
-    config = AutoConfig.for_model(
-        "qwen2",
-        vocab_size=151_936,
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=layers,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        max_position_embeddings=32_768,
-        rope_theta=1_000_000.0,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).bfloat16()
-    for dtype in (torch.bfloat16, torch.float32):
-        model.to(dtype).save_pretrained(folder / str(dtype))
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(SHARED / "tokenizers" / "qwen3" / name, folder / str(dtype) / name)
-    # Not the model at hand, whose rotary frequencies were rounded too.
-    return AutoModelForCausalLM.from_pretrained(folder / "torch.float32", dtype=torch.float32).eval()
+@dataclass(frozen=True, slots=True, eq=False)
+class Measured:
+    """What the loop gives for a provider."""
+
+    name: str
+    scored: Scored  # of the last run
+    timing: Timing
+    repeats: int
+    peak_bytes: int
+    matrix_gflops: float  # the machine's rate just before
+    difference: float  # as ``verify`` gave it
+
+    def gflops(self, spec: ModelSpec) -> float | None:
+        """The rate of what psykern computed; None for another's."""
+        if self.scored.plan is None:
+            return None
+        work = cost(self.scored.plan, spec, torch.float32)  # the type counts for the bytes alone
+        return (work.flops_body + work.flops_attention + work.flops_head) / self.timing.median / 1e9
+
+    def columns(self, study: Study) -> dict[str, object]:
+        """Those that both kinds of rows have."""
+        planned = self.scored.plan
+        return {
+            "transcripts": len(study.transcripts),
+            "responses": study.num_responses,
+            "tokens": study.num_tokens,
+            "computed_tokens": planned.num_computed if planned else study.num_tokens,
+            **self.timing.columns(),
+            "repeats": self.repeats,
+            "tokens_per_second": round(study.num_tokens / self.timing.median, 1),
+            "peak_mb": round(self.peak_bytes / 1e6),
+        }
 
 
-def weight_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+class Comparison:
+    """With the scores of the first provider that is checked, which are right by themselves."""
+
+    def __init__(self, study: str, distance: Callable[[np.ndarray, np.ndarray], float], most: float, shown: str):
+        """``shown``: the format of a distance, with its unit."""
+        self._study, self._distance, self._most, self._shown = study, distance, most, shown
+        self._first: tuple[str, np.ndarray] | None = None
+
+    def check(self, name: str, scored: Scored, before: np.ndarray | None = None) -> float:
+        """The distance from the first provider's scores. Raises SystemExit where it is too large, or where the bytes
+        are not those of ``before``, an earlier run's."""
+        if before is not None and scored.logprob.tobytes() != before.tobytes():
+            raise SystemExit(f"{self._study}: {name}: two runs give different bytes: refused")
+        self._first = self._first or (name, scored.logprob)
+        first, expected = self._first
+        difference = self._distance(scored.logprob, expected)
+        if difference > self._most:
+            differs = self._shown.format(difference)
+            raise SystemExit(f"{self._study}: {name} differs from {first} by {differs}: refused")
+        return difference
 
 
-def load_studies(mix: dict[str, int], tokenizer: Tokenizer, folder: Path = SHARED / "psych") -> list[Study]:
-    encoder = Encoder(tokenizer, Settings())
-    studies = []
-    for name, count in mix.items():
-        dataset = Dataset.find(folder / f"{name}.jsonl.gz", hashed=False)
-        # The other providers score no options.
-        transcripts = [replace(t, options=None) for t in accepted(read(dataset, limit=count or None))]
-        if count == 0:
-            transcripts = [max(transcripts, key=lambda t: len(t.text))]
-        encoded = encoder.encode(transcripts)
-        for error in encoded.rejects:
-            raise error
-        studies.append(Study(name, transcripts, list(encoded.transcripts)))
-    return studies
-
-
-def accepted(rows: Iterable[Transcript | RowError]) -> Iterator[Transcript]:
-    """The rows; raises the first that is refused."""
-    for row in rows:
-        if isinstance(row, RowError):
-            raise row
-        yield row
-
-
-@torch.inference_mode()
-def run_study_procedure(model: PreTrainedModel, study: Study) -> np.ndarray:
-    """[tokens] log-probabilities of all scored tokens."""
-    scores = []
-    for t in study.encoded:
-        ids = torch.from_numpy(t.token_ids.astype(np.int64))
-        labels = torch.full_like(ids, -100)
-        for start, end in t.spans_tok.tolist():
-            labels[start:end] = ids[start:end]
-        ids, labels = ids[None].to(model.device), labels.to(model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
-        # Cross-entropy makes a second array of all logits; where that cannot fit, it is spared the copy.
-        step = len(logits) if logits.is_cuda or logits.nbytes * 1.1 < available_bytes() else 1024
-        nll = [
-            torch.nn.functional.cross_entropy(logits[i : i + step], labels[1 + i : 1 + i + step], reduction="none")
-            for i in range(0, len(logits), step)
-        ]
-        scores.append(-torch.cat(nll)[labels[1:] != -100])
-    return torch.cat(scores).float().cpu().numpy()
-
-
-@torch.inference_mode()
-def run_careful_user(model: PreTrainedModel, study: Study) -> np.ndarray:
-    scores = []
-    for t in study.encoded:
-        ids = torch.from_numpy(t.token_ids.astype(np.int64))[None].to(model.device)
-        targets = np.concatenate([np.arange(start, end) for start, end in t.spans_tok.tolist()])
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[0, targets - 1]
-        logprobs = torch.log_softmax(model.lm_head(hidden), dim=-1)
-        scores.append(logprobs.gather(1, ids[0, targets][:, None])[:, 0])
-    return torch.cat(scores).float().cpu().numpy()
-
-
-def run_psykern(
-    runner: Engine,
-    tokenizer: Tokenizer,
-    study: Study,
-    min_share: int,
-    budgets: Budgets = CPU_BUDGETS,
-) -> tuple[TargetScores, Plan]:
-    encoded = Encoder(tokenizer, Settings()).encode(study.transcripts).transcripts
-    planned = plan(encoded, wave_tokens=budgets.wave_tokens, batch_tokens=budgets.batch_tokens, min_share=min_share)
-    return runner.run(planned), planned
-
-
-def measure(
-    run: Callable[[], np.ndarray], repeats: int, device: torch.device = CPU
-) -> tuple[np.ndarray, list[float], int]:
-    """Results are on the host, so a device has nothing left to do when a run ends."""
-    seconds = []
-    with PeakMemory(device).watch() as peak:
-        for _ in range(repeats):
-            start = time.perf_counter()
-            scores = run()
-            seconds.append(time.perf_counter() - start)
-    return scores, seconds, peak.bytes
+def bench(providers: Iterable[Provider], device: torch.device, dtype: torch.dtype) -> Iterator[Measured]:
+    """Each provider in turn. One whose result is wrong is refused, and with it the rest."""
+    for provider in providers:
+        rate = matrix_gflops(device, dtype)
+        scored, timing, peak = measure(provider.run, provider.repeats, device)
+        difference = provider.verify(scored)
+        yield Measured(provider.name, scored, timing, provider.repeats, peak, rate, difference)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -266,24 +185,71 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.shape:
         bench_shape(options)
         return
-
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        oracle = make_checkpoint(folder, options.layers)
-        models = {
-            name: Model(folder / str(CHECKPOINTS.get(name, torch.float32)), Compute.resolve("cpu", backend=backend))
-            for name, backend in OWN.items()
-        }
-        tokenizer = Tokenizer.load(folder / "torch.float32")
-        mix = {name: n for name, n in MIXES[options.mix].items() if not options.studies or name in options.studies}
-        studies = load_studies(mix, tokenizer)
-        print(f"{sum(s.num_tokens for s in studies):,} tokens, {sum(s.num_responses for s in studies):,} responses")
-        rows = []
-        for study in studies:
-            rows += bench_study(study, folder, oracle, models, tokenizer, options)
+    rows = bench_studies(options)
     print_totals(rows, options.providers)
     if options.name:
         print(f"written: {write_csv(options.name, rows, options.folder)}")
+
+
+def chosen(mix: dict[str, int], options: argparse.Namespace) -> dict[str, int]:
+    return {name: count for name, count in mix.items() if not options.studies or name in options.studies}
+
+
+def bench_studies(options: argparse.Namespace) -> list[dict[str, object]]:
+    """The shape of Qwen2.5-0.5B on a CPU: a row for each study and provider."""
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        oracle = make_checkpoint(folder, options.layers)
+        models = {name: Model(folder_of(name, folder), Compute.resolve("cpu", backend=OWN[name])) for name in OWN}
+        tokenizer = Tokenizer.load(folder_of("study", folder))
+        own = partial(run_psykern, tokenizer=tokenizer, min_share=options.min_share)
+        studies = load_studies(chosen(MIXES[options.mix], options), tokenizer)
+        print(f"{sum(s.num_tokens for s in studies):,} tokens, {sum(s.num_responses for s in studies):,} responses")
+        for study in studies:
+            runs = {name: partial(run, oracle, study) for name, run in BASELINES.items()}
+            runs |= {name: partial(own, model, study) for name, model in models.items()}
+            for measured in bench(study_providers(study, runs, options), CPU, torch.float32):
+                rows.append(study_row(study, measured, models["psykern"].spec, folder_of(measured.name, folder)))
+                print_row(rows[-1])
+    return rows
+
+
+def folder_of(provider: str, folder: Path) -> Path:
+    """Of the checkpoint that a provider reads, in the folder of all."""
+    return folder / str(CHECKPOINTS.get(provider, torch.float32))
+
+
+def study_providers(study: Study, runs: Runs, options: argparse.Namespace) -> Iterator[Provider]:
+    """As asked for; compared by the log-probabilities of whole responses."""
+    lengths = np.concatenate([t.spans_tok[:, 1] - t.spans_tok[:, 0] for t in study.encoded])
+    starts = np.concatenate(([0], np.cumsum(lengths[lengths > 0])[:-1]))
+
+    def distance(got: np.ndarray, expected: np.ndarray) -> float:
+        responses, right = (np.add.reduceat(scores.astype(np.float64), starts) for scores in (got, expected))
+        return float(np.abs(responses - right).max())
+
+    comparison = Comparison(study.name, distance, TOLERANCE, "{:.1e} nats")
+    for name in options.providers:
+        repeats = 1 if name == "study" else options.repeats
+        yield Provider(name, runs[name], repeats, partial(comparison.check, name))
+
+
+def study_row(study: Study, measured: Measured, spec: ModelSpec, folder: Path) -> dict[str, object]:
+    """``folder``: of the checkpoint that was read."""
+    gflops = measured.gflops(spec)
+    return {
+        "study": study.name,
+        "provider": measured.name,
+        "layers": spec.num_layers,
+        "checkpoint": folder.name.removeprefix("torch."),
+        **measured.columns(study),
+        "max_difference_nats": f"{measured.difference:.1e}",
+        "weights_mb": round(weight_bytes(folder) / 1e6),
+        "sgemm_gflops": round(measured.matrix_gflops, 1),
+        "gflops": "" if gflops is None else round(gflops, 1),
+        "share_of_sgemm": "" if gflops is None else round(gflops / measured.matrix_gflops, 3),
+    }
 
 
 def bench_shape(options: argparse.Namespace) -> None:
@@ -291,32 +257,64 @@ def bench_shape(options: argparse.Namespace) -> None:
     device, dtype = options.device, dtype_of(options)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        data, mix = options.data / "psych", dict(MIXES[options.mix])
-        if not data.is_dir():
-            data, mix = demo.SAMPLE, dict(MIXES["demo"])
-        mix = {name: n for name, n in mix.items() if not options.studies or name in options.studies}
         start = time.perf_counter()
         user = make_shape(folder, options, dtype)
         tokenizer = Tokenizer.load(folder)
-        studies = load_studies(mix, tokenizer, data)
-        print(f"checkpoint and {sum(s.num_tokens for s in studies):,} tokens in {time.perf_counter() - start:.1f} s")
-        short = together("short", [one for one in map(shortest_of, studies) if one.num_tokens <= ORACLE_TOKENS])
-        if not short.encoded:
-            raise SystemExit(f"expected a transcript of at most {ORACLE_TOKENS} tokens in {', '.join(mix)}")
+        whole, short = load_whole_and_short(options, tokenizer)
+        print(f"checkpoint and {whole.num_tokens:,} tokens in {time.perf_counter() - start:.1f} s")
         expected = run_careful_user(copy.deepcopy(user).float(), short)
         release(device)
         model = Model(folder, Compute(device, dtype, resolve("auto", device)))
-        budgets = best_budgets(model.spec, device, dtype)
-        got = run_psykern(Engine(model), tokenizer, short, MIN_SHARE, budgets)[0].logprob
-        rms = float(np.sqrt(np.mean((got - expected) ** 2.0)))
-        print(f"RMS of differences from transformers in fp32: {rms:.5f} nats, {len(expected)} tokens", flush=True)
-        if rms > 3 * RMS_TOLERANCE[dtype]:  # what lies between is the summary's to tell
-            raise SystemExit(f"RMS: expected at most {RMS_TOLERANCE[dtype]}, got {rms:.5f}: refused")
-        bench_providers(together("all", studies), short, folder, user, model, budgets, tokenizer, options, rms)
+        suitable = budgets(model.spec, device, dtype)
+        own = partial(run_psykern, tokenizer=tokenizer, min_share=options.min_share, budgets=suitable)
+        rms = check_exact(own(model, short), expected, dtype)
+        models = {"psykern": model}
+        if "psykern:streamed" in options.providers:
+            models["psykern:streamed"] = Model(folder, model.compute, num_slots=2)
+        runs = {name: partial(run, user, whole) for name, run in BASELINES.items()}
+        runs |= {name: partial(own, model, whole) for name, model in models.items()}
+        warm_ups = {name: partial(run, user, short) for name, run in BASELINES.items()}
+        rows = []
+        for measured in bench(shape_providers(whole.name, runs, warm_ups, options), device, dtype):
+            rows.append(shape_row(whole, measured, model.spec, rms, options))
+            print_row(rows[-1])
+            save(rows, options)
+        if device.type == "cuda" and "psykern" in options.providers:  # last, as a profiler may stay attached
+            share = kernel_idle_share(runs["psykern"])
+            rows[options.providers.index("psykern")]["kernel_idle_share"] = "" if share is None else round(share, 4)
+            print(f"share of the time in which no kernel ran: {share}")
+            save(rows, options)
 
 
-def together(name: str, studies: Sequence[Study]) -> Study:
-    return Study(name, [t for s in studies for t in s.transcripts], [t for s in studies for t in s.encoded])
+def save(rows: list[dict[str, object]], options: argparse.Namespace) -> None:
+    if options.name:
+        write_csv(options.name, rows, options.folder, options.device)
+
+
+def load_whole_and_short(options: argparse.Namespace, tokenizer: Tokenizer) -> tuple[Study, Study]:
+    """All studies of the mix as one, and their shortest transcripts, as far as the oracle can score them."""
+    data, mix = options.data / "psych", MIXES[options.mix]
+    if not data.is_dir():
+        data, mix = demo.SAMPLE, MIXES["demo"]
+    mix = chosen(mix, options)
+    studies = load_studies(mix, tokenizer, data)
+    short = together("short", [one for one in map(shortest_of, studies) if one.num_tokens <= ORACLE_TOKENS])
+    if not short.encoded:
+        raise SystemExit(f"expected a transcript of at most {ORACLE_TOKENS} tokens in {', '.join(mix)}")
+    return together("all", studies), short
+
+
+def check_exact(got: Scored, expected: Scored, dtype: torch.dtype) -> float:
+    """The RMS of differences of log-probabilities; raises SystemExit where it is too large."""
+    found = rms_of(got.logprob, expected.logprob)
+    print(f"RMS of differences from transformers in fp32: {found:.5f} nats, {len(expected.logprob)} tokens", flush=True)
+    if found > 3 * RMS_TOLERANCE[dtype]:  # what lies between is the summary's to tell
+        raise SystemExit(f"RMS: expected at most {RMS_TOLERANCE[dtype]}, got {found:.5f}: refused")
+    return found
+
+
+def rms_of(got: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.sqrt(np.mean((got - expected) ** 2.0)))
 
 
 def release(device: torch.device) -> None:
@@ -326,205 +324,37 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def shortest_of(study: Study) -> Study:
-    """The study's shortest transcript alone."""
-    index = min(range(len(study.encoded)), key=lambda i: len(study.encoded[i].token_ids))
-    return Study(study.name, [study.transcripts[index]], [study.encoded[index]])
-
-
-def make_shape(folder: Path, options: argparse.Namespace, dtype: torch.dtype) -> PreTrainedModel:
-    """A model of a shape, drawn on the device; ``folder`` gets it, a shard a layer, and its tokenizer."""
-    config = dict(SHAPES[options.shape])
-    name = {"llama": "llama-3.1", "olmo3": "olmo-dolma2"}.get(config["model_type"], "qwen3")
-    tokenizer = options.data / "tokenizers" / name
-    source = tokenizer if tokenizer.is_dir() else demo.MODEL
-    shutil.copy(source / "tokenizer.json", folder / "tokenizer.json")
-    if options.quick:
-        config |= {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
-        config |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": Tokenizer.load(folder).size}
-    torch.manual_seed(0)
-    with torch.device(options.device):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=dtype)
-    model.config.save_pretrained(folder)
-    shards: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in model.state_dict().items():
-        if key != "lm_head.weight" or not config["tie_word_embeddings"]:
-            part = key.split(".")[2] if ".layers." in key else "outside"
-            shards.setdefault(f"model-{part}.safetensors", {})[key] = tensor
-    for file, tensors in shards.items():
-        on_host = {key: tensor.contiguous().cpu() for key, tensor in tensors.items()}
-        save_file(on_host, folder / file, metadata={"format": "pt"})
-    places = {key: file for file, tensors in shards.items() for key in tensors}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    return model.eval()
-
-
-def kernel_idle_share(run: Callable[[], object]) -> float | None:
-    """``idle_share`` of the kernels that a run starts on a GPU, as torch's profiler saw them."""
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        run()
-    kernels = [
-        (event.time_range.start, event.time_range.end)
-        for event in profiler.events()
-        if event.device_type == DeviceType.CUDA and not event.name.startswith(("Memcpy", "Memset"))
-    ]
-    return idle_share(np.array(kernels)) if kernels else None
-
-
-def idle_share(spans: np.ndarray) -> float:
-    """The share of the time from the first start to the last end that lies in none of the spans [n, 2]."""
-    starts, ends = spans[spans[:, 0].argsort()].T
-    ends = np.maximum.accumulate(ends)
-    return float((starts[1:] - ends[:-1]).clip(min=0).sum() / (ends[-1] - starts[0]))
-
-
-def bench_providers(
-    study: Study,
-    short: Study,
-    folder: Path,
-    user: PreTrainedModel,
-    model: Model,
-    budgets: Budgets,
-    tokenizer: Tokenizer,
-    options: argparse.Namespace,
-    rms: float,
-) -> None:
-    """One row per provider. Scores far from the first provider's, or other bytes in a further run, are refused."""
-    device, dtype, spec = options.device, dtype_of(options), model.spec
-    used: list[tuple[Plan, float | None]] = []
-
-    def psykern_logprobs(decoder: Model) -> np.ndarray:
-        runner = Engine(decoder)
-        scores, planned = run_psykern(runner, tokenizer, study, options.min_share, budgets)
-        used[:] = [(planned, runner.idle_share)]
-        return scores.logprob
-
-    baselines = {"study": run_study_procedure, "careful": run_careful_user}
-    models = {"psykern": model}
-    if "psykern:streamed" in options.providers:
-        models["psykern:streamed"] = Model(folder, model.compute, num_slots=2)
-    rows: list[dict[str, object]] = []
-    scored: dict[str, np.ndarray] = {}
+def shape_providers(study: str, runs: Runs, warm_ups: Runs, options: argparse.Namespace) -> Iterator[Provider]:
+    """As asked for, each after a run that compiles, allocates and reads: psykern's own, which must repeat itself, or
+    what ``warm_ups`` has for the provider."""
+    most = 2 * RMS_TOLERANCE[torch.bfloat16]  # both are rounded, and each may be that far from fp32
+    comparison = Comparison(study, rms_of, most, "{:.3f} RMS")
     for name in options.providers:
-        is_own = name in models
-        run = partial(psykern_logprobs, models[name]) if is_own else partial(baselines[name], user, study)
-        release(device)
-        first = run() if is_own else baselines[name](user, short)  # compiles, allocates, reads
-        rate = matrix_gflops(device, dtype)
+        release(options.device)
+        first = warm_ups.get(name, runs[name])()
+        before = None if name in warm_ups else first.logprob
         repeats = options.repeats if name == "psykern" else 1
-        scores, seconds, peak = measure(run, repeats, device)
-        if is_own and scores.tobytes() != first.tobytes():
-            raise SystemExit(f"{study.name}: {name}: two runs give different bytes: refused")
-        scored[name] = scores
-        difference = float(np.sqrt(np.mean((scores - next(iter(scored.values()))) ** 2.0)))
-        if difference > 2 * RMS_TOLERANCE[torch.bfloat16]:  # both are rounded, and each may be that far from fp32
-            raise SystemExit(
-                f"{study.name}: {name} differs from {options.providers[0]} by {difference:.3f} RMS: refused"
-            )
-        timing = Timing.of(seconds)
-        row: dict[str, object] = {
-            "shape": options.shape,
-            "study": study.name,
-            "provider": name,
-            "dtype": str(dtype).removeprefix("torch."),
-            "transcripts": len(study.transcripts),
-            "responses": study.num_responses,
-            "tokens": study.num_tokens,
-            "computed_tokens": study.num_tokens,
-            **timing.columns(),
-            "repeats": repeats,
-            "tokens_per_second": round(study.num_tokens / timing.median, 1),
-            "peak_mb": round(peak / 1e6),
-            "rms_against_fp32": round(rms, 6),
-            "matrix_gflops": round(rate, 1),
-            **dict.fromkeys(("gflops", "share_of_matrix", "idle_share", "kernel_idle_share"), ""),
-        }
-        if is_own:
-            planned, idle = used[0]
-            work = cost(planned, spec, dtype)
-            gflops = (work.flops_body + work.flops_attention + work.flops_head) / timing.median / 1e9
-            row |= {"computed_tokens": planned.num_computed, "gflops": round(gflops, 1)}
-            row |= {"share_of_matrix": round(gflops / rate, 3), "idle_share": "" if idle is None else round(idle, 4)}
-        rows.append(row)
-        print_row(row)
-        if options.name:
-            write_csv(options.name, rows, options.folder, device)
-    if device.type == "cuda" and "psykern" in options.providers:  # last, as a profiler may stay attached
-        share = kernel_idle_share(partial(psykern_logprobs, model))
-        rows[options.providers.index("psykern")]["kernel_idle_share"] = "" if share is None else round(share, 4)
-        print(f"share of the time in which no kernel ran: {share}")
-        if options.name:
-            write_csv(options.name, rows, options.folder, device)
+        yield Provider(name, runs[name], repeats, partial(comparison.check, name, before=before))
 
 
-def bench_study(
-    study: Study,
-    folder: Path,
-    oracle: PreTrainedModel,
-    models: dict[str, Model],
-    tokenizer: Tokenizer,
-    options: argparse.Namespace,
-) -> list[dict[str, object]]:
-    """One row per provider. A result that differs from the careful user's by more than the tolerance is refused."""
-    planned: list[Plan] = []
-
-    def psykern_logprobs(model: Model) -> np.ndarray:
-        scores, used = run_psykern(Engine(model), tokenizer, study, options.min_share)
-        planned[:] = [used]
-        return scores.logprob
-
-    providers: dict[str, Callable[[], np.ndarray]] = {
-        "study": lambda: run_study_procedure(oracle, study),
-        "careful": lambda: run_careful_user(oracle, study),
-        **{name: partial(psykern_logprobs, model) for name, model in models.items()},
+def shape_row(
+    study: Study, measured: Measured, spec: ModelSpec, rms: float, options: argparse.Namespace
+) -> dict[str, object]:
+    """``rms``: from fp32, as the exactness check found it."""
+    gflops, idle = measured.gflops(spec), measured.scored.idle_share
+    return {
+        "shape": options.shape,
+        "study": study.name,
+        "provider": measured.name,
+        "dtype": str(dtype_of(options)).removeprefix("torch."),
+        **measured.columns(study),
+        "rms_against_fp32": round(rms, 6),
+        "matrix_gflops": round(measured.matrix_gflops, 1),
+        "gflops": "" if gflops is None else round(gflops, 1),
+        "share_of_matrix": "" if gflops is None else round(gflops / measured.matrix_gflops, 3),
+        "idle_share": "" if idle is None else round(idle, 4),
+        "kernel_idle_share": "",
     }
-    lengths = np.concatenate([t.spans_tok[:, 1] - t.spans_tok[:, 0] for t in study.encoded])
-    starts = np.concatenate(([0], np.cumsum(lengths[lengths > 0])[:-1]))
-    spec = models["psykern"].spec
-    rows: list[dict[str, object]] = []
-    expected: np.ndarray | None = None
-    for name in options.providers:
-        repeats = 1 if name == "study" else options.repeats
-        matrix_rate = sgemm_gflops()
-        scores, seconds, peak = measure(providers[name], repeats)
-        per_response = np.add.reduceat(scores.astype(np.float64), starts)
-        if expected is None:
-            expected = per_response
-        difference = float(np.abs(per_response - expected).max())
-        if difference > TOLERANCE:
-            raise SystemExit(
-                f"{study.name}: {name} differs from {options.providers[0]} by {difference:.1e} nats: refused"
-            )
-        timing = Timing.of(seconds)
-        gflops: float | None = None
-        if name.startswith("psykern"):
-            work = cost(planned[0], spec, torch.float32)
-            gflops = (work.flops_body + work.flops_attention + work.flops_head) / timing.median / 1e9
-        rows.append(
-            {
-                "study": study.name,
-                "provider": name,
-                "layers": spec.num_layers,
-                "checkpoint": str(CHECKPOINTS.get(name, torch.float32)).removeprefix("torch."),
-                "transcripts": len(study.transcripts),
-                "responses": study.num_responses,
-                "tokens": study.num_tokens,
-                "computed_tokens": planned[0].num_computed if name.startswith("psykern") else study.num_tokens,
-                "seconds": round(timing.median, 3),
-                "seconds_p20": round(timing.p20, 3),
-                "seconds_p80": round(timing.p80, 3),
-                "repeats": repeats,
-                "tokens_per_second": round(study.num_tokens / timing.median, 1),
-                "peak_mb": round(peak / 1e6),
-                "max_difference_nats": f"{difference:.1e}",
-                "weights_mb": round(weight_bytes(folder / str(CHECKPOINTS.get(name, torch.float32))) / 1e6),
-                "sgemm_gflops": round(matrix_rate, 1),
-                "gflops": "" if gflops is None else round(gflops, 1),
-                "share_of_sgemm": "" if gflops is None else round(gflops / matrix_rate, 3),
-            }
-        )
-        print_row(rows[-1])
-    return rows
 
 
 def print_totals(rows: list[dict[str, object]], providers: Sequence[str]) -> None:

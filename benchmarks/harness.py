@@ -24,14 +24,21 @@ from datetime import date
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 import psykern
 from psykern import kernels
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 T = TypeVar("T")
 RESULTS = Path(__file__).parent / "results"
@@ -243,42 +250,50 @@ def write_results(
 ) -> None:
     """``rows`` as ``name``.csv, and ``y`` over ``x`` as ``name``.png, a panel per value of ``panel``: a line per
     provider over numbers, a bar over names. Rows without ``y`` are in the file only."""
+    path = write_csv(name, rows, folder, device)
+    figure = _drawn([row for row in rows if row[y] != ""], x, y, panel)
+    figure.suptitle(f"{name}: {machine(device)['device']}", fontsize=9)
+    figure.savefig(path.with_suffix(".png"), dpi=120)
+    print(f"written: {path}, {path.with_suffix('.png').name}")
+
+
+def _drawn(rows: Sequence[Mapping[str, Any]], x: str, y: str, panel: str) -> Figure:
     from matplotlib import pyplot
 
-    path = write_csv(name, rows, folder, device)
-    drawn = [row for row in rows if row[y] != ""]
-    panels = list(dict.fromkeys(row[panel] for row in drawn))
-    places = list(dict.fromkeys(row[x] for row in drawn))
-    providers = list(dict.fromkeys(row["provider"] for row in drawn))
-    is_number = all(isinstance(place, (int, float)) for place in places)
-    width = 5 if is_number else 1 + 0.8 * len(places)
+    panels = list(dict.fromkeys(row[panel] for row in rows))
+    places = list(dict.fromkeys(row[x] for row in rows))
+    providers = list(dict.fromkeys(row["provider"] for row in rows))
+    width = 5 if _are_numbers(places) else 1 + 0.8 * len(places)
     figure, axes = pyplot.subplots(
         1, len(panels), figsize=(width * len(panels), 4), squeeze=False, sharey=True, layout="constrained"
     )
     for axis, value in zip(axes[0], panels, strict=True):
-        for p, provider in enumerate(providers):
-            points = {row[x]: row[y] for row in drawn if row["provider"] == provider and row[panel] == value}
-            if is_number:
-                axis.plot(points.keys(), points.values(), marker="o", label=provider)
-            else:
-                shift = (p + 0.5) / len(providers) - 0.5
-                axis.bar(
-                    [places.index(k) + 0.8 * shift for k in points],
-                    points.values(),
-                    0.8 / len(providers),
-                    label=provider,
-                )
+        own = [row for row in rows if row[panel] == value]
+        points = {p: {row[x]: row[y] for row in own if row["provider"] == p} for p in providers}
+        _draw_panel(axis, points, places)
         axis.set(title=f"{panel} {value}", xlabel=x, ylim=(0, None))
-        if is_number:
-            axis.set_xscale("log", base=2)
-        else:
-            axis.set_xticks(range(len(places)), places, rotation=30, ha="right")
         axis.grid(alpha=0.3, axis="y")
     axes[0][0].set_ylabel(y)
     axes[0][0].legend()
-    figure.suptitle(f"{name}: {machine(device)['device']}", fontsize=9)
-    figure.savefig(path.with_suffix(".png"), dpi=120)
-    print(f"written: {path}, {path.with_suffix('.png').name}")
+    return figure
+
+
+def _draw_panel(axis: Axes, points: Mapping[str, Mapping[Any, float]], places: Sequence[Any]) -> None:
+    """``points``: of each provider, which may lack some of the ``places``."""
+    if _are_numbers(places):
+        for provider, values in points.items():
+            axis.plot(values.keys(), values.values(), marker="o", label=provider)
+        axis.set_xscale("log", base=2)
+        return
+    width = 0.8 / len(points)  # of a bar; a place has 1
+    for p, (provider, values) in enumerate(points.items()):
+        shift = (p + 0.5) * width - 0.4
+        axis.bar([places.index(place) + shift for place in values], values.values(), width, label=provider)
+    axis.set_xticks(range(len(places)), places, rotation=30, ha="right")
+
+
+def _are_numbers(places: Sequence[Any]) -> bool:
+    return all(isinstance(place, (int, float)) for place in places)
 
 
 class PeakMemory:
@@ -328,3 +343,22 @@ def _resident_bytes() -> int:
 def available_bytes() -> int:
     with open("/proc/meminfo") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+
+
+def kernel_idle_share(run: Callable[[], object]) -> float | None:
+    """``idle_share`` of the kernels that a run starts on a GPU, as torch's profiler saw them."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        run()
+    kernels = [
+        (event.time_range.start, event.time_range.end)
+        for event in profiler.events()
+        if event.device_type == DeviceType.CUDA and not event.name.startswith(("Memcpy", "Memset"))
+    ]
+    return idle_share(np.array(kernels)) if kernels else None
+
+
+def idle_share(spans: np.ndarray) -> float:
+    """The share of the time from the first start to the last end that lies in none of the spans [n, 2]."""
+    starts, ends = spans[spans[:, 0].argsort()].T
+    ends = np.maximum.accumulate(ends)
+    return float((starts[1:] - ends[:-1]).clip(min=0).sum() / (ends[-1] - starts[0]))

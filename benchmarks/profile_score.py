@@ -1,5 +1,5 @@
 """Where the time of a run goes, by Python's profiler: own time of every compiled function that took part, the rest of
-Python as one line. The model and the transcripts are those of ``bench_score``; one run warms up.
+Python as one line. The model and the transcripts are those of ``providers``; one run warms up.
 
     python benchmarks/profile_score.py [--layers 24] [--mix small] [--name profile_cpu.csv]
 """
@@ -13,12 +13,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench_score import MIXES, Study, load_studies, make_checkpoint, run_psykern
 from harness import print_row, write_csv
+from providers import MIXES, Study, load_studies, make_checkpoint, run_psykern
 
-from psykern.core.settings import MIN_SHARE
 from psykern.data.tokenizer import Tokenizer
-from psykern.engine.engine import Engine
 from psykern.kernels.compute import Compute
 from psykern.models.model import Model
 
@@ -26,10 +24,10 @@ LEAST_SHARE = 0.001  # of the run; less counts as "rest"
 
 
 def profile(study: Study, model: Model, tokenizer: Tokenizer) -> list[dict[str, object]]:
-    run_psykern(Engine(model), tokenizer, study, MIN_SHARE)
+    run_psykern(model, study, tokenizer)
     profiler = cProfile.Profile()
     profiler.enable()
-    run_psykern(Engine(model), tokenizer, study, MIN_SHARE)
+    run_psykern(model, study, tokenizer)
     profiler.disable()
     functions = pstats.Stats(profiler).get_stats_profile().func_profiles
     total = sum(f.tottime for f in functions.values())

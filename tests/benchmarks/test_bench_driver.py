@@ -8,6 +8,7 @@ from pathlib import Path
 import bench_driver
 import numpy as np
 import pytest
+from instant import make_tiny
 
 from psykern import Settings, demo
 
@@ -27,7 +28,7 @@ def test_rates_of_the_driver_count_the_same_tokens_from_every_source(tmp_path: P
 
 
 def test_a_target_that_no_score_reaches_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bench_driver.make_tiny(tmp_path / "model")
+    model = make_tiny(tmp_path / "model")
     monkeypatch.setattr(bench_driver, "MADE_LOGPROB", np.nan)
     with pytest.raises(SystemExit, match="refused"):
-        bench_driver.score_at_once(tmp_path / "model", demo.SAMPLE, tmp_path / "run", Settings(limit=1))
+        bench_driver.score_at_once(model, demo.SAMPLE, tmp_path / "run", Settings(limit=1))

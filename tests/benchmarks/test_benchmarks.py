@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import bench_elementwise
@@ -18,6 +19,8 @@ import gpu_summary
 import harness
 import numpy as np
 import pytest
+import torch
+from providers import Scored
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,8 +73,8 @@ def test_end_to_end_with_a_tiny_shape_and_the_packages_own_sample(tmp_path: Path
 def test_the_idle_share_counts_what_no_kernel_covers() -> None:
     """Kernels of 0 to 4, 1 to 2 and 3 to 5 leave no gap; that of 7 to 10, launched first, leaves 2 of 10 before it."""
     spans = np.array([[7, 10], [0, 4], [1, 2], [3, 5]], np.float64)
-    assert bench_score.idle_share(spans) == pytest.approx(0.2)
-    assert bench_score.idle_share(spans[1:]) == 0.0
+    assert harness.idle_share(spans) == pytest.approx(0.2)
+    assert harness.idle_share(spans[1:]) == 0.0
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,6 +86,22 @@ def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_option_logprobs, "scored", wrong)
     with pytest.raises(AssertionError, match="not close"):
         bench_option_logprobs.main(QUICK)
+
+
+def test_scores_far_from_the_first_providers_or_of_other_bytes_get_no_row() -> None:
+    """By hand: 3 and 4 nats off of two scores are an RMS of sqrt(12.5), 3.54."""
+    right, near, far = (Scored(np.array(x, np.float32)) for x in ([-1, -2], [-1.5, -2], [-4, -6]))
+    comparison = bench_score.Comparison("a study", bench_score.rms_of, 1.0, "{:.2f} RMS")
+    given = {"one": right, "two": near, "three": far}
+    runs = {name: lambda scored=scored: scored for name, scored in given.items()}
+    timed = [bench_score.Provider(name, run, 2, partial(comparison.check, name)) for name, run in runs.items()]
+    found = bench_score.bench(timed, harness.CPU, torch.float32)
+    assert [next(found).difference for _ in range(2)] == [0.0, pytest.approx(0.125**0.5)]
+    with pytest.raises(SystemExit, match=r"^a study: three differs from one by 3\.54 RMS: refused$"):
+        next(found)
+    assert comparison.check("one", right, right.logprob.copy()) == 0.0
+    with pytest.raises(SystemExit, match="a study: two: two runs give different bytes: refused"):
+        comparison.check("two", near, near.logprob + 1e-6)
 
 
 def test_a_provider_of_others_that_fails_loses_only_itself(capsys: pytest.CaptureFixture[str]) -> None:
