@@ -102,7 +102,8 @@ class Engine:
                 needed = cost(plan, self.model.spec, self.model.dtype).wave_bytes
                 check_fits(plan, needed, free_bytes(self.model.device))
             rows = min(plan.batch_tokens, plan.max_wave_rows)
-            self._scratch = Scratch.grown(self._scratch, rows, self.model)
+            if self._scratch is None or self._scratch.rows < rows:
+                self._scratch = self.model.scratch(rows)
             return run_wave(self.model, wave, store, self._scratch, watch)
 
     def _collect(self, in_flight: deque[tuple[_Run[T], Launched]], clock: DeviceClock, most: int) -> None:

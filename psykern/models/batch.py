@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from psykern.kernels import Segments
-
-if TYPE_CHECKING:
-    from psykern.models.model import Model
 
 
 class LayerState(NamedTuple):
@@ -39,21 +36,14 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scratch:
-    """The arrays between a layer's operations, made once for all batches of a run: a batch takes what it needs."""
+    """The arrays between a layer's operations. ``Model.scratch`` makes them once for all batches of a run; a batch takes
+    what it needs."""
 
     normed: Tensor  # [n, D] what a part takes, and what it gives
     mixer: Tensor  # [n * numbers] of the largest mixer
     ffn: Tensor  # [n * numbers] of the largest feed-forward part
 
-    @classmethod
-    def make(cls, rows: int, model: Model) -> Scratch:
-        spec = model.spec
-        mixer = max(layer.mixer.scratch for layer in spec.layers)
-        ffn = max(layer.ffn.scratch for layer in spec.layers)
-        shapes = ((rows, spec.hidden_size), (rows * mixer,), (rows * ffn,))
-        return cls(*(torch.empty(shape, dtype=model.dtype, device=model.device) for shape in shapes))
-
-    @classmethod
-    def grown(cls, scratch: Scratch | None, rows: int, model: Model) -> Scratch:
-        """``scratch`` itself where it has room for ``rows``, else a new one."""
-        return scratch if scratch is not None and len(scratch.normed) >= rows else cls.make(rows, model)
+    @property
+    def rows(self) -> int:
+        """That a batch may have."""
+        return len(self.normed)

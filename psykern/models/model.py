@@ -15,6 +15,7 @@ from torch import Tensor
 
 from psykern import kernels
 from psykern.kernels.compute import Compute
+from psykern.models.batch import Scratch
 from psykern.models.checkpoint import Checkpoint, widen
 from psykern.models.families import read_spec
 from psykern.models.layer import Layer, LayerSpec
@@ -95,6 +96,13 @@ class Model:
     def head(self) -> Tensor:
         """The head's weight [V, D], on a CPU in the checkpoint's own dtype: ``option_logprobs`` widens it by tiles."""
         return self._on_device(self.spec.head_name)
+
+    def scratch(self, rows: int) -> Scratch:
+        """Room for batches of up to ``rows`` rows."""
+        mixer = max(layer.mixer.scratch for layer in self.spec.layers)
+        ffn = max(layer.ffn.scratch for layer in self.spec.layers)
+        shapes = ((rows, self.spec.hidden_size), (rows * mixer,), (rows * ffn,))
+        return Scratch(*(torch.empty(shape, dtype=self.dtype, device=self.device) for shape in shapes))
 
     def non_finite_tensors(self, layer: int) -> list[str]:
         """Names of the tensors of one layer that hold a NaN or an infinity; layer -1: those outside the layers."""

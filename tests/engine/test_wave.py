@@ -15,7 +15,7 @@ from psykern.engine.store import OneLayer, Store
 from psykern.engine.watch import Watch
 from psykern.engine.wave import Launched, run_wave
 from psykern.kernels.compute import Compute
-from psykern.models.batch import LayerState, Scratch
+from psykern.models.batch import LayerState
 from psykern.models.model import Model
 
 
@@ -39,7 +39,7 @@ def quiet() -> Watch:
 
 
 def run(model: Model, planned: Plan, store: Store) -> list[Launched]:
-    scratch = Scratch.make(planned.batch_tokens, model)
+    scratch = model.scratch(planned.batch_tokens)
     with torch.inference_mode():
         return [run_wave(model, wave, store, scratch, quiet()) for wave in planned.waves()]
 
@@ -106,7 +106,7 @@ def test_a_watch_is_told_after_each_layer(model: Model, planned: Plan) -> None:
             model,
             planned.wave(0),
             OneLayer(model),
-            Scratch.make(planned.batch_tokens, model),
+            model.scratch(planned.batch_tokens),
             Watch(torch.device("cpu"), shares.append),
         )
     assert shares == [(i + 1) / model.num_layers for i in range(model.num_layers)]

@@ -47,7 +47,6 @@ from psykern.engine.plan import plan
 from psykern.engine.store import OneLayer
 from psykern.engine.watch import Watch
 from psykern.engine.wave import run_wave
-from psykern.models.batch import Scratch
 from support.groups import random_group
 
 mapped = Model._on_device
@@ -57,7 +56,7 @@ group = random_group(np.random.default_rng(5), 10, 320, 3)
 for wave_tokens, batch_tokens in ((4096, 512), (64, 512), (50, 17), (50, 31), (300, 100)):
     print("run", flush=True)
     planned = plan(group, wave_tokens=wave_tokens, batch_tokens=batch_tokens, min_share=4)
-    store, scratch = OneLayer(model), Scratch.make(batch_tokens, model)
+    store, scratch = OneLayer(model), model.scratch(batch_tokens)
     for wave in planned.waves():
         with torch.inference_mode():
             run_wave(model, wave, store, scratch, Watch(model.device, lambda share: None))

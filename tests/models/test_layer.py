@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from psykern.kernels import Backend, Segments
 from psykern.kernels.compute import Compute
 from psykern.models import families
-from psykern.models.batch import Batch, LayerState, Scratch
+from psykern.models.batch import Batch, LayerState
 from psykern.models.families import llama
 from psykern.models.fields import Fields
 from psykern.models.model import Model
@@ -61,7 +61,7 @@ def test_one_layer_equals_transformers_for_all_rows_and_for_some(
         out = given if rows is None else torch.full((len(rows), 64), torch.nan)
         layer = model.layer(1, 40)
         assert (layer.mixer.fused is None) == (layer.ffn.gate_up is None) == (num_slots is None)
-        layer(given, out, LayerState(keys, values), one_transcript(40, rows, 3), Scratch.make(40, model))
+        layer(given, out, LayerState(keys, values), one_transcript(40, rows, 3), model.scratch(40))
         torch.testing.assert_close(out, expected if rows is None else expected[rows], rtol=1e-4, atol=1e-4)
         assert rows is None or torch.equal(given, hidden)
         assert keys[:3].isnan().all() and keys[3:].isfinite().all() and values[3:].isfinite().all()
@@ -76,7 +76,7 @@ def test_a_layer_allocates_no_array_of_its_rows(name: str, some: bool, num_slots
     make_model(tmp_path, **CONFIGS[name])
     model = Model(tmp_path, Compute.resolve("cpu"), num_slots=num_slots)
     rows = 2000
-    layer, scratch, hidden = model.layer(0, rows), Scratch.make(rows, model), torch.randn(rows, 64)
+    layer, scratch, hidden = model.layer(0, rows), model.scratch(rows), torch.randn(rows, 64)
     batch = one_transcript(rows, torch.arange(0, rows, 2) if some else None)
     out = torch.empty(rows // 2, 64) if some else hidden
     keys, values = torch.empty(2, rows, *model.spec.layers[0].mixer.kv_shape)
@@ -112,7 +112,7 @@ def test_layers_of_two_kinds_equal_transformers(
 
     model = Model(tmp_path, Compute.resolve("cpu"), num_slots=num_slots)
     ids = torch.randint(320, (20,), generator=torch.Generator().manual_seed(0))
-    scratch, batch, hidden = Scratch.make(20, model), one_transcript(20), model.embed(ids.int())
+    scratch, batch, hidden = model.scratch(20), one_transcript(20), model.embed(ids.int())
     assert len(scratch.ffn) == 20 * 2 * 144
     for _ in range(2):  # again from the first layer on, as in a further wave
         out = hidden.clone()

@@ -1,4 +1,4 @@
-"""metrics.py: means against hand-computed values and plain loops, and the printed table."""
+"""The summary of a run: means against hand-computed values and plain loops, and the printed table."""
 
 from __future__ import annotations
 
