@@ -8,7 +8,7 @@ ASAN   := build/asan
 BENCH  ?= score
 
 # A process for each core and a thread in each; tests that need more threads set their number themselves.
-PYTEST  := $(PY) -m pytest --numprocesses auto --dist worksteal
+PYTEST  := $(PY) -m pytest --numprocesses auto
 THREADS ?= 1
 # A processor of 2013, for the pass under the interpreter: numpy, torch and MKL then round as they do on machines that
 # this one is not, which costs nothing. The other pass has the machine's own.
@@ -51,11 +51,12 @@ test: build
 
 # Every case of the Triton kernels under Triton's interpreter, which a process must choose before it imports them.
 interpret: setup
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=$(THREADS) $(OLDER) $(PYTEST) -k triton -W ignore \
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=$(THREADS) $(OLDER) $(PYTEST) --dist worksteal -k triton -W ignore \
 	    $(addprefix tests/kernels/test_,triton_kernels.py contract.py dispatch.py elementwise.py option_logprobs.py prefix_attention.py)
 
+# A file stays in one process, which makes its models, its Ray cluster and its compiled kernels once.
 plain: setup
-	OMP_NUM_THREADS=$(THREADS) $(PYTEST)
+	OMP_NUM_THREADS=$(THREADS) $(PYTEST) --dist loadfile
 
 # Both passes as on other processors and with other numbers of threads: about as many times `make test` as the script
 # has settings.

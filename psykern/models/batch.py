@@ -36,8 +36,8 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scratch:
-    """The arrays between a layer's operations. ``Model.scratch`` makes them once for all batches of a run; a batch takes
-    what it needs."""
+    """The arrays between a layer's operations. ``Model.scratch`` makes them once for all batches of a run; a batch
+    takes what it needs."""
 
     normed: Tensor  # [n, D] what a part takes, and what it gives
     mixer: Tensor  # [n * numbers] of the largest mixer

@@ -25,8 +25,8 @@ for setting in "${SETTINGS[@]}"; do
     for pass in interpret plain; do
         log="$LOGS/$setting-$pass.log"
         env "$setting" make "$pass" OLDER= >"$log" 2>&1 || status=1
-        # the last line of pytest, or of whatever ended the pass before
-        echo "| \`$setting\` | $pass | $(grep -E '(passed|failed|error).* in [0-9.]+s' "$log" | tail -n 1 | tr -d '=' | xargs || tail -n 1 "$log") |"
+        result=$(grep -E '(passed|failed|error).* in [0-9.]+s' "$log" | tail -n 1 | tr -d '=')
+        echo "| \`$setting\` | $pass | ${result:-$(tail -n 1 "$log")} |"  # or what ended it before pytest did
     done
 done
 exit $status
