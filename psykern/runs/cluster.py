@@ -3,7 +3,7 @@
 The driver reads and encodes the units and hands them out, the longest of those that are ready first; each actor loads
 the model once and writes the parts of its units to the run's folder, which all machines must reach. An actor that is
 lost is replaced, and its unit goes to another. What a part holds depends on its unit alone, so the records equal those
-of one process.
+of one process that has as many threads (torch's matrix products may round otherwise on more of them).
 """
 
 from __future__ import annotations

@@ -121,14 +121,6 @@ def _error(actual: Tensor, expected: Tensor) -> float:
     return float(((a - e).abs() / e.abs().clamp(min=1)).max()) if len(a) else 0.0
 
 
-def assert_as_in_company(place: Place, alone: Tensor, together: Tensor, tolerance: float) -> None:
-    """Equal bytes where the products are psykern's own; a library's promise a row nothing of the kind."""
-    if place.has_own_products:
-        assert_same_bits(alone, together)
-    else:
-        torch.testing.assert_close(alone, together, rtol=1e-6, atol=tolerance)
-
-
 def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
     """Equal bytes, NaN included; the message gives the first place that differs."""
     assert actual.shape == expected.shape and actual.dtype == expected.dtype
