@@ -55,6 +55,7 @@ _HOMES = {
     "study.tables": "format_comparison",
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
+_ROOMS = ("demo", "kernels")  # whose names are used with the room's own before them
 
 __all__ = [
     "BackendError",
@@ -91,6 +92,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f"psykern.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'psykern' has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(f"psykern.{_HOME[name]}"), name)
@@ -98,4 +101,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_HOME]
+    return [*globals(), *_HOME, *_ROOMS]

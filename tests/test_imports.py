@@ -193,6 +193,8 @@ def test_the_public_names_are_there_and_have_their_types() -> None:
     assert set(psykern.__all__) - {"__version__"} == set(psykern._HOME)
     assert set(psykern.__all__) <= public_names(ROOT) & set(dir(psykern))
     assert all(getattr(psykern, name) is not None for name in psykern.__all__)
+    code = "import psykern; print(psykern.kernels.silu_mul.__name__, psykern.demo.MODEL.name)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = psykern.nothing
 
