@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from support import attention, logprobs
 from support.backends import REFERENCE, Place, poisoned_memory
@@ -86,9 +87,18 @@ class Case:
     tolerance: float | None = None  # of operations with a matrix product: between two ways to the same numbers
 
     def run(self, place: Place, given: dict[str, Any]) -> list[Tensor]:
-        """What the operation gives of arguments on the place's device; what it leaves out of new arrays is NaN."""
+        """What the operation gives of arguments on the place's device; what it leaves out of new arrays is NaN.
+
+        Skips where the reference cannot run because torch cannot: told to forget AVX-512 (``ATEN_CPU_CAPABILITY``) on a
+        processor that has it, torch 2.13 still packs bf16 keys for it, and raises.
+        """
         with poisoned_memory():
-            result = getattr(kernels, self.op)(**given, backend=place.backend)
+            try:
+                result = getattr(kernels, self.op)(**given, backend=place.backend)
+            except RuntimeError as error:
+                if place.backend != "reference" or "pack_vnni2" not in str(error):
+                    raise
+                pytest.skip(f"torch's attention: {error}")
         return [result] if isinstance(result, Tensor) else list(result)
 
 
