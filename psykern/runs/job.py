@@ -30,7 +30,7 @@ from psykern.engine.plan import Plan, plan
 from psykern.runs.folder import RunFolder, UnitReport
 from psykern.runs.manifest import (
     Counts,
-    DataFile,
+    InputFile,
     Manifest,
     Outcome,
     Recipe,
@@ -107,7 +107,7 @@ def recipe_of(scorer: Scorer, dataset: Dataset, settings: Settings, clock: Clock
         model_id=scorer.name,
         model_hash=scorer.hash,
         tokenizer_hash=language.tokenizer.hash,
-        data=tuple(DataFile(str(file.path), file.hash, file.bytes) for file in dataset.files),
+        data=tuple(InputFile(str(file.path), file.hash, file.bytes) for file in dataset.files),
         protocol=settings.protocol,
         condition=settings.condition,
         discrete=settings.discrete,

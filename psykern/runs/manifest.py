@@ -23,7 +23,7 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "pyarrow")
 
 
 @dataclass(frozen=True, slots=True)
-class DataFile:
+class InputFile:
     """A file that was read."""
 
     path: str
@@ -58,7 +58,7 @@ class Recipe:
     model_id: str
     model_hash: str
     tokenizer_hash: str
-    data: tuple[DataFile, ...]
+    data: tuple[InputFile, ...]
     protocol: Protocol
     condition: Condition
     discrete: str | None  # only responses that match it were scored; None: all

@@ -17,7 +17,7 @@ from support.records import manifest, random_transcripts, recipe
 from psykern.core.errors import RowError, RunFolderError, Source
 from psykern.core.types import UnitInfo
 from psykern.runs.folder import RunFolder, UnitReport, iter_run, read_run
-from psykern.runs.manifest import Counts, DataFile, Manifest, library_versions, peak_memory_bytes
+from psykern.runs.manifest import Counts, InputFile, Manifest, library_versions, peak_memory_bytes
 from psykern.scoring.table import SCHEMA, to_table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,10 +66,10 @@ def test_a_parts_name_follows_from_unit_model_and_settings(tmp_path: Path) -> No
         one.part_name(unit(key="other")),
         begin(tmp_path / "model", model_hash="a2").part_name(unit()),
         begin(tmp_path / "protocol", protocol="study").part_name(unit()),
-        begin(tmp_path / "data", data=(DataFile("data.jsonl", "c4", 10),)).part_name(unit()),
+        begin(tmp_path / "data", data=(InputFile("data.jsonl", "c4", 10),)).part_name(unit()),
     }
     assert len(names) == 6
-    moved = begin(tmp_path / "moved", data=(DataFile("elsewhere.jsonl", "c3", 10),), model_id="copy", wave_tokens=9)
+    moved = begin(tmp_path / "moved", data=(InputFile("elsewhere.jsonl", "c3", 10),), model_id="copy", wave_tokens=9)
     assert moved.part_name(unit()) == one.part_name(unit())
 
 
@@ -136,7 +136,7 @@ def test_non_empty_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
 def test_another_run_is_refused_with_what_differs(tmp_path: Path) -> None:
     begin(tmp_path)
     before = (tmp_path / "manifest.json").read_bytes()
-    other = {"protocol": "study", "limit": 5, "data": (DataFile("data.jsonl", "c4", 10),)}
+    other = {"protocol": "study", "limit": 5, "data": (InputFile("data.jsonl", "c4", 10),)}
     with pytest.raises(RunFolderError) as raised:
         begin(tmp_path, **other)
     for part in (

@@ -9,7 +9,7 @@ import numpy as np
 
 from psykern.core.errors import Source
 from psykern.core.types import EncodedTranscript, TargetScores
-from psykern.runs.manifest import Counts, DataFile, Manifest, Outcome, Recipe, library_versions, peak_memory_bytes
+from psykern.runs.manifest import Counts, InputFile, Manifest, Outcome, Recipe, library_versions, peak_memory_bytes
 
 
 def encoded(
@@ -87,7 +87,7 @@ def recipe(**changes: Any) -> Recipe:
         model_id="tiny",
         model_hash="a1",
         tokenizer_hash="b2",
-        data=(DataFile("data.jsonl", "c3", 10),),
+        data=(InputFile("data.jsonl", "c3", 10),),
         protocol="exact",
         condition="plain",
         discrete=None,
