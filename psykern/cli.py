@@ -299,6 +299,7 @@ def _report(run: Run) -> int:
         )
     if counts.without_metadata_transcripts:
         print(f"nothing is known of the participants of {counts.without_metadata_transcripts:,} transcripts: left out")
+    _report_people(run)
     print(f"records: {run.folder}")
     if run.manifest.finished is None:
         print(f"{run.units_done:,} of {run.units_total:,} units are done; the others are for other shards")
@@ -307,6 +308,20 @@ def _report(run: Run) -> int:
         print(f"psykern: {counts.rejects:,} rows were rejected: {run.folder}/rejects.jsonl", file=sys.stderr)
         return EXIT_REJECTS
     return 0
+
+
+def _report_people(run: Run) -> None:
+    counts = run.manifest.counts
+    if counts.without_id_transcripts:
+        print(
+            f"{counts.without_id_transcripts:,} transcripts name no participant: each is a person of its own, called "
+            "by its file's hash and its line"
+        )
+    if counts.shared_participants:
+        print(
+            f"{counts.shared_participants:,} participants' ids are in more than one file of their experiment: see "
+            "--same-participants"
+        )
 
 
 def _plan(options: argparse.Namespace, settings: Settings) -> int:

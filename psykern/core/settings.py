@@ -24,6 +24,7 @@ Condition = Literal["plain", "chat", "persona"]
 Boundary = Literal["joint", "split"]
 OptionSource = Literal["none", "given", "observed", "observed-experiment"]
 OverLength = Literal["error", "skip", "truncate"]
+SameParticipants = Literal["merge", "separate", "error"]
 Backend = Literal["auto", "reference", "cpu", "triton", "cuda"]
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -80,6 +81,10 @@ class Settings:
     ] = "error"
     limit: Annotated[int | None, About("take only the first N transcripts of each study", _DATA)] = None
     studies: Annotated[tuple[str, ...] | None, About("take only these studies", _DATA)] = None
+    same_participants: Annotated[
+        SameParticipants,
+        About("a participant's id in two files of one experiment: one person, two, or an error", _DATA),
+    ] = "merge"
     backend: Annotated[Backend, About("kernels to use", ("identity",))] = "auto"
     dtype: Annotated[Dtype, About("arithmetic; auto: float32 on a CPU, bfloat16 on a GPU", ("identity",))] = "auto"
     device: Annotated[Device, About("where to compute")] = "auto"

@@ -27,6 +27,8 @@ class Transcript:
     options: tuple[tuple[str, ...], ...] | None  # [R] answer options of each response; None: the row gives none
     source: Source
     metadata: tuple[tuple[str, str], ...] = ()  # what is known of the participant, see data/persona.py
+    has_id: bool = True  # False: the row names no participant
+    joins_files: bool = False  # the first row by which a participant of one file is in a second one too
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,8 @@ class EncodedUnit:
     transcripts: tuple[EncodedTranscript, ...]  # whole, whatever the model's context; without those that were refused
     rejects: tuple[RowError, ...]  # rows refused when they were read or encoded
     without_metadata: int  # transcripts that the condition persona left out
+    without_id: int = 0  # rows that name no participant
+    shared_participants: int = 0  # people who are in more than one file, each counted once in all units
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -21,6 +21,11 @@ class DataFile:
     hash: str  # "sha256:…" of its bytes; empty: they were not read
     bytes: int  # its size
 
+    @property
+    def tag(self) -> str:
+        """The hash's first 8 digits, which names what is this file's own; empty: it was not read."""
+        return self.hash.removeprefix("sha256:")[:8]
+
 
 @dataclass(frozen=True, slots=True)
 class Dataset:

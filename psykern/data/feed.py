@@ -58,7 +58,13 @@ class Feed:
 
     def _rows(self) -> Iterator[Unit]:
         of = self._settings
-        return units(self._dataset, unit_tokens=self._unit_tokens, studies=of.studies, limit=of.limit)
+        return units(
+            self._dataset,
+            unit_tokens=self._unit_tokens,
+            studies=of.studies,
+            limit=of.limit,
+            same_participants=of.same_participants,
+        )
 
     def _rows_ahead(self) -> Generator[Unit, None, None]:
         """All units as rows, read in a thread of their own from the moment that the first is asked for."""
@@ -119,7 +125,14 @@ class Feed:
             self._scan()
         with self._clock("encode"):
             encoded = self._encoder.encode(unit.transcripts, self._observed)
-        return EncodedUnit(unit.info, encoded.transcripts, (*unit.rejects, *encoded.rejects), encoded.without_metadata)
+        return EncodedUnit(
+            unit.info,
+            encoded.transcripts,
+            (*unit.rejects, *encoded.rejects),
+            encoded.without_metadata,
+            unit.without_id,
+            unit.shared_participants,
+        )
 
     def _refuse(self, rejects: Sequence[RowError]) -> None:
         if self._settings.strict and rejects:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 
 _MISSING = frozenset(("", "N/A", "nan"))
 _GENDERS = {
@@ -111,6 +112,8 @@ def metadata(row: Mapping[str, object]) -> tuple[tuple[str, str], ...]:
     for field in FIELDS:
         for column in (field.name, *field.aliases):
             value = row.get(column)
+            if isinstance(value, Decimal):
+                value = float(value)
             if isinstance(value, bool) or not isinstance(value, (str, int, float)):
                 continue
             if isinstance(value, float) and not math.isfinite(value):

@@ -4,15 +4,15 @@ The rule: a row is used as it stands or refused with file, line and reason; noth
 never stops the rest. Only one row (of parquet: one small batch of rows) is in memory, whatever the file's size.
 
 A row holds `text`, and if it likes `study`, `experiment`, `participant` (or `participant_reindexed`) and `options`;
-what is known of the participant (the columns of :mod:`.persona`) is kept, other columns are ignored. None and
-NaN count as missing. A study's name is its column, else what :mod:`.files` makes of the file's name.
+what is known of the participant (the columns of :mod:`.persona`) is kept, other columns are ignored. What these may
+hold is said in :mod:`.values`. A study's name is its column, else what :mod:`.files` makes of the file's name. A row
+without a participant is a person of its own, called by the content of its file and its line.
 """
 
 from __future__ import annotations
 
 import codecs
 import json
-import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -24,41 +24,42 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from psykern.core.errors import DataError, RowError, Source
+from psykern.core.settings import SameParticipants
 from psykern.core.types import Transcript
 from psykern.data import persona
 from psykern.data.dataset import Dataset
 from psykern.data.files import DAMAGE, open_lines
+from psykern.data.people import People
+from psykern.data.values import answer_options, identifier, is_missing, kind, string
 
 _COLUMNS = ("text", "study", "experiment", "participant", "participant_reindexed", "options", *persona.COLUMNS)
 _PARQUET_BATCH = 64  # rows decoded together
 _PARQUET_BUFFER = 1 << 20  # bytes read ahead per column, instead of the whole column of a row group
 
-_KINDS = {
-    type(None): "null",
-    bool: "a boolean",
-    int: "a number",
-    float: "a number",
-    str: "a string",
-    list: "a list",
-    dict: "an object",
-}
+# An object is a tuple of its pairs, as a dict would keep the last of two equal keys in silence.
+_JSON = json.JSONDecoder(object_pairs_hook=tuple)
 
 
 def read(
-    dataset: Dataset, *, studies: Collection[str] | None = None, limit: int | None = None
+    dataset: Dataset,
+    *,
+    studies: Collection[str] | None = None,
+    limit: int | None = None,
+    same_participants: SameParticipants = "merge",
 ) -> Iterator[Transcript | RowError]:
     """Transcripts in the order of the files and their rows; the error of a bad row stands in its place.
 
     `studies` keeps only those studies, `limit` only the first accepted transcripts of each study; rows that they
     leave out are not checked. A damaged file gives one error, at the line reached. Raises DataError for a file that
-    cannot be opened or an archive with no rows to find.
+    cannot be opened or an archive with no rows to find, and as :meth:`.people.People.place` does.
     """
     taken: Counter[str] = Counter()
+    people = People(dataset, same_participants)
 
     def wanted(study: str) -> bool:
         return (studies is None or study in studies) and (limit is None or taken[study] < limit)
 
-    for file in dataset.files:
+    for number, file in enumerate(dataset.files):
         for row in _rows_until_damage(file.path):
             if not row.may_name_study and not wanted(file.study):
                 if file.path.suffix.lower() == ".parquet":
@@ -69,12 +70,12 @@ def read(
                 study = _study(fields, file.study)
                 if not wanted(study):
                     continue
-                transcript = _transcript(fields, study, row.source)
+                transcript = _transcript(fields, study, row.source, people.name(number, row.source.line))
             except ValueError as error:
                 yield RowError(row.source, str(error))
                 continue
             taken[study] += 1
-            yield transcript
+            yield people.place(transcript, number)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,7 @@ def _refuse(reason: str) -> Mapping[str, object]:
 def _json_rows(path: Path) -> Iterator[_Row]:
     with open_lines(path) as (name, stream):
         for number, line in enumerate(stream, start=1):
-            if number == 1:
+            while line.startswith(codecs.BOM_UTF8):  # also where files that begin with one were put together
                 line = line.removeprefix(codecs.BOM_UTF8)
             if line.strip():
                 yield _Row(Source(name, number), b'"study"' in line, partial(_parse, line))
@@ -115,7 +116,7 @@ def _json_rows(path: Path) -> Iterator[_Row]:
 
 def _parse(line: bytes) -> Mapping[str, object]:
     try:
-        fields = json.loads(line.decode("utf-8"))
+        pairs = _JSON.decode(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         byte = f"0x{line[error.start]:02x}"
         raise ValueError(f"not UTF-8: byte {byte} at byte {error.start} of the line ({error.reason})") from error
@@ -126,32 +127,67 @@ def _parse(line: bytes) -> Mapping[str, object]:
         raise ValueError(f"not JSON that can be read: {reason}") from error
     except RecursionError as error:
         raise ValueError("not JSON that can be read: nested too deeply") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"row: expected an object, got {_kind(fields)}")
+    if not isinstance(pairs, tuple):
+        raise ValueError(f"row: expected an object, got {kind(pairs)}")
+    fields: dict[str, object] = dict(pairs)
+    if len(fields) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        for name in _COLUMNS:
+            if counts[name] > 1:
+                raise ValueError(f"{name}: expected the key once, the row has it {counts[name]} times")
     return fields
 
 
 def _parquet_rows(path: Path) -> Iterator[_Row]:
     number = 0
     with pq.ParquetFile(path, buffer_size=_PARQUET_BUFFER, pre_buffer=False) as parquet:
-        columns = [name for name in parquet.schema_arrow.names if name in _COLUMNS]
-        if "text" not in columns:
-            reason = f"text: expected a column of that name, got columns {', '.join(parquet.schema_arrow.names)}"
+        schema = parquet.schema_arrow
+        columns = [name for name in schema.names if name in _COLUMNS]
+        if reason := _unusable(schema):
             yield _Row(Source(str(path), 1), True, partial(_refuse, reason))
             return
+        narrow = {name: width for name in columns if (width := _narrow(schema.field(name).type)) is not None}
         for group in range(parquet.num_row_groups):  # one by one, so that damage costs no row of the group before
             for batch in parquet.iter_batches(_PARQUET_BATCH, row_groups=[group], columns=columns):
                 for place in range(batch.num_rows):
                     number += 1
-                    yield _Row(Source(str(path), number), "study" in columns, partial(_take, batch, place))
+                    yield _Row(Source(str(path), number), "study" in columns, partial(_take, batch, place, narrow))
 
 
-def _take(batch: pa.RecordBatch, place: int) -> Mapping[str, object]:
+def _unusable(schema: pa.Schema) -> str | None:
+    """Why no row of a parquet file can be used; None: they can."""
+    counts = Counter(schema.names)
+    if not counts["text"]:
+        return f"text: expected a column of that name, got columns {', '.join(schema.names)}"
+    twice = next((name for name in _COLUMNS if counts[name] > 1), None)
+    return twice and f"{twice}: expected one column of that name, got {counts[twice]}"
+
+
+def _narrow(column: pa.DataType) -> type[np.floating] | None:
+    """The type of a column's numbers, or of those in its lists, where they are floats of less than 64 bits."""
+    while pa.types.is_list(column) or pa.types.is_large_list(column) or pa.types.is_fixed_size_list(column):
+        column = column.value_type
+    if pa.types.is_float16(column):
+        return np.float16
+    return np.float32 if pa.types.is_float32(column) else None
+
+
+def _take(batch: pa.RecordBatch, place: int, narrow: Mapping[str, type[np.floating]]) -> Mapping[str, object]:
     try:
         columns = zip(batch.schema.names, batch.columns, strict=True)
-        return {name: column[place].as_py() for name, column in columns}
+        fields = {name: column[place].as_py() for name, column in columns}
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8: byte 0x{error.object[error.start]:02x} ({error.reason})") from error
+    except OverflowError as error:  # a date beyond Python's
+        raise ValueError(f"row: a value cannot be read: {error}") from error
+    return fields | {name: _shortest(fields[name], width) for name, width in narrow.items()}
+
+
+def _shortest(value: object, width: type[np.floating]) -> object:
+    """A narrow float, or a list of them, as its digits have it: 0.1 in 32 bits is 0.10000000149011612 in 64."""
+    if isinstance(value, list):
+        return [_shortest(item, width) for item in value]
+    return float(str(width(value))) if isinstance(value, float) else value
 
 
 def find_responses(text: str) -> np.ndarray:
@@ -178,98 +214,33 @@ def find_responses(text: str) -> np.ndarray:
     return np.array(spans, dtype=np.int64).reshape(-1, 2)
 
 
-def _transcript(fields: Mapping[str, object], study: str, source: Source) -> Transcript:
+def _transcript(fields: Mapping[str, object], study: str, source: Source, name: str) -> Transcript:
+    """``name``: what the person is called where the row does not say."""
     text = fields.get("text")
-    if _is_missing(text):
+    if is_missing(text):
         raise ValueError("text: missing")
-    text = _string("text", text)
+    text = string("text", text)
     responses_char = find_responses(text)
+    responses = [text[first:last] for first, last in responses_char.tolist()]
     participant = fields.get("participant")
-    if _is_missing(participant):
+    if is_missing(participant):
         participant = fields.get("participant_reindexed")
     return Transcript(
         study=study,
-        experiment=_string_or_number("experiment", fields.get("experiment"), missing=""),
-        participant=_string_or_number("participant", participant, missing=str(source.line)),
+        experiment=identifier("experiment", fields.get("experiment"), missing=""),
+        participant=identifier("participant", participant, missing=name),
         text=text,
         responses_char=responses_char,
-        options=_options(fields.get("options"), len(responses_char)),
+        options=answer_options(fields.get("options"), responses),
         source=source,
         metadata=persona.metadata(fields),
+        has_id=not is_missing(participant),
     )
 
 
 def _study(fields: Mapping[str, object], default: str) -> str:
     study = fields.get("study")
-    study = _string("study", default if _is_missing(study) else study)
+    study = string("study", default if is_missing(study) else study)
     if not study:
         raise ValueError("study: expected a name, got an empty string")
     return study
-
-
-def _options(value: object, num_responses: int) -> tuple[tuple[str, ...], ...] | None:
-    """One tuple per response, from one list for all responses or one list (or null) per response."""
-    if _is_missing(value):
-        return None
-    if not isinstance(value, list):
-        raise ValueError(f"options: expected a list, got {_kind(value)}")
-    per_response = any(isinstance(item, list) for item in value) or (value != [] and all(map(_is_missing, value)))
-    if not per_response:
-        return (_option_list("options", value),) * num_responses
-    if len(value) != num_responses:
-        raise ValueError(f"options: expected one list for each of {num_responses} responses, got {len(value)} lists")
-    equal: dict[tuple[str, ...], tuple[str, ...]] = {}  # equal lists become one object
-    lists = (_option_list(f"options of response {number}", item) for number, item in enumerate(value, start=1))
-    return tuple(equal.setdefault(options, options) for options in lists)
-
-
-def _option_list(name: str, value: object) -> tuple[str, ...]:
-    if _is_missing(value):
-        return ()
-    if not isinstance(value, list):
-        raise ValueError(f"{name}: expected a list or null, got {_kind(value)}")
-    options: dict[str, None] = {}  # an ordered set
-    for number, item in enumerate(value, start=1):
-        is_number = isinstance(item, (int, float)) and not isinstance(item, bool) and math.isfinite(item)
-        option = str(item) if is_number else _string(f"{name}: option {number}", item)
-        if not option:
-            raise ValueError(f"{name}: option {number} is empty")
-        if option in options:
-            raise ValueError(f"{name}: option {number} repeats {option!r}")
-        options[option] = None
-    return tuple(options)
-
-
-def _string_or_number(name: str, value: object, *, missing: str) -> str:
-    """Numbers as people write ids: 7 and 7.0 are both `7`."""
-    if _is_missing(value):
-        return missing
-    if isinstance(value, float):
-        return str(int(value)) if value.is_integer() else str(value)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if isinstance(value, str):
-        return _string(name, value)
-    raise ValueError(f"{name}: expected a string or a number, got {_kind(value)}")
-
-
-def _string(name: str, value: object) -> str:
-    """The value if it is a string that UTF-8 can hold; JSON's escapes can spell half of a surrogate pair."""
-    if not isinstance(value, str):
-        raise ValueError(f"{name}: expected a string, got {_kind(value)}")
-    if not value.isascii():
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            code = f"U+{ord(value[error.start]):04X}"
-            raise ValueError(f"{name}: lone surrogate {code} at character {error.start}, not Unicode text") from error
-    return value
-
-
-def _is_missing(value: object) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
-
-
-def _kind(value: object) -> str:
-    """A value's type for messages, as JSON calls it."""
-    return _KINDS.get(type(value), type(value).__name__)

@@ -34,7 +34,7 @@ from psykern.core.types import EncodedTranscript, EncodedUnit, UnitInfo
 from psykern.data.dataset import Dataset
 from psykern.version import __version__
 
-VERSION = 1  # of what is written here; another is not read
+VERSION = 2  # of what is written here; another is not read
 _MAGIC = b"psykern tokens\x00\x00"  # 16 bytes
 _HEADER = 64  # bytes before the content: the magic, 32 bytes of SHA-256, zeros; Arrow wants its buffers aligned
 
@@ -143,7 +143,7 @@ def _table(unit: EncodedUnit, files: Sequence[str]) -> pa.Table:
         "index": unit.info.index,
         "key": unit.info.key,
         "options": list(numbers),
-        "without_metadata": unit.without_metadata,
+        "counts": [unit.without_metadata, unit.without_id, unit.shared_participants],
         "rejects": [(*_place(e.source, files), e.reason) for e in unit.rejects],
     }
     return pa.table(columns).replace_schema_metadata({"psykern": json.dumps(rest)})
@@ -187,7 +187,7 @@ def _unit(info: UnitInfo, table: pa.Table, files: Sequence[str]) -> EncodedUnit 
         for i in range(table.num_rows)
     )
     rejects = tuple(RowError(Source(files[f] + member, line), reason) for f, member, line, reason in rest["rejects"])
-    return EncodedUnit(info, transcripts, rejects, rest["without_metadata"])
+    return EncodedUnit(info, transcripts, rejects, *rest["counts"])
 
 
 def _arrays(table: pa.Table, name: str) -> list[np.ndarray]:

@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from psykern.core.errors import RowError
+from psykern.core.settings import SameParticipants
 from psykern.core.types import Transcript, UnitInfo
 from psykern.data.dataset import Dataset
 from psykern.data.rows import read
@@ -30,6 +31,14 @@ class Unit:
     transcripts: tuple[Transcript, ...]
     rejects: tuple[RowError, ...]
 
+    @property
+    def without_id(self) -> int:
+        return sum(not transcript.has_id for transcript in self.transcripts)
+
+    @property
+    def shared_participants(self) -> int:
+        return sum(transcript.joins_files for transcript in self.transcripts)
+
 
 def units(
     dataset: Dataset,
@@ -37,8 +46,9 @@ def units(
     unit_tokens: int,
     studies: Collection[str] | None = None,
     limit: int | None = None,
+    same_participants: SameParticipants = "merge",
 ) -> Iterator[Unit]:
-    """The units of ``dataset`` in order, of about ``unit_tokens`` tokens each; ``studies`` and ``limit`` are those of
+    """The units of ``dataset`` in order, of about ``unit_tokens`` tokens each; the rest is handed to
     :func:`.rows.read`.
 
     A unit without transcripts holds the rest of the refused rows.
@@ -46,7 +56,7 @@ def units(
     transcripts: dict[str, list[Transcript]] = {}
     rejects: list[RowError] = []
     characters = index = 0
-    for row in read(dataset, studies=studies, limit=limit):
+    for row in read(dataset, studies=studies, limit=limit, same_participants=same_participants):
         if isinstance(row, RowError):
             rejects.append(row)
         else:

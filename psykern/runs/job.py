@@ -118,6 +118,7 @@ def recipe_of(scorer: Scorer, dataset: Dataset, settings: Settings, clock: Clock
         over_length=settings.over_length,
         limit=settings.limit,
         studies=settings.studies,
+        same_participants=settings.same_participants,
         versions=library_versions(__version__),
         device=torch.cuda.get_device_name(compute.device) if compute.device.type == "cuda" else "cpu",
         dtype=str(compute.dtype).removeprefix("torch."),
@@ -228,4 +229,6 @@ def _counts(item: PlannedUnit, scored_responses: int) -> Counts:
         over_length_transcripts=len(item.unit.transcripts) - len(item.transcripts),
         dropped_responses=sum(transcript.num_dropped for transcript in item.transcripts),
         without_metadata_transcripts=item.unit.without_metadata,
+        without_id_transcripts=item.unit.without_id,
+        shared_participants=item.unit.shared_participants,
     )

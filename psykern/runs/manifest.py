@@ -17,7 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from psykern.core.settings import Boundary, Condition, OptionSource, OverLength, Protocol, having
+from psykern.core.settings import (
+    Boundary,
+    Condition,
+    OptionSource,
+    OverLength,
+    Protocol,
+    SameParticipants,
+    having,
+)
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "pyarrow")
 
@@ -44,6 +52,8 @@ class Counts:
     over_length_transcripts: int = 0  # skipped by the over-length policy
     dropped_responses: int = 0  # left out by the over-length policy "truncate"
     without_metadata_transcripts: int = 0  # left out by the condition persona
+    without_id_transcripts: int = 0  # rows that name no participant
+    shared_participants: int = 0  # people whose id more than one file of their experiment has
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(
@@ -69,6 +79,7 @@ class Recipe:
     over_length: OverLength
     limit: int | None  # transcripts per study; None: all
     studies: tuple[str, ...] | None  # None: all
+    same_participants: SameParticipants
     versions: Mapping[str, str]  # see library_versions
     device: str
     dtype: str

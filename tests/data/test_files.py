@@ -132,6 +132,11 @@ class TestContainers:
         [
             pytest.param("s.jsonl", json_lines(ROWS), id="plain"),
             pytest.param("s.jsonl", b"\xef\xbb\xbf" + json_lines(ROWS), id="byte order mark"),
+            pytest.param(
+                "s.jsonl",
+                b"\xef\xbb\xbf" + json_lines(ROWS[:1]) + b"\xef\xbb\xbf" * 2 + json_lines(ROWS[1:]),
+                id="files with byte order marks, put together",
+            ),
             pytest.param("s.jsonl", json_lines(ROWS).replace(b"\n", b"\r\n").rstrip(), id="windows line breaks"),
             pytest.param("s.jsonl.gz", gzip.compress(json_lines(ROWS)), id="gzip"),
             pytest.param("s.jsonl.zip", zipped({"prompts.jsonl": json_lines(ROWS)}), id="zip"),

@@ -133,16 +133,13 @@ class TestColumns:
             pytest.param(
                 {"participant": float("nan"), "participant_reindexed": 4, "experiment": None}, "4", "", id="nan"
             ),
-            pytest.param({"participant": None, "RTs": [float("nan"), 1.5]}, "2", "", id="row number"),
+            pytest.param({"participant": None, "RTs": [float("nan"), 1.5]}, "1:2", "", id="file and line"),
             pytest.param({"participant": "", "experiment": "É"}, "", "É", id="empty string"),
         ],
     )
     def test_ids(self, tmp_path: Path, columns: dict[str, object], participant: str, experiment: str) -> None:
         transcript = read_row(tmp_path, b"\n" + json_lines([{"text": "<<A>>", **columns}]))
         assert (transcript.participant, transcript.experiment) == (participant, experiment)
-
-    def test_a_repeated_key_counts_as_its_last(self, tmp_path: Path) -> None:
-        assert read_row(tmp_path, b'{"text": 1, "text": "<<A>>"}').text == "<<A>>"
 
     def test_blank_lines_are_skipped_and_counted(self, tmp_path: Path) -> None:
         transcripts, rejected = read_all(write(tmp_path / "s.jsonl", b"\n \r\n" + json_lines(ROWS[:1]) + b"\n\n"))

@@ -55,7 +55,7 @@ def dataset(*paths: str, study: str = "study", digest: str = "d") -> Dataset:
 
 def unit(transcripts: Sequence[EncodedTranscript], info: UnitInfo = INFO) -> EncodedUnit:
     rejects = (RowError(Source("b.zip!prompts.jsonl", 5), 'text: missing "x"'),)
-    return EncodedUnit(info, tuple(transcripts), rejects, 2)
+    return EncodedUnit(info, tuple(transcripts), rejects, 2, 3, 4)
 
 
 def open_cache(folder: Path, of: Dataset | None = None, **changes: Any) -> TokenCache:
@@ -78,7 +78,8 @@ def test_a_unit_comes_back_as_it_was(transcripts: list[EncodedTranscript], tmp_p
     cache.write(unit(transcripts))
     got = open_cache(tmp_path).read(INFO)
     assert got is not None
-    assert (got.info, got.without_metadata, len(got.transcripts)) == (INFO, 2, len(transcripts))
+    assert (got.info, len(got.transcripts)) == (INFO, len(transcripts))
+    assert (got.without_metadata, got.without_id, got.shared_participants) == (2, 3, 4)
     for one, two in zip(got.transcripts, transcripts, strict=True):
         assert_equal(one, two)
     assert [(e.source, e.reason) for e in got.rejects] == [(Source("b.zip!prompts.jsonl", 5), 'text: missing "x"')]
@@ -162,7 +163,7 @@ def test_the_folder_is_called_by_what_tokens_depend_on(tmp_path: Path) -> None:
     text = (
         '{"data": [["study", "d"], ["study", "d"]], "protocol": "exact", "psykern": "'
         + psykern.__version__
-        + '", "tokenizer_hash": "t", "version": 1}'
+        + '", "tokenizer_hash": "t", "version": 2}'
     )
     assert [path.name for path in tmp_path.iterdir()] == [hashlib.sha256(text.encode()).hexdigest()[:32]]
 

@@ -98,6 +98,7 @@ def recipe(**changes: Any) -> Recipe:
         over_length="error",
         limit=None,
         studies=("study",),
+        same_participants="merge",
         versions=library_versions("0.1.0"),
         device="cpu",
         dtype="float32",

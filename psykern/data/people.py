@@ -1,0 +1,57 @@
+"""Who is one person: rows of one study, experiment and participant.
+
+Files that were numbered by themselves can call two people alike. An id that a second file of the experiment has is
+counted, and taken as ``same_participants`` says: as the same person (merge), as another one, who is then called
+``<id>@<tag of the later file>`` (separate), or not at all (error). Files are read in a fixed order, so every process
+that reads them finds the same. A person without an id is called ``<tag of the file>:<line>``, which depends on the
+file's content and not on its place or name.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import replace
+
+from psykern.core.errors import DataError
+from psykern.core.settings import SameParticipants
+from psykern.core.types import Transcript
+from psykern.data.dataset import Dataset
+
+
+class People:
+    """The people seen so far. About 150 bytes of memory for each."""
+
+    def __init__(self, dataset: Dataset, same: SameParticipants) -> None:
+        self._paths = dataset.paths
+        self._tags = [file.tag or str(number) for number, file in enumerate(dataset.files, start=1)]
+        self._same = same
+        self._file: dict[tuple[str, str], dict[str, int]] = defaultdict(dict)  # by study, experiment and participant
+        self._shared: set[tuple[str, str, str]] = set()  # who is in more than one
+
+    def name(self, file: int, line: int) -> str:
+        """Of a person without an id, on ``line`` of the data set's file number ``file``."""
+        return f"{self._tags[file]}:{line}"
+
+    def place(self, transcript: Transcript, file: int) -> Transcript:
+        """A row of the file number ``file``, under the name of its person. Raises DataError where the setting is
+        "error" and the person is in an earlier file."""
+        if len(self._paths) == 1:
+            return transcript
+        known = self._file[transcript.study, transcript.experiment]
+        name = transcript.participant
+        first = known.setdefault(name, file)
+        if first == file:
+            return transcript
+        if self._same == "error":
+            raise DataError(
+                f"{transcript.source.file}:{transcript.source.line}: participant {name!r} of study "
+                f"{transcript.study}, experiment {transcript.experiment!r}, is also in {self._paths[first]}; expected "
+                "a participant in one file: choose to merge them or to take them as separate people"
+            )
+        person = (transcript.study, transcript.experiment, name)
+        joins = person not in self._shared
+        self._shared.add(person)
+        if self._same == "separate":
+            while known.setdefault(name, file) != file:  # a third copy of a file has the second one's tag
+                name = f"{name}@{self._tags[file]}"
+        return replace(transcript, participant=name, joins_files=joins)
