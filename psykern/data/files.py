@@ -1,14 +1,16 @@
 """The files behind what a user names (files, folders, ids of hub datasets), and a file of rows opened, packed or not.
 
 What no row can come from is refused before anything is read: a Git LFS pointer, an archive without one member of rows,
-a file beside a packed copy of itself. A study is called as its file or, where that has a generic name such as
-``prompts.jsonl.zip``, as the first folder around it whose name says something.
+a file beside a packed copy of itself, what psykern wrote. A run's folder that stands among data is passed over. A study
+is called as its file or, where that has a generic name such as ``prompts.jsonl.zip``, as the first folder around it
+whose name says something; a folder of the hub's cache is called as its data set.
 """
 
 from __future__ import annotations
 
 import gzip
 import hashlib
+import json
 import os
 import re
 import zipfile
@@ -17,19 +19,25 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple, cast
+from urllib.parse import unquote
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from psykern.core.errors import DataError
 
 _SUFFIXES = (".jsonl.gz", ".jsonl.zip", ".jsonl", ".zip", ".parquet")  # a longer one stands before its own end
 
-# File and folder names that say nothing about the study: prompts, prompts_jsonl, data, train-00000-of-00001, 0000.
-_GENERIC_NAME = re.compile(
-    r"(prompts?|data|dataset|default|train|test|validation|val|part|shard)?(_jsonl)?([-_]?\d+)?(-of-\d+)?(-[0-9a-f]{16})?",
+# File and folder names of these words alone say nothing about the study: prompts_jsonl, train-00000-of-00001, 0000,
+# part-00000-<uuid>-c000.snappy (Spark), snapshots/<commit> (the hub's cache), refs/convert/parquet's partial-train.
+_GENERIC_WORD = re.compile(
+    r"(prompts?|data|dataset|default|train|test|validation|valid|val|dev|eval|part|partial|shard|chunk|batch|split|file)?"
+    r"\d*|of|tid|c\d{3}|jsonl|json|parquet|snappy|gz|gzip|zstd|snapshots|[0-9a-f]{16}|[0-9a-f]{32}|[0-9a-f]{40}",
     re.IGNORECASE,
 )
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
+_HUB_FOLDER = re.compile(r"datasets--(?:.+--)?(.+)")  # datasets--owner--name
+_HUB_ID = re.compile(r"([\w-][\w.-]*/([\w-][\w.-]*))(?:@([\w./-]+))?", re.ASCII)  # owner/name@revision
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # What damaged files raise; the fourth: a directory of an archive whose bytes happen to ask for an unknown feature; the
 # fifth: names of members that are not in their encoding, places before the file's start.
@@ -47,8 +55,9 @@ def find_files(data: Sequence[str | Path]) -> list[Located]:
     """The files behind paths of files, paths of folders and ids of hub datasets, each once, sorted by study and path.
 
     Folders are searched with their sub-folders; files of other kinds in them are ignored, hidden ones too.
-    Raises DataError for what does not exist or holds no data, for a Git LFS pointer, an archive without one member of
-    rows, and a file that stands beside a packed copy of itself.
+    A hub dataset's revision may stand behind its id: ``owner/name@revision``. Raises DataError for what does not exist
+    or holds no data, for a Git LFS pointer, an archive without one member of rows, a file that stands beside a packed
+    copy of itself, and what is a run's.
     """
     found: dict[str, Located] = {}
     for item in data:
@@ -90,14 +99,17 @@ def _resolve(item: str) -> list[Located]:
     path = Path(item)
     absolute = Path(os.path.abspath(path))
     stem = _stem(path.name)
+    if path.exists():
+        _refuse_run(path)
     if path.is_dir():
         return _search(path, [absolute.name, *(parent.name for parent in absolute.parents)])
     if path.exists():
         if stem is None:
             raise DataError(f"{item}: expected a name that ends in {', '.join(_SUFFIXES)}, got {path.name}")
         return [Located(path, _study_name(stem, [parent.name for parent in absolute.parents]))]
-    if stem is None and _HUB_ID.fullmatch(item):
-        return _search(_download(item), [item.split("/")[1]])
+    if stem is None and (hub := _HUB_ID.fullmatch(item)):
+        dataset, name, revision = hub.groups()
+        return _search(_download(dataset, revision), [name])
     raise DataError(f"{item}: no such file or folder")
 
 
@@ -111,6 +123,9 @@ def _search(folder: Path, names: list[str]) -> list[Located]:
             subfolders.clear()
             continue
         visited.add(real)
+        if "manifest.json" in files and _is_run(Path(where)):
+            subfolders.clear()
+            continue
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         inner = [*reversed(Path(where).relative_to(folder).parts), *names]
         for name in sorted(files):
@@ -126,18 +141,22 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _download(dataset: str) -> Path:
+def _download(dataset: str, revision: str | None) -> Path:
     """The local folder with the parquet files of a hub dataset."""
     import huggingface_hub  # here, because most runs need no hub and the import takes long
 
     try:
-        return Path(huggingface_hub.snapshot_download(dataset, repo_type="dataset", allow_patterns="*.parquet"))
+        folder = huggingface_hub.snapshot_download(
+            dataset, repo_type="dataset", revision=revision, allow_patterns="*.parquet"
+        )
     except Exception as error:  # the hub's own errors and those of whichever HTTP library it uses share no base
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        name, option = (f"{dataset}@{revision}", f" --revision {revision}") if revision else (dataset, "")
         raise DataError(
-            f"{dataset}: no such file or folder, and the hub gives no dataset of that name ({reason}); "
-            f"download it first (hf download --repo-type dataset {dataset}) or give a folder"
+            f"{name}: no such file or folder, and the hub gives no dataset of that name ({reason}); "
+            f"download it first (hf download --repo-type dataset {dataset}{option}) or give a folder"
         ) from error
+    return Path(folder)
 
 
 def _stem(name: str) -> str | None:
@@ -147,7 +166,41 @@ def _stem(name: str) -> str | None:
 
 def _study_name(stem: str, folder_names: list[str]) -> str:
     """The first name that says something, of the file's and then those of the folders around it."""
-    return next((name for name in (stem, *folder_names) if not _GENERIC_NAME.fullmatch(name)), stem)
+    names = (None if _is_generic(stem) else stem, *map(_folder_study, folder_names))
+    return next((name for name in names if name), stem)
+
+
+def _folder_study(name: str) -> str | None:
+    """The study that a folder's name tells of: of the folders ``key=value`` of a partitioned table only a study's."""
+    if hub := _HUB_FOLDER.fullmatch(name):
+        return hub[1]
+    key, equals, value = name.partition("=")
+    if equals:
+        return unquote(value) if key == "study" and value != "__HIVE_DEFAULT_PARTITION__" else None
+    return None if _is_generic(name) else name
+
+
+def _is_generic(name: str) -> bool:
+    return all(_GENERIC_WORD.fullmatch(word) for word in re.split(r"[-_. ]", _UUID.sub("", name)))
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether the folder is a run's: psykern's manifest is there from the moment that a run begins."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(manifest, dict) and {"model_hash", "tokenizer_hash", "data"} <= manifest.keys()
+
+
+def _refuse_run(path: Path) -> None:
+    """Refuse what is named and belongs to a run, such as its rejects.jsonl, which a pattern of the shell can hit."""
+    real = Path(os.path.realpath(path))
+    for folder in (real, *real.parents):
+        if _is_run(folder):
+            raise DataError(
+                f"{path}: expected data, got what psykern wrote: {folder} holds a run; name data outside of it"
+            )
 
 
 def _check_no_copies(files: list[Located]) -> None:
@@ -173,6 +226,11 @@ def _check_content(path: Path) -> None:
     if path.name.lower().endswith(".zip"):
         with suppress(*DAMAGE), zipfile.ZipFile(path) as archive:  # read() reports a damaged one
             _find_member(archive, path)
+    if path.name.lower().endswith(".parquet"):
+        with suppress(*DAMAGE):
+            schema = pq.read_schema(path)
+            if b"psykern" in (schema.metadata or {}) and "text" not in schema.names:
+                raise DataError(f"{path}: expected data, got a part of a run that psykern wrote")
 
 
 @contextmanager

@@ -36,6 +36,32 @@ class TestFindData:
             ("my_study/data/train-00000-of-00001.parquet", "my_study"),
             ("my_study/default/train/0000.parquet", "my_study"),
             ("my_study/train-00003-of-00017-0f3a5c7e9b1d2f4a.parquet", "my_study"),
+            ("my_study/default/partial-train/0000.parquet", "my_study"),
+            ("my_study/train.00000-of-00010.jsonl", "my_study"),
+            ("my_study/chunk_0001.jsonl", "my_study"),
+            ("my_study/data/chunk-000/file-000.parquet", "my_study"),
+            ("my_study/data/000_00000.parquet", "my_study"),
+            ("my_study/0000_part_00.parquet", "my_study"),
+            ("my_study/part.0.parquet", "my_study"),
+            ("my_study/dev.jsonl", "my_study"),
+            ("my_study/part-00000-4f6a7f3e-7c4b-4a57-9a4e-0c7a55b0e9f1-c000.snappy.parquet", "my_study"),
+            ("my_study/part-00001-4f6a7f3e-7c4b-4a57-9a4e-0c7a55b0e9f1.c000.snappy.parquet", "my_study"),
+            ("my_study/5d41402abc4b2a76b9719d911017c592-0.parquet", "my_study"),
+            ("table/study=foo/part-0.parquet", "foo"),
+            ("table/study=a%20b/year=2024/0.parquet", "a b"),
+            ("table/study=__HIVE_DEFAULT_PARTITION__/0.parquet", "table"),
+            ("table/year=2024/month=5/data_0.parquet", "table"),
+            ("n=20.jsonl", "n=20"),
+            (
+                "hub/datasets--owner--my-study/snapshots/6f2d962924a8a32abfee0e42dc3ce3f963f21fd5/data/0.parquet",
+                "my-study",
+            ),
+            ("hub/datasets--squad/snapshots/6f2d962924a8a32abfee0e42dc3ce3f963f21fd5/train.parquet", "squad"),
+            ("hub/datasets--o--n/snapshots/6f2d962924a8a32abfee0e42dc3ce3f963f21fd5/exp2/train.parquet", "exp2"),
+            ("my_study/6f2d962924a8a32abfee0e42dc3ce3f963f21fd5/train.parquet", "my_study"),
+            ("part2_of_my_study.jsonl", "part2_of_my_study"),
+            ("testing.jsonl", "testing"),
+            ("cafe.jsonl", "cafe"),
         ],
     )
     def test_study_is_the_first_name_that_says_something(self, tmp_path: Path, path: str, study: str) -> None:
@@ -100,19 +126,28 @@ class TestHub:
         file = write(snapshot / "data" / "train-00000-of-00001.parquet", in_parquet(ROWS))
         asked = []
 
-        def snapshot_download(dataset: str, *, repo_type: str, allow_patterns: str) -> str:
-            asked.append((dataset, repo_type, allow_patterns))
+        def snapshot_download(dataset: str, *, repo_type: str, revision: str | None, allow_patterns: str) -> str:
+            asked.append((dataset, repo_type, revision, allow_patterns))
             return str(snapshot)
 
         monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
         assert find_files(["owner/Psych-Set"]) == [(file, "Psych-Set")]
-        assert asked == [("owner/Psych-Set", "dataset", "*.parquet")]
+        for revision in ("v1.0", "refs/convert/parquet", "6f2d962924a8a32abfee0e42dc3ce3f963f21fd5"):
+            assert find_files([f"owner/Psych-Set@{revision}"]) == [(file, "Psych-Set")]
+            assert asked.pop() == ("owner/Psych-Set", "dataset", revision, "*.parquet")
+        assert asked == [("owner/Psych-Set", "dataset", None, "*.parquet")]
+        for place in (snapshot, snapshot / "data", snapshot.parents[1], tmp_path, file):  # downloaded before
+            assert find_files([place]) == [(file, "Psych-Set")]
 
     def test_offline(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
         with pytest.raises(DataError, match=r"^owner/not-cached: .*download it first \(hf download .*or give a folder"):
             find_files(["owner/not-cached"])
+        with pytest.raises(
+            DataError, match=r"^owner/not-cached@v2: .*hf download .* owner/not-cached --revision v2\) or"
+        ):
+            find_files(["owner/not-cached@v2"])
 
     def test_local_folder_comes_before_the_hub(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def snapshot_download(*_: object, **__: object) -> str:
@@ -122,8 +157,9 @@ class TestHub:
         write(tmp_path / "owner" / "name" / "prompts.jsonl")
         monkeypatch.chdir(tmp_path)
         assert [file.study for file in find_files(["owner/name"])] == ["name"]
-        with pytest.raises(DataError, match="no such file or folder"):  # a mistyped file is no dataset id
-            find_files(["owner/other.jsonl"])
+        for name in ("owner/other.jsonl", "owner/name@", "owner/name/other", "owner@v1"):  # mistyped, not dataset ids
+            with pytest.raises(DataError, match=r"no such file or folder$"):
+                find_files([name])
 
 
 class TestContainers:
