@@ -322,6 +322,10 @@ def _report_people(run: Run) -> None:
             f"{counts.shared_participants:,} participants' ids are in more than one file of their experiment: see "
             "--same-participants"
         )
+    if counts.repeated_transcripts:
+        print(
+            f"{counts.repeated_transcripts:,} transcripts repeat an earlier one of their participant: they count again"
+        )
 
 
 def _plan(options: argparse.Namespace, settings: Settings) -> int:

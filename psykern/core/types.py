@@ -29,6 +29,7 @@ class Transcript:
     metadata: tuple[tuple[str, str], ...] = ()  # what is known of the participant, see data/persona.py
     has_id: bool = True  # False: the row names no participant
     joins_files: bool = False  # the first row by which a participant of one file is in a second one too
+    repeats: bool = False  # an earlier row has the same participant and text
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,7 @@ class EncodedUnit:
     without_metadata: int  # transcripts that the condition persona left out
     without_id: int = 0  # rows that name no participant
     shared_participants: int = 0  # people who are in more than one file, each counted once in all units
+    repeated: int = 0  # rows that repeat an earlier one of their participant
 
 
 @dataclass(frozen=True, slots=True, eq=False)

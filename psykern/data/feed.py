@@ -132,6 +132,7 @@ class Feed:
             encoded.without_metadata,
             unit.without_id,
             unit.shared_participants,
+            unit.repeated,
         )
 
     def _refuse(self, rejects: Sequence[RowError]) -> None:

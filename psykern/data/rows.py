@@ -30,7 +30,7 @@ from psykern.data import persona
 from psykern.data.dataset import Dataset
 from psykern.data.files import DAMAGE, open_lines
 from psykern.data.people import People
-from psykern.data.values import answer_options, identifier, is_missing, kind, string
+from psykern.data.values import answer_options, identifier, is_blank, is_missing, kind, string
 
 _COLUMNS = ("text", "study", "experiment", "participant", "participant_reindexed", "options", *persona.COLUMNS)
 _PARQUET_BATCH = 64  # rows decoded together
@@ -221,20 +221,18 @@ def _transcript(fields: Mapping[str, object], study: str, source: Source, name: 
         raise ValueError("text: missing")
     text = string("text", text)
     responses_char = find_responses(text)
-    responses = [text[first:last] for first, last in responses_char.tolist()]
-    participant = fields.get("participant")
-    if is_missing(participant):
-        participant = fields.get("participant_reindexed")
+    names = (fields.get("participant"), fields.get("participant_reindexed"))
+    participant = next((value for value in names if not is_blank(value)), None)
     return Transcript(
         study=study,
         experiment=identifier("experiment", fields.get("experiment"), missing=""),
         participant=identifier("participant", participant, missing=name),
         text=text,
         responses_char=responses_char,
-        options=answer_options(fields.get("options"), responses),
+        options=answer_options(fields.get("options"), text, responses_char),
         source=source,
         metadata=persona.metadata(fields),
-        has_id=not is_missing(participant),
+        has_id=participant is not None,
     )
 
 

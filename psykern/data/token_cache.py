@@ -143,7 +143,7 @@ def _table(unit: EncodedUnit, files: Sequence[str]) -> pa.Table:
         "index": unit.info.index,
         "key": unit.info.key,
         "options": list(numbers),
-        "counts": [unit.without_metadata, unit.without_id, unit.shared_participants],
+        "counts": [unit.without_metadata, unit.without_id, unit.shared_participants, unit.repeated],
         "rejects": [(*_place(e.source, files), e.reason) for e in unit.rejects],
     }
     return pa.table(columns).replace_schema_metadata({"psykern": json.dumps(rest)})

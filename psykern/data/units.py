@@ -39,6 +39,10 @@ class Unit:
     def shared_participants(self) -> int:
         return sum(transcript.joins_files for transcript in self.transcripts)
 
+    @property
+    def repeated(self) -> int:
+        return sum(transcript.repeats for transcript in self.transcripts)
+
 
 def units(
     dataset: Dataset,

@@ -18,6 +18,10 @@ from itertools import chain
 from typing import TypeGuard
 from uuid import UUID
 
+import numpy as np
+
+_INEXACT = 2.0**53  # from here on two integers can be one float
+
 Number = int | float | Decimal
 
 _KINDS = {
@@ -35,6 +39,11 @@ _KINDS = {
 
 def is_missing(value: object) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def is_blank(value: object) -> bool:
+    """Whether an id says nothing: a table's empty cell becomes an empty string."""
+    return is_missing(value) or (isinstance(value, str) and not value.strip())
 
 
 def kind(value: object) -> str:
@@ -63,6 +72,10 @@ def identifier(name: str, value: object, *, missing: str) -> str:
     if is_missing(value):
         return missing
     if _is_number(value):
+        if isinstance(value, float) and abs(value) >= _INEXACT:
+            raise ValueError(
+                f"{name}: {value!r} is a float, too large to tell ids apart; write it as string or integer"
+            )
         return _as_people_write(value)
     if isinstance(value, (date, time)):  # a timestamp is a date too
         return value.isoformat()
@@ -73,12 +86,16 @@ def identifier(name: str, value: object, *, missing: str) -> str:
     raise ValueError(f"{name}: expected a string or a number, got {kind(value)}")
 
 
-def answer_options(value: object, responses: Sequence[str]) -> tuple[tuple[str, ...], ...] | None:
-    """A tuple for each of the row's ``responses``, from one list for all of them or one list (or null) for each."""
+def answer_options(value: object, text: str, responses_char: np.ndarray) -> tuple[tuple[str, ...], ...] | None:
+    """A tuple for each response of ``text``, from one list for all of them or one list (or null) for each.
+
+    ``responses_char`` [R, 2] int64: where the responses stand.
+    """
     if is_missing(value):
         return None
     if not isinstance(value, list):
         raise ValueError(f"options: expected a list, got {kind(value)}")
+    responses = [text[first:last] for first, last in responses_char.tolist()]
     write = str if _keeps_spelling(value, responses) else _as_people_write
     per_response = any(isinstance(item, list) for item in value) or (value != [] and all(map(is_missing, value)))
     if not per_response:

@@ -231,4 +231,5 @@ def _counts(item: PlannedUnit, scored_responses: int) -> Counts:
         without_metadata_transcripts=item.unit.without_metadata,
         without_id_transcripts=item.unit.without_id,
         shared_participants=item.unit.shared_participants,
+        repeated_transcripts=item.unit.repeated,
     )

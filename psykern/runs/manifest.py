@@ -54,6 +54,7 @@ class Counts:
     without_metadata_transcripts: int = 0  # left out by the condition persona
     without_id_transcripts: int = 0  # rows that name no participant
     shared_participants: int = 0  # people whose id more than one file of their experiment has
+    repeated_transcripts: int = 0  # rows that repeat an earlier one of their participant, text and all
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(

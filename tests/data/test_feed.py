@@ -49,7 +49,7 @@ def feed(tokenizer: Tokenizer, data: Path, cache: Path | None = None, options: A
 def assert_same(one: Sequence[EncodedUnit], two: Sequence[EncodedUnit]) -> None:
     assert [unit.info for unit in one] == [unit.info for unit in two]
     for a, b in zip(one, two, strict=True):
-        assert (a.without_id, a.shared_participants) == (b.without_id, b.shared_participants)
+        assert (a.without_id, a.shared_participants, a.repeated) == (b.without_id, b.shared_participants, b.repeated)
         assert [(e.source, e.reason) for e in a.rejects] == [(e.source, e.reason) for e in b.rejects]
         for t, u in zip(a.transcripts, b.transcripts, strict=True):
             assert_equal(t, u)

@@ -72,6 +72,28 @@ class TestDefaultIds:
         cut = units(Dataset.find(tmp_path), unit_tokens=1000)
         assert [(unit.info.study, unit.without_id) for unit in cut] == [("a", 2), ("b", 1)]
 
+    @pytest.mark.parametrize("blank", ["", " ", "\t"])
+    def test_an_empty_cell_is_no_id(self, blank: str, tmp_path: Path) -> None:
+        """Else all people without an id are one."""
+        rows = [row(blank), row(blank), row(blank, participant_reindexed=4), row("x y")]
+        file = write(tmp_path / "a.jsonl", json_lines(rows))
+        assert names(tmp_path) == [f"{digest(file)}:1", f"{digest(file)}:2", "4", "x y"]
+
+
+class TestRepeatedRows:
+    def test_in_one_file(self, tmp_path: Path) -> None:
+        rows = [row(7), row(8), row(7, text="<<B>>"), row(7.0), row(7, experiment="x"), row(), row(), row(7, study="t")]
+        write(tmp_path / "a.jsonl", json_lines([*rows, row(7)]))
+        assert [i for i, t in enumerate(people(tmp_path)) if t.repeats] == [3, 8]
+
+    @pytest.mark.parametrize("same", ["merge", "separate"])
+    def test_in_files_that_overlap(self, same: str, tmp_path: Path) -> None:
+        write(tmp_path / "s" / "train-0.jsonl", json_lines([row(7), row(8)]))
+        write(tmp_path / "s" / "train-1.jsonl", json_lines([row(8), row(9), row(7, text="<<B>>")]))
+        assert [i for i, t in enumerate(people(tmp_path, same_participants=same)) if t.repeats] == [2]
+        (unit,) = units(Dataset.find(tmp_path), unit_tokens=1000, same_participants=same)
+        assert (unit.repeated, unit.shared_participants) == (1, 2)
+
 
 class TestIdsOfSeveralFiles:
     def test_merged_people_are_counted_once_when_they_join(self, folder: Path) -> None:

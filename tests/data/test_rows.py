@@ -79,7 +79,7 @@ class TestStreaming:
         finally:
             tracemalloc.stop()
         assert count == 20_000
-        assert peak < 2_000_000  # bytes
+        assert peak < 5_000_000  # bytes, of which about 130 a row to know it again
 
     def test_memory_does_not_grow_with_a_parquet_row_group(self, tmp_path: Path) -> None:
         rows: list[dict[str, object]] = [
@@ -134,7 +134,7 @@ class TestColumns:
                 {"participant": float("nan"), "participant_reindexed": 4, "experiment": None}, "4", "", id="nan"
             ),
             pytest.param({"participant": None, "RTs": [float("nan"), 1.5]}, "1:2", "", id="file and line"),
-            pytest.param({"participant": "", "experiment": "É"}, "", "É", id="empty string"),
+            pytest.param({"participant": "", "experiment": "É"}, "1:2", "É", id="empty string"),
         ],
     )
     def test_ids(self, tmp_path: Path, columns: dict[str, object], participant: str, experiment: str) -> None:

@@ -55,7 +55,7 @@ def dataset(*paths: str, study: str = "study", digest: str = "d") -> Dataset:
 
 def unit(transcripts: Sequence[EncodedTranscript], info: UnitInfo = INFO) -> EncodedUnit:
     rejects = (RowError(Source("b.zip!prompts.jsonl", 5), 'text: missing "x"'),)
-    return EncodedUnit(info, tuple(transcripts), rejects, 2, 3, 4)
+    return EncodedUnit(info, tuple(transcripts), rejects, 2, 3, 4, 5)
 
 
 def open_cache(folder: Path, of: Dataset | None = None, **changes: Any) -> TokenCache:
@@ -79,7 +79,7 @@ def test_a_unit_comes_back_as_it_was(transcripts: list[EncodedTranscript], tmp_p
     got = open_cache(tmp_path).read(INFO)
     assert got is not None
     assert (got.info, len(got.transcripts)) == (INFO, len(transcripts))
-    assert (got.without_metadata, got.without_id, got.shared_participants) == (2, 3, 4)
+    assert (got.without_metadata, got.without_id, got.shared_participants, got.repeated) == (2, 3, 4, 5)
     for one, two in zip(got.transcripts, transcripts, strict=True):
         assert_equal(one, two)
     assert [(e.source, e.reason) for e in got.rejects] == [(Source("b.zip!prompts.jsonl", 5), 'text: missing "x"')]

@@ -154,6 +154,8 @@ class TestIds:
             pytest.param(pa.array(["a", "b"]).dictionary_encode(), ["a", "b"], id="dictionary"),
             pytest.param(pa.array([7, 8]).dictionary_encode(), ["7", "8"], id="dictionary of numbers"),
             pytest.param(pa.array([7, 8], pa.uint64()), ["7", "8"], id="unsigned"),
+            pytest.param(pa.array([2**53 + 1, -(2**62)]), [str(2**53 + 1), str(-(2**62))], id="large integers"),
+            pytest.param(pa.array([2.0**53 - 1]), [str(2**53 - 1)], id="the largest exact float"),
         ],
     )
     def test_one_evident_text(self, column: str, values: pa.Array, expected: list[str], tmp_path: Path) -> None:
@@ -171,6 +173,7 @@ class TestIds:
             pytest.param(pa.array([b"7"]), "participant: expected a string or a number, got bytes", id="bytes"),
             pytest.param(pa.array([[7]]), "participant: .* got a list", id="list"),
             pytest.param(pa.array([float("inf")]), "participant: .* got a number that is not finite", id="infinite"),
+            pytest.param(pa.array([2.0**53]), "participant: 9007199254740992.0 is a float, too large", id="inexact"),
             pytest.param(pa.array([10**17], pa.timestamp("ms")), "cannot be read: ", id="a date beyond the calendar"),
         ],
     )

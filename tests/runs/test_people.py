@@ -21,9 +21,11 @@ SETTINGS = Settings(device="cpu", unit_tokens=1)  # a unit for each transcript
 
 @pytest.fixture(scope="module")
 def data(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two files of one study. 1 and 2 are in both; two rows of the first and one of the second have no id."""
+    """Two files of one study. 1 and 2 are in both, the former with a row that repeats one of the first; two rows of the
+    first and one of the second have no id."""
     folder = tmp_path_factory.mktemp("data") / "study"
     rows = [{"text": row["text"]} for row in toy.rows[:9]]
+    rows[7] = rows[0]
     first, second = [1, None, 2, None, 3], ["2", 4, 1.0, None]
     for name, ids, of in (("train-0", first, rows[:5]), ("train-1", second, rows[5:])):
         write_rows(folder / f"{name}.jsonl", [row | {"participant": i} for row, i in zip(of, ids, strict=True)])
@@ -39,9 +41,9 @@ def people(run: Run) -> list[str]:
     return list(dict.fromkeys(psykern.read_run(run.folder, ["participant"]).column(0).to_pylist()))
 
 
-def counted(run: Run) -> tuple[int, int]:
+def counted(run: Run) -> tuple[int, int, int]:
     counts = run.manifest.counts
-    return counts.without_id_transcripts, counts.shared_participants
+    return counts.without_id_transcripts, counts.shared_participants, counts.repeated_transcripts
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,7 @@ def quiet(toy: Toy, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run
 def test_ids_of_a_run_of_two_files(data: Path, quiet: Run) -> None:
     a, b = tag(data / "train-0.jsonl"), tag(data / "train-1.jsonl")
     assert people(quiet) == ["1", f"{a}:2", "2", f"{a}:4", "3", "4", f"{b}:4"]
-    assert counted(quiet) == (3, 2)
+    assert counted(quiet) == (3, 2, 1)
 
 
 def test_shards_add_up_to_the_same(toy: Toy, data: Path, quiet: Run, tmp_path: Path) -> None:
@@ -111,11 +113,12 @@ def test_the_report_says_so(toy: Toy, data: Path, tmp_path: Path, capsys: pytest
         in lines
     )
     assert "2 participants' ids are in more than one file of their experiment: see --same-participants" in lines
+    assert "1 transcripts repeat an earlier one of their participant: they count again" in lines
     assert score(toy.model, toy.data, tmp_path / "other", "--quiet") == 0
     out = capsys.readouterr().out
     assert "participant" not in out
 
 
 def test_counts_add_up() -> None:
-    one = Counts(without_id_transcripts=1, shared_participants=2)
-    assert one + one == Counts(without_id_transcripts=2, shared_participants=4)
+    one = Counts(without_id_transcripts=1, shared_participants=2, repeated_transcripts=3)
+    assert one + one == Counts(without_id_transcripts=2, shared_participants=4, repeated_transcripts=6)
