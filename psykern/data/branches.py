@@ -84,6 +84,7 @@ class Branches(NamedTuple):
     token_ids: list[int]  # all branches, end to end
     closing_mark: bool
     blank: int | None  # the first option without tokens
+    same: tuple[int, int] | None  # the first two options of the same tokens
 
 
 Placed = tuple[int, Branches]  # the token of the transcript that the branches count from
@@ -198,7 +199,18 @@ def _branches(original: list[int], candidates: Sequence[_Candidate]) -> Branches
         token_ids=[token for c, stop in zip(candidates, stops, strict=True) for token in c.ids[c.begin : stop]],
         closing_mark=closing_mark,
         blank=next((i for i, c in enumerate(candidates) if c.first == c.stop), None),
+        same=_same(candidates),
     )
+
+
+def _same(candidates: Sequence[_Candidate]) -> tuple[int, int] | None:
+    """Two options that would each be given the probability of both, up to the end of the closing mark."""
+    seen: dict[tuple[int, ...], int] = {}
+    for i, c in enumerate(candidates):
+        first = seen.setdefault((c.begin, *c.ids[c.begin : c.closed]), i)
+        if first != i:
+            return first, i
+    return None
 
 
 def split_branches(options: tuple[str, ...], after: str, snippets: Snippets) -> Branches:

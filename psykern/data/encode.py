@@ -45,7 +45,7 @@ class Encoded:
     """Transcripts as tokens. Filled by :meth:`Encoder.encode`."""
 
     transcripts: tuple[EncodedTranscript, ...]  # in order and whole, without those refused or left out
-    rejects: tuple[RowError, ...]  # first those that the condition refuses, then those with an option without tokens
+    rejects: tuple[RowError, ...]  # first those that the condition refuses, then those with an unusable option
     without_metadata: int  # transcripts that the condition persona left out
 
 
@@ -94,7 +94,8 @@ class Encoder:
     ) -> Encoded:
         """``observed`` holds the options of each (study, experiment), for ``options="observed-experiment"``.
 
-        A transcript with an option that has no tokens is refused; the message counts options and responses from 1.
+        A transcript with an option that has no tokens, or those of another option, is refused; the message counts
+        options and responses from 1.
         """
         if self.settings.options == "observed-experiment" and observed is None:
             raise ValueError('observed: options="observed-experiment" needs the options of each experiment, got None')
@@ -113,9 +114,9 @@ class Encoder:
                 prepared.append(conditioned)
         encoded = []
         for draft, placed in self._drafted(prepared, observed or {}):
-            blank = _blank_option(draft, placed)
-            if blank is not None:
-                rejects.append(blank)
+            unusable = _unusable_option(draft, placed)
+            if unusable is not None:
+                rejects.append(unusable)
                 continue
             assembled = _assembled(draft, placed)
             encoded.append(cut(assembled, len(assembled.responses)))
@@ -156,6 +157,11 @@ class Encoder:
             seen = observed.get((transcript.study, transcript.experiment), ())
         else:
             seen = ()
+        if self.settings.protocol == "study":  # of those that its rules make equal the first
+            firsts: dict[str, str] = {}
+            for text in seen:
+                firsts.setdefault(study_response(text)[0].strip() if self._chat else study_response(text)[0], text)
+            seen = tuple(firsts.values())
         return [seen if 2 <= len(seen) <= self.settings.max_options else None] * count
 
     def _drafted(
@@ -320,13 +326,20 @@ def _split_draft(
     )
 
 
-def _blank_option(draft: _Draft, placed: Sequence[Placed | None]) -> RowError | None:
+def _unusable_option(draft: _Draft, placed: Sequence[Placed | None]) -> RowError | None:
+    """The error of the first option that has no tokens, or the same as another one."""
     for r, entry in enumerate(placed):
-        if entry is not None and entry[1].blank is not None:
-            option = (draft.options[r] or ())[entry[1].blank]
-            number = entry[1].blank + 1
-            reason = f'option {number} ("{option}") of response {r + 1} encodes to no token'
-            return RowError(draft.transcript.source, reason)
+        if entry is None or (entry[1].blank is None and entry[1].same is None):
+            continue
+        options = draft.options[r] or ()
+        if entry[1].blank is not None:
+            reason = (
+                f'option {entry[1].blank + 1} ("{options[entry[1].blank]}") of response {r + 1} encodes to no token'
+            )
+        else:
+            one, two = (f'{i + 1} ("{options[i]}")' for i in entry[1].same or ())
+            reason = f"options {one} and {two} of response {r + 1} encode to the same tokens"
+        return RowError(draft.transcript.source, reason)
     return None
 
 

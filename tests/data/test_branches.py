@@ -95,7 +95,6 @@ def test_split_branches_are_the_tokens_of_the_option_alone(tiny_bos: Tokenizer) 
         (("1", "12"), [["1", ">>"], ["1", "2", ">>"]], "closing_mark"),
         (("12", "3", "1"), [["1", "2", ">>"], ["3", ">>"], ["1", ">>"]], "closing_mark"),
         (("1", "1!"), [["1", ">>"], ["1", "!>>"]], "closing_mark"),
-        (("1", "1"), [["1"], ["1"]], None),
         (("-", "5"), [[" <<-"], ["5"]], None),
         (("5",), [["5"]], None),
     ],

@@ -17,6 +17,7 @@ from support.studies import STUDIES, TOKENIZERS, RealTokenizers, StudyRows
 from support.tiny import build_tiny, encode, load, scored, scored_options, transcript
 from tokenizers import AddedToken, normalizers
 
+from psykern.core.errors import RowError
 from psykern.core.settings import Boundary, Settings
 from psykern.data.encode import Encoder
 from psykern.data.tokenizer import Tokenizer
@@ -283,3 +284,31 @@ def test_an_option_without_tokens_rejects_the_row(tiny: Tokenizer, protocol: Any
 def test_observed_experiment_needs_the_observed(tiny: Tokenizer) -> None:
     with pytest.raises(ValueError, match="observed: "):
         encode(tiny, transcript("<<a>>"), options="observed-experiment")
+
+
+def test_options_that_are_the_same_tokens_reject_the_row(tiny: Tokenizer, tmp_path: Path) -> None:
+    """Each would take half of their probability: the study drops white space before a closing mark, a tokenizer may
+    compose characters."""
+    row = transcript("x <<2>> y <<1>>", options=((), ("2", "1 ", "1")))
+    assert encode(tiny, row).options[1] == ("2", "1 ", "1")
+    with pytest.raises(RowError, match=r'options 2 \("1 "\) and 3 \("1"\) of response 2 encode to the same tokens'):
+        encode(tiny, row, protocol="study")
+    composing = build_tiny()
+    composing.normalizer = normalizers.NFC()
+    row = transcript("x <<é>>", options=("é", "e\u0301"))
+    for boundary in ("joint", "split"):
+        assert encode(tiny, row, boundary=boundary).options[0] == ("é", "e\u0301")
+        with pytest.raises(RowError, match=r"options 1 .* and 2 .* of response 1 encode to the same tokens"):
+            encode(load(composing, tmp_path), row, boundary=boundary)
+
+
+@pytest.mark.parametrize("source", ["observed", "observed-experiment"])
+def test_observed_options_are_one_where_the_study_makes_them_one(tiny: Tokenizer, source: Any) -> None:
+    row = transcript("x <<A >> y <<A>> z <<B>>")
+    observed = {(row.study, row.experiment): ("A ", "A", "B")}
+    for protocol, expected in (("exact", ("A ", "A", "B")), ("study", ("A ", "B"))):
+        encoded = Encoder(tiny, Settings(options=source, protocol=protocol, max_options=3)).encode([row], observed)
+        assert encoded.rejects == ()
+        assert encoded.transcripts[0].options == (expected,) * 3
+    encoded = Encoder(tiny, Settings(options=source, protocol="study", max_options=2)).encode([row], observed)
+    assert encoded.transcripts[0].option_index.tolist() == [0, 0, 1]
