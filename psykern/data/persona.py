@@ -48,13 +48,13 @@ _PLACES = {"Basel": "Switzerland", "Berlin": "Germany", "Unknown": "N/A"}
 def _age(value: str | float) -> str:
     try:
         age = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return "N/A"
     return str(age) if 0 <= age <= 100 else "N/A"
 
 
 def _whole(value: str | float) -> str:
-    return str(int(value)) if isinstance(value, (int, float)) and math.isfinite(value) else str(value)
+    return str(int(value)) if isinstance(value, float) and math.isfinite(value) else str(value)
 
 
 def _spelled(table: Mapping[str, str]) -> Callable[[str | float], str]:

@@ -137,7 +137,9 @@ def _keeps_spelling(options: list[object], responses: Sequence[str]) -> bool:
 
 
 def _is_number(value: object) -> TypeGuard[Number]:
-    return isinstance(value, (int, float, Decimal)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, int):  # of any size
+        return not isinstance(value, bool)
+    return isinstance(value, (float, Decimal)) and math.isfinite(value)
 
 
 def _as_people_write(number: Number) -> str:

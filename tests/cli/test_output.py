@@ -163,7 +163,7 @@ SCORE_OPTIONS = {
     "--strict": [],
     "--quiet": [],
 }
-LITERALS = ("protocol", "boundary", "options", "over_length", "backend", "dtype", "device")
+LITERALS = ("protocol", "boundary", "options", "over_length", "same_participants", "backend", "dtype", "device")
 
 
 def option_choices(command: str, capsys: pytest.CaptureFixture[str]) -> dict[str, list[str]]:

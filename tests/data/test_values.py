@@ -118,6 +118,12 @@ class TestOptionNumbers:
         with pytest.raises(RowError, match=reason):
             options_of(tmp_path, container, "<<A>>", options)
 
+    def test_integers_that_no_float_can_hold(self, tmp_path: Path) -> None:
+        row = {"text": "<<A>>", "options": [10**400, 1], "participant": 10**401, "age": 10**402, "PHQ-9": 10**403}
+        (transcript,) = transcripts(write(tmp_path / "s.jsonl", json_lines([row])))
+        assert transcript.metadata == (("PHQ-9", str(10**403)),)
+        assert (transcript.options, transcript.participant) == (((str(10**400), "1"),), str(10**401))
+
     def test_two_spellings_of_one_number_refuse_the_row(self, tmp_path: Path) -> None:
         with pytest.raises(RowError, match="options: option 2 repeats '1'"):
             options_of(tmp_path, "json", "<<1>>", [1, 1.0])
