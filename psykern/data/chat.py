@@ -30,6 +30,7 @@ import tokenizers
 
 from psykern.core.errors import CheckpointError, RowError
 from psykern.core.types import Transcript
+from psykern.data.pretrained import Pretrained
 from psykern.data.protocol import study_text
 
 _STAND_IN = "\ue000{}\ue001"  # private-use characters, in no transcript
@@ -66,12 +67,13 @@ class ChatTemplate:
         return f"sha256:{hashlib.sha256(self.source.encode()).hexdigest()}"
 
     @classmethod
-    def load(cls, folder: Path) -> ChatTemplate:
-        """Raises CheckpointError where there is no template, or more than one and none of them the default."""
-        from transformers import AutoTokenizer
+    def load(cls, folder: Path, pretrained: Pretrained | None = None) -> ChatTemplate:
+        """``pretrained``: what was read of the folder before.
 
+        Raises CheckpointError where there is no template, or more than one and none of them the default.
+        """
+        tokenizer = (pretrained or Pretrained.load(folder)).tokenizer
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
             file = folder / "chat_template.json"
             if not tokenizer.chat_template and file.is_file():  # a processor's, which tokenizers do not read
                 tokenizer.chat_template = json.loads(file.read_text(encoding="utf-8"))["chat_template"]

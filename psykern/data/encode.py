@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import tokenizers
 
-from psykern.core.errors import RowError
+from psykern.core.errors import CheckpointError, RowError
 from psykern.core.settings import Settings
 from psykern.core.types import EncodedTranscript, Transcript
 from psykern.data.branches import Insert, JointText, Options, Placed, joint_branches, split_branches
@@ -76,10 +76,15 @@ class Encoder:
     """Turns transcripts into tokens to score, by those settings whose role is "tokens"."""
 
     def __init__(self, tokenizer: Tokenizer, settings: Settings, chat: ChatTemplate | None = None) -> None:
-        """``chat`` is needed for the condition of that name. Raises ValueError for one with another condition, or
-        none."""
+        """``chat`` is needed for the condition of that name. Raises ValueError for one with another condition, or none,
+        CheckpointError for a tokenizer that cannot do what the settings ask."""
         if (settings.condition == "chat") != (chat is not None):
             raise ValueError(f"chat: expected a template for condition chat and no other, got {settings.condition!r}")
+        if settings.boundary == "split" and tokenizer.inside is None:
+            raise CheckpointError(
+                "boundary split: this tokenizer puts something in front of each piece of a text, or strips it, and "
+                "psykern cannot turn that off; use boundary joint"
+            )
         study = settings.protocol == "study"
         # A template puts its own special tokens around a text; the study gets the tokenizer's as well.
         self._tokenizer = replace(tokenizer, front=(), back=()) if chat and not study else tokenizer
@@ -88,6 +93,8 @@ class Encoder:
         self._discrete = re.compile(settings.discrete) if settings.discrete is not None else None
         marks = chat.marks if chat and study else _plain_marks
         self._open_ids, self._close_ids = marks(tokenizer.backend)
+        if not self._open_ids or not self._close_ids:
+            raise CheckpointError(f"the tokenizer has no token for the marks {OPEN_MARK!r} and {CLOSE_MARK!r}")
 
     def encode(
         self, transcripts: Sequence[Transcript], observed: Mapping[tuple[str, str], tuple[str, ...]] | None = None
@@ -282,16 +289,19 @@ def _split(
     tokenizer: Tokenizer, transcripts: Sequence[Transcript], options: Sequence[list[Options]]
 ) -> Iterator[_Drafted]:
     """Each transcript from the tokens of its pieces, with the branches of its responses. Equal pieces are tokenized
-    once."""
+    once. What a tokenizer puts in front of a text stands before the first piece alone."""
     pieces = [_pieces(transcript) for transcript in transcripts]
     given = dict.fromkeys(chain.from_iterable(options))
-    snippets = Snippets(tokenizer, chain(chain.from_iterable(pieces), *(of for of in given if of)))
+    starts = Snippets(tokenizer, (own[0] for own in pieces))
+    later = chain.from_iterable(own[1:] for own in pieces)
+    snippets = Snippets(tokenizer, chain(later, *(of for of in given if of)), inside=True)
     for transcript, own, of in zip(transcripts, pieces, options, strict=True):
-        draft = _split_draft(tokenizer, transcript, own, of, snippets)
-        starts = draft.spans_tok[:, 0].tolist()
+        ids = [starts[own[0]][0], *(snippets[piece][0] for piece in own[1:])]
+        draft = _split_draft(tokenizer, transcript, ids, of)
+        first = draft.spans_tok[:, 0].tolist()
         placed: list[Placed | None] = [
             (start, split_branches(texts, after, snippets)) if texts else None
-            for start, texts, after in zip(starts, of, own[2::2], strict=True)
+            for start, texts, after in zip(first, of, own[2::2], strict=True)
         ]
         _flag_unscored(draft)
         yield draft, placed
@@ -303,12 +313,10 @@ def _pieces(transcript: Transcript) -> list[str]:
     return [transcript.text[i:j] for i, j in pairwise(bounds)]
 
 
-def _split_draft(
-    tokenizer: Tokenizer, transcript: Transcript, pieces: list[str], options: list[Options], snippets: Snippets
-) -> _Draft:
-    ids = [snippets[piece][0] for piece in pieces]
+def _split_draft(tokenizer: Tokenizer, transcript: Transcript, ids: list[list[int]], options: list[Options]) -> _Draft:
+    """``ids``: of each piece."""
     bounds = np.cumsum([len(tokenizer.front), *map(len, ids)])  # piece i is bounds[i] to bounds[i + 1]
-    responses = tuple(pieces[1::2])
+    responses = tuple(_inside(transcript))
     return _Draft(
         transcript=transcript,
         token_ids=np.fromiter(chain(tokenizer.front, *ids), dtype=np.int32),

@@ -10,6 +10,7 @@ from psykern.core.errors import CheckpointError
 from psykern.core.settings import Settings
 from psykern.data.chat import ChatTemplate
 from psykern.data.encode import Encoder
+from psykern.data.pretrained import Pretrained
 from psykern.data.tokenizer import Tokenizer
 from psykern.engine.budgets import Budgets, budgets
 from psykern.engine.engine import Engine
@@ -31,8 +32,9 @@ class Language:
     def load(cls, folder: Path, vocab_size: int, *, chat: bool) -> Language:
         """``vocab_size``: rows of the model's embedding. Raises CheckpointError where something is missing or the
         tokenizer is another model's."""
-        template = ChatTemplate.load(folder) if chat else None  # what can be missing comes first
-        tokenizer = Tokenizer.load(folder)
+        pretrained = Pretrained.load(folder)
+        template = ChatTemplate.load(folder, pretrained) if chat else None
+        tokenizer = Tokenizer.load(folder, pretrained)
         if tokenizer.size > vocab_size:
             raise CheckpointError(
                 f"{folder}: the tokenizer has {tokenizer.size:,} tokens and the embedding {vocab_size:,} rows; "

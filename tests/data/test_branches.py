@@ -128,9 +128,9 @@ def swallowing(token: str) -> tokenizers.Tokenizer:
     return definition
 
 
-def prefixing() -> tokenizers.Tokenizer:
+def normalizing(normalizer: normalizers.Normalizer) -> tokenizers.Tokenizer:
     definition = build_tiny()
-    definition.normalizer = normalizers.Prepend("_")
+    definition.normalizer = normalizer
     return definition
 
 
@@ -146,7 +146,12 @@ def unsplit() -> tokenizers.Tokenizer:
         pytest.param(build_tiny(), [], id="a window serves"),
         pytest.param(swallowing(" b c <<9"), [1], id="an option changes the window's first token"),
         pytest.param(swallowing("9>> d e"), [1], id="an option changes the window's last token"),
-        pytest.param(prefixing(), [0, 1, 2], id="a window begins otherwise than the same characters in a text"),
+        pytest.param(normalizing(normalizers.Prepend("_")), [], id="a window has nothing put in front"),
+        pytest.param(
+            normalizing(normalizers.Replace(tokenizers.Regex("^ "), "_")),
+            [0, 1, 2],
+            id="a window begins otherwise than the same characters in a text",
+        ),
         pytest.param(unsplit(), [0, 1, 2], id="no pre-tokens"),
     ],
 )
