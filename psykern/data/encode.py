@@ -5,8 +5,8 @@ Response [a, b) of a text has the tokens [s, e) with s < b, e > a and e > s; one
 one by one, so that no token straddles. ``protocol="study"`` takes text and spans from :mod:`.protocol` instead.
 
 Flags of a response: ``straddles``; ``empty`` (nothing between the marks); ``no_context`` (no token before the first
-scored one, so no probability); ``closing_mark`` (appended to its options); ``leaks`` (study: the scored run is more
-than the response). Several are joined by ``;``.
+scored one of the response, or of one of its options, so no probability of it, or of them); ``closing_mark`` (appended
+to its options); ``leaks`` (study: the scored run is more than the response). Several are joined by ``;``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain, pairwise
+from operator import add
 from typing import NamedTuple
 
 import numpy as np
@@ -75,9 +76,20 @@ class _Prepared(NamedTuple):
 class Encoder:
     """Turns transcripts into tokens to score, by those settings whose role is "tokens"."""
 
-    def __init__(self, tokenizer: Tokenizer, settings: Settings, chat: ChatTemplate | None = None) -> None:
-        """``chat`` is needed for the condition of that name. Raises ValueError for one with another condition, or none,
-        CheckpointError for a tokenizer that cannot do what the settings ask."""
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        settings: Settings,
+        chat: ChatTemplate | None = None,
+        *,
+        beyond: int | None = None,
+    ) -> None:
+        """``chat`` is needed for the condition of that name; a transcript with a token id of ``beyond`` or more is
+        refused.
+
+        Raises ValueError for a template with another condition, or none, CheckpointError for a tokenizer that cannot do
+        what the settings ask.
+        """
         if (settings.condition == "chat") != (chat is not None):
             raise ValueError(f"chat: expected a template for condition chat and no other, got {settings.condition!r}")
         if settings.boundary == "split" and tokenizer.inside is None:
@@ -90,6 +102,7 @@ class Encoder:
         self._tokenizer = replace(tokenizer, front=(), back=()) if chat and not study else tokenizer
         self.settings = settings
         self._chat = chat
+        self._beyond = beyond
         self._discrete = re.compile(settings.discrete) if settings.discrete is not None else None
         marks = chat.marks if chat and study else _plain_marks
         self._open_ids, self._close_ids = marks(tokenizer.backend)
@@ -101,7 +114,8 @@ class Encoder:
     ) -> Encoded:
         """``observed`` holds the options of each (study, experiment), for ``options="observed-experiment"``.
 
-        A transcript with an option that has no tokens is refused; the message counts options and responses from 1.
+        A transcript with an option that has no tokens is refused, as is one with a token that the model has no row for;
+        the message counts options and responses from 1.
         """
         if self.settings.options == "observed-experiment" and observed is None:
             raise ValueError('observed: options="observed-experiment" needs the options of each experiment, got None')
@@ -125,8 +139,25 @@ class Encoder:
                 rejects.append(blank)
                 continue
             assembled = _assembled(draft, placed)
-            encoded.append(cut(assembled, len(assembled.responses)))
+            whole = cut(assembled, len(assembled.responses))
+            unknown = self._unknown(whole)
+            if unknown is None:
+                encoded.append(whole)
+            else:
+                rejects.append(unknown)
         return Encoded(tuple(encoded), tuple(rejects), without_metadata)
+
+    def _unknown(self, transcript: EncodedTranscript) -> RowError | None:
+        """The error of a transcript with a token beyond the model's embedding."""
+        if self._beyond is None:
+            return None
+        ids = np.concatenate([transcript.token_ids, transcript.branch_token_ids])
+        token = int(ids.max(initial=-1))
+        if token < self._beyond:
+            return None
+        text = self._tokenizer.backend.id_to_token(token)
+        reason = f"token {token:,} ({text!r}) is not among the {self._beyond:,} rows of the model's embedding"
+        return RowError(transcript.source, reason)
 
     def scores(self, response: str) -> bool:
         """Whether ``discrete`` lets a response be scored."""
@@ -366,13 +397,14 @@ def _assembled(draft: _Draft, placed: Sequence[Placed | None]) -> EncodedTranscr
 
 
 def _with_context(draft: _Draft, placed: Sequence[Placed | None]) -> dict[int, Placed]:
-    """The branches of each response that a token stands before; flags the others, and those with closing marks."""
+    """The branches of each response of which all first scored tokens have one before them; flags the others, and those
+    with closing marks."""
     own = {}
     for r, entry in enumerate(placed):
         if entry is None:
             continue
         base, branches = entry
-        if base + min(branches.parents) < 1:
+        if base + min(map(add, branches.parents, branches.scored)) < 1:
             draft.flags[r].append("no_context")
             continue
         own[r] = entry

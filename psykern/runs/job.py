@@ -107,6 +107,7 @@ def recipe_of(scorer: Scorer, dataset: Dataset, settings: Settings, clock: Clock
         model_id=scorer.name,
         model_hash=scorer.hash,
         tokenizer_hash=language.tokenizer.hash,
+        beyond_embedding=language.beyond,
         data=tuple(InputFile(str(file.path), file.hash, file.bytes) for file in dataset.files),
         protocol=settings.protocol,
         condition=settings.condition,

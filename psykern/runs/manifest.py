@@ -58,6 +58,7 @@ class Recipe:
     model_id: str
     model_hash: str
     tokenizer_hash: str
+    beyond_embedding: int | None  # token ids from here on, which the tokenizer has, are not in the embedding
     data: tuple[InputFile, ...]
     protocol: Protocol
     condition: Condition
@@ -116,7 +117,7 @@ def identity(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # What the tokens depend on beside the data; how much of a transcript fits a context is seen to later.
-_TOKENS_DEPEND_ON = ("tokenizer_hash", "chat_template_hash", *having("tokens"))
+_TOKENS_DEPEND_ON = ("tokenizer_hash", "beyond_embedding", "chat_template_hash", *having("tokens"))
 
 
 def tokens_depend_on(recipe: Recipe) -> dict[str, Any]:
