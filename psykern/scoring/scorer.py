@@ -41,8 +41,9 @@ class Language:
         return cls(tokenizer, template)
 
     def encoder(self, settings: Settings) -> Encoder:
-        """Encodes transcripts as ``settings`` say."""
-        return Encoder(self.tokenizer, settings, self.chat if settings.condition == "chat" else None)
+        """Encodes transcripts as ``settings`` say. Raises CheckpointError for a chat template that cannot be used."""
+        chat = self.chat.at(settings.date) if self.chat and settings.condition == "chat" else None
+        return Encoder(self.tokenizer, settings, chat)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
