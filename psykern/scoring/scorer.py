@@ -47,8 +47,8 @@ class Language:
         return cls(tokenizer, template, vocab_size if tokenizer.size > vocab_size else None)
 
     def encoder(self, settings: Settings) -> Encoder:
-        """Encodes transcripts as ``settings`` say."""
-        chat = self.chat if settings.condition == "chat" else None
+        """Encodes transcripts as ``settings`` say. Raises CheckpointError for a chat template that cannot be used."""
+        chat = self.chat.at(settings.date) if self.chat and settings.condition == "chat" else None
         return Encoder(self.tokenizer, settings, chat, beyond=self.beyond)
 
 
