@@ -148,6 +148,8 @@ def _taken(name: str, kind: Any) -> dict[str, Any]:
         return {"action": "store_true"}
     if int in (kind, *get_args(kind)):
         return {"type": int, "metavar": "N"}
+    if name == "date":
+        return {"metavar": "YYYY-MM-DD"}
     return {"nargs": "+", "metavar": "NAME"}
 
 

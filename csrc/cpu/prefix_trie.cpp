@@ -60,12 +60,14 @@ void check_arguments(const Sequences& sequences, const Branches& branches, int64
     const std::string name = "branch " + std::to_string(b) + ": ";
     check(branches.sequence[b] >= 0 && branches.sequence[b] < sequences.count, name + "no such sequence");
     check(b == 0 || branches.sequence[b] >= branches.sequence[b - 1], name + "sequences must ascend");
-    check(branches.parent[b] >= 1 && branches.parent[b] <= sequences.lengths[branches.sequence[b]],
-          name + "parent: expected 1 to " + std::to_string(sequences.lengths[branches.sequence[b]]) + " tokens, got " +
+    check(branches.parent[b] >= 0 && branches.parent[b] <= sequences.lengths[branches.sequence[b]],
+          name + "parent: expected 0 to " + std::to_string(sequences.lengths[branches.sequence[b]]) + " tokens, got " +
               std::to_string(branches.parent[b]));
     const int64_t length = branches.offsets[b + 1] - branches.offsets[b];
-    check(branches.scored[b] >= 0 && branches.scored[b] < length,
-          name + "scored: expected 0 to " + std::to_string(length - 1) + ", got " + std::to_string(branches.scored[b]));
+    const int32_t least = branches.parent[b] == 0 ? 1 : 0;  // the first token of all has nothing before it
+    check(branches.scored[b] >= least && branches.scored[b] < length,
+          name + "scored: expected " + std::to_string(least) + " to " + std::to_string(length - 1) + ", got " +
+              std::to_string(branches.scored[b]));
   }
 }
 
@@ -129,16 +131,17 @@ void PrefixTrie::add_branches(const Sequences&, const Branches& branches) {
   Edges edges;
   auto add_edge = [&](int32_t child) {
     const Segment& s = segments_[static_cast<size_t>(child)];
-    if (s.parent < 0) return;
-    const int32_t offset = s.position - 1 - segments_[static_cast<size_t>(s.parent)].position;
+    const int32_t offset = s.parent < 0 ? -1 : s.position - 1 - segments_[static_cast<size_t>(s.parent)].position;
     edges.emplace(EdgeKey{s.parent, offset, s.token_ids[0]}, child);
   };
   for (int32_t s = 0; s < static_cast<int32_t>(segments_.size()); ++s) add_edge(s);
 
-  // The child of `at` by `token`, or segment -1.
+  // The child of `at` by `token`, or segment -1, which as `at` is the root.
   auto step = [&](Place at, int32_t token) -> Place {
-    const Segment& s = segments_[static_cast<size_t>(at.segment)];
-    if (at.offset + 1 < s.length && s.token_ids[at.offset + 1] == token) return {at.segment, at.offset + 1};
+    if (at.segment >= 0) {
+      const Segment& s = segments_[static_cast<size_t>(at.segment)];
+      if (at.offset + 1 < s.length && s.token_ids[at.offset + 1] == token) return {at.segment, at.offset + 1};
+    }
     const auto found = edges.find(EdgeKey{at.segment, at.offset, token});
     return found == edges.end() ? Place{-1, 0} : Place{found->second, 0};
   };
@@ -153,8 +156,11 @@ void PrefixTrie::add_branches(const Sequences&, const Branches& branches) {
     const int32_t parent_tok = branches.parent[b] - 1;
     const auto holder = std::partition_point(
         path.begin(), path.end(), [&](int32_t s) { return segments_[static_cast<size_t>(s)].position <= parent_tok; });
-    const int32_t segment = *(holder - 1);
-    places.assign(1, Place{segment, parent_tok - segments_[static_cast<size_t>(segment)].position});
+    places.assign(1, Place{-1, -1});
+    if (parent_tok >= 0) {
+      const int32_t segment = *(holder - 1);
+      places[0] = {segment, parent_tok - segments_[static_cast<size_t>(segment)].position};
+    }
     for (int64_t k = 0; k < inputs; ++k) {
       Place next = step(places.back(), token_ids[k]);
       if (next.segment < 0) {

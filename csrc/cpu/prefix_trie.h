@@ -24,8 +24,8 @@ struct Sequences {
 
 struct Branches {
   const int64_t* sequence;   // [count] ascending: the sequence that each branch continues
-  const int32_t* parent;     // [count] tokens of the sequence before the branch, at least 1
-  const int32_t* scored;     // [count] first scored token of the branch
+  const int32_t* parent;     // [count] tokens of the sequence before the branch; 0: it shares none
+  const int32_t* scored;     // [count] first scored token of the branch; at least 1 where parent is 0
   const int64_t* offsets;    // [count + 1]
   const int32_t* token_ids;  // [offsets[count]]
   int64_t count;

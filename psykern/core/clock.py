@@ -28,6 +28,11 @@ class Clock:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
     @property
+    def day(self) -> str:
+        """Of the start, UTC, as YYYY-MM-DD."""
+        return self.started.date().isoformat()
+
+    @property
     def total(self) -> float:
         return time.perf_counter() - self._start
 

@@ -12,7 +12,9 @@ A field without a role changes how a run is computed, and a score by no more tha
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import date
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -79,6 +81,10 @@ class Settings:
     over_length: Annotated[
         OverLength, About("what to do with a transcript longer than the model's context", ("identity", "compared"))
     ] = "error"
+    date: Annotated[
+        str | None,  # a run's identity holds it where its prompts do: see Recipe.date
+        About("the day that a chat template prints, YYYY-MM-DD; not given: that on which the run began, UTC"),
+    ] = None
     limit: Annotated[int | None, About("take only the first N transcripts of each study", _DATA)] = None
     studies: Annotated[tuple[str, ...] | None, About("take only these studies", _DATA)] = None
     same_participants: Annotated[
@@ -116,6 +122,8 @@ class Settings:
                 re.compile(self.discrete)
             except re.error as error:
                 raise ValueError(f"discrete: expected a regular expression, got {self.discrete!r}: {error}") from error
+        if self.date is not None:
+            check_date(self.date)
 
 
 @cache
@@ -129,6 +137,15 @@ def fields() -> dict[str, tuple[Any, About]]:
 def having(role: Role) -> tuple[str, ...]:
     """Names of the fields that have ``role``, in order."""
     return tuple(name for name, (_, about) in fields().items() if role in about.roles)
+
+
+def check_date(value: object) -> None:
+    """Raises ValueError where ``value`` is no day as YYYY-MM-DD."""
+    # Newer Pythons read other forms of ISO 8601 too, of which only one may be in use: dates are compared as strings.
+    with suppress(ValueError):
+        if isinstance(value, str) and date.fromisoformat(value).isoformat() == value:
+            return
+    raise ValueError(f"date: expected a day as YYYY-MM-DD, got {value!r}")
 
 
 def _check_number(name: str, value: int) -> None:

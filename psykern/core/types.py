@@ -63,7 +63,7 @@ class EncodedTranscript:
     options: tuple[tuple[str, ...] | None, ...]  # [R] None: the response has no options
     option_index: np.ndarray  # [R] int32, the option that is the response; -1: none
     branch_response: np.ndarray  # [B] int32, response that each branch is an option of
-    branch_parent_tok: np.ndarray  # [B] int32, tokens of the transcript before the branch, at least 1
+    branch_parent_tok: np.ndarray  # [B] int32, tokens of the transcript before the branch; 0: none
     branch_scored_tok: np.ndarray  # [B] int32, first scored token, counted within the branch
     branch_offsets: np.ndarray  # [B+1] int64, into branch_token_ids
     branch_token_ids: np.ndarray  # [branch_offsets[-1]] int32

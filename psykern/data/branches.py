@@ -86,6 +86,15 @@ class Branches(NamedTuple):
     blank: int | None  # the first option without tokens
     same: tuple[int, int] | None  # the first two options of the same tokens
 
+    def unusable(self, options: tuple[str, ...], response: int) -> str | None:
+        """What is wrong with one of the ``options``, all counted from 1 as ``response`` is; None: nothing."""
+        if self.blank is not None:
+            return f'option {self.blank + 1} ("{options[self.blank]}") of response {response} encodes to no token'
+        if self.same is not None:
+            one, two = (f'{i + 1} ("{options[i]}")' for i in self.same)
+            return f"options {one} and {two} of response {response} encode to the same tokens"
+        return None
+
 
 Placed = tuple[int, Branches]  # the token of the transcript that the branches count from
 
@@ -94,8 +103,12 @@ def joint_branches(tokenizer: Tokenizer, joints: Sequence[JointText]) -> Iterato
     """The branches of each text's responses. Equal windows are tokenized once."""
     sites = [_sites(tokenizer, joint) for joint in joints]
     windows = dict.fromkeys(site for of in sites for site, _, _ in of.values() if not site.is_whole)
-    snippets = Snippets(tokenizer, (text for site in windows for text in site.texts()))
-    known = {site: _site_branches(site, snippets) for site in windows}
+    known: dict[_Site, Branches | None] = {}
+    for inside in (False, True):  # what a tokenizer puts in front of a text is not in front of a window inside it
+        own = [site for site in windows if site.starts_text != inside]
+        is_plain = not inside or tokenizer.inside is None
+        snippets = Snippets(tokenizer, (text for site in own for text in site.texts()), inside=not is_plain)
+        known |= {site: _site_branches(site, snippets) for site in own}
     for joint, of in zip(joints, sites, strict=True):
         placed: list[Placed | None] = [None] * len(joint.inserts)
         ids = joint.tokens.ids.tolist() if of else []

@@ -12,8 +12,8 @@ The study's own rule: stretches without characters give no turn; text and full s
 :func:`.protocol.study_text`; scored is what stands between the template's own tokens around a probed assistant
 turn, which are found in the tokens of the whole.
 
-Source of the rule: github.com/marcelbinz/Psych-201, ``0_analyses/eval_instruct.py``. Templates run in the sandbox of
-``transformers``; no code of a model folder is executed.
+Source of the rule: github.com/marcelbinz/Psych-201, ``0_analyses/eval_instruct.py``. Templates run in a sandbox
+(:mod:`.sandbox`); no code of a model folder is executed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ import tokenizers
 
 from psykern.core.errors import CheckpointError, RowError
 from psykern.core.types import Transcript
+from psykern.data.pretrained import Pretrained
 from psykern.data.protocol import study_text
+from psykern.data.sandbox import asks_for_date, compiled
 
 _STAND_IN = "\ue000{}\ue001"  # private-use characters, in no transcript
 _STAND_INS = re.compile("\ue000(\\d+)\ue001")
@@ -59,19 +61,28 @@ class ChatTemplate:
     folder: Path
     source: str
     _tokenizer: Any  # transformers' own
+    date: str | None = None  # that the template prints, YYYY-MM-DD; None: none yet
 
     @property
     def hash(self) -> str:
-        """``sha256:`` and the digest of the template in hexadecimal."""
-        return f"sha256:{hashlib.sha256(self.source.encode()).hexdigest()}"
+        """``sha256:`` and a digest in hexadecimal: of the template, and of the special tokens that it names, if any."""
+        named = {name: token for name, token in self._special_tokens.items() if name in self.source}
+        text = self.source + (json.dumps(named, sort_keys=True, default=str) if named else "")
+        return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+    @property
+    def asks_for_date(self) -> bool:
+        """Whether what it gives may depend on the date."""
+        return asks_for_date(self.source)
 
     @classmethod
-    def load(cls, folder: Path) -> ChatTemplate:
-        """Raises CheckpointError where there is no template, or more than one and none of them the default."""
-        from transformers import AutoTokenizer
+    def load(cls, folder: Path, pretrained: Pretrained | None = None) -> ChatTemplate:
+        """``pretrained``: what was read of the folder before.
 
+        Raises CheckpointError where there is no template, or more than one and none of them the default.
+        """
+        tokenizer = (pretrained or Pretrained.load(folder)).tokenizer
         try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
             file = folder / "chat_template.json"
             if not tokenizer.chat_template and file.is_file():  # a processor's, which tokenizers do not read
                 tokenizer.chat_template = json.loads(file.read_text(encoding="utf-8"))["chat_template"]
@@ -84,6 +95,14 @@ class ChatTemplate:
                 "in tokenizer_config.json); the tokenizer has none"
             )
         return cls(folder, source, tokenizer)
+
+    def at(self, date: str | None) -> ChatTemplate:
+        """The template of a run of ``date``. Raises CheckpointError for one that cannot be compiled or uses chance."""
+        try:
+            compiled(self.source, date)
+        except Exception as error:  # Jinja's own
+            raise CheckpointError(f"{self.folder}: its chat template cannot be used: {error}") from error
+        return replace(self, date=date)
 
     def render(self, transcript: Transcript) -> Transcript:
         """The transcript as a chat, its responses located in it. Raises RowError, naming the template's folder."""
@@ -133,7 +152,13 @@ class ChatTemplate:
     def _apply(self, turns: list[_Turn]) -> str:
         more = {"enable_thinking": False} if "enable_thinking" in self.source else {}
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-        return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False, **more))
+        given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": False}
+        return str(compiled(self.source, self.date).render(given | self._special_tokens | more))
+
+    @property
+    def _special_tokens(self) -> dict[str, Any]:
+        """By the names that a template knows them by (``bos_token``), as tokenizer_config.json has them."""
+        return dict(self._tokenizer.special_tokens_map)
 
     def _located(self, transcript: Transcript, turns: list[_Turn], count: int) -> Rendered:
         if not turns:

@@ -5,8 +5,8 @@ Response [a, b) of a text has the tokens [s, e) with s < b, e > a and e > s; one
 one by one, so that no token straddles. ``protocol="study"`` takes text and spans from :mod:`.protocol` instead.
 
 Flags of a response: ``straddles``; ``empty`` (nothing between the marks); ``no_context`` (no token before the first
-scored one, so no probability); ``closing_mark`` (appended to its options); ``leaks`` (study: the scored run is more
-than the response). Several are joined by ``;``.
+scored one of the response, or of one of its options, so no probability of it, or of them); ``closing_mark`` (appended
+to its options); ``leaks`` (study: the scored run is more than the response). Several are joined by ``;``.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain, pairwise
+from operator import add
 from typing import NamedTuple
 
 import numpy as np
 import tokenizers
 
-from psykern.core.errors import RowError
+from psykern.core.errors import CheckpointError, RowError
 from psykern.core.settings import Settings
 from psykern.core.types import EncodedTranscript, Transcript
 from psykern.data.branches import Insert, JointText, Options, Placed, joint_branches, split_branches
@@ -31,6 +32,7 @@ from psykern.data.persona import interview
 from psykern.data.protocol import (
     CLOSE_MARK,
     OPEN_MARK,
+    distinct_responses,
     keep_responses,
     study_marks,
     study_response,
@@ -75,27 +77,46 @@ class _Prepared(NamedTuple):
 class Encoder:
     """Turns transcripts into tokens to score, by those settings whose role is "tokens"."""
 
-    def __init__(self, tokenizer: Tokenizer, settings: Settings, chat: ChatTemplate | None = None) -> None:
-        """``chat`` is needed for the condition of that name. Raises ValueError for one with another condition, or
-        none."""
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        settings: Settings,
+        chat: ChatTemplate | None = None,
+        *,
+        beyond: int | None = None,
+    ) -> None:
+        """``chat`` is needed for the condition of that name; a transcript with a token id of ``beyond`` or more is
+        refused.
+
+        Raises ValueError for a template with another condition, or none, CheckpointError for a tokenizer that cannot do
+        what the settings ask.
+        """
         if (settings.condition == "chat") != (chat is not None):
             raise ValueError(f"chat: expected a template for condition chat and no other, got {settings.condition!r}")
+        if settings.boundary == "split" and tokenizer.inside is None:
+            raise CheckpointError(
+                "boundary split: this tokenizer puts something in front of each piece of a text, or strips it, and "
+                "psykern cannot turn that off; use boundary joint"
+            )
         study = settings.protocol == "study"
         # A template puts its own special tokens around a text; the study gets the tokenizer's as well.
         self._tokenizer = replace(tokenizer, front=(), back=()) if chat and not study else tokenizer
         self.settings = settings
         self._chat = chat
+        self._beyond = beyond
         self._discrete = re.compile(settings.discrete) if settings.discrete is not None else None
         marks = chat.marks if chat and study else _plain_marks
         self._open_ids, self._close_ids = marks(tokenizer.backend)
+        if not self._open_ids or not self._close_ids:
+            raise CheckpointError(f"the tokenizer has no token for the marks {OPEN_MARK!r} and {CLOSE_MARK!r}")
 
     def encode(
         self, transcripts: Sequence[Transcript], observed: Mapping[tuple[str, str], tuple[str, ...]] | None = None
     ) -> Encoded:
         """``observed`` holds the options of each (study, experiment), for ``options="observed-experiment"``.
 
-        A transcript with an option that has no tokens, or those of another option, is refused; the message counts
-        options and responses from 1.
+        A transcript with an option that has no tokens, or those of another option, is refused, as is one with a token
+        that the model has no row for; the message counts options and responses from 1.
         """
         if self.settings.options == "observed-experiment" and observed is None:
             raise ValueError('observed: options="observed-experiment" needs the options of each experiment, got None')
@@ -119,8 +140,25 @@ class Encoder:
                 rejects.append(unusable)
                 continue
             assembled = _assembled(draft, placed)
-            encoded.append(cut(assembled, len(assembled.responses)))
+            whole = cut(assembled, len(assembled.responses))
+            unknown = self._unknown(whole)
+            if unknown is None:
+                encoded.append(whole)
+            else:
+                rejects.append(unknown)
         return Encoded(tuple(encoded), tuple(rejects), without_metadata)
+
+    def _unknown(self, transcript: EncodedTranscript) -> RowError | None:
+        """The error of a transcript with a token beyond the model's embedding."""
+        if self._beyond is None:
+            return None
+        ids = np.concatenate([transcript.token_ids, transcript.branch_token_ids])
+        token = int(ids.max(initial=-1))
+        if token < self._beyond:
+            return None
+        text = self._tokenizer.backend.id_to_token(token)
+        reason = f"token {token:,} ({text!r}) is not among the {self._beyond:,} rows of the model's embedding"
+        return RowError(transcript.source, reason)
 
     def scores(self, response: str) -> bool:
         """Whether ``discrete`` lets a response be scored."""
@@ -157,11 +195,8 @@ class Encoder:
             seen = observed.get((transcript.study, transcript.experiment), ())
         else:
             seen = ()
-        if self.settings.protocol == "study":  # of those that its rules make equal the first
-            firsts: dict[str, str] = {}
-            for text in seen:
-                firsts.setdefault(study_response(text)[0].strip() if self._chat else study_response(text)[0], text)
-            seen = tuple(firsts.values())
+        if self.settings.protocol == "study":
+            seen = distinct_responses(seen, stripped=self._chat is not None)
         return [seen if 2 <= len(seen) <= self.settings.max_options else None] * count
 
     def _drafted(
@@ -288,16 +323,19 @@ def _split(
     tokenizer: Tokenizer, transcripts: Sequence[Transcript], options: Sequence[list[Options]]
 ) -> Iterator[_Drafted]:
     """Each transcript from the tokens of its pieces, with the branches of its responses. Equal pieces are tokenized
-    once."""
+    once. What a tokenizer puts in front of a text stands before the first piece alone."""
     pieces = [_pieces(transcript) for transcript in transcripts]
     given = dict.fromkeys(chain.from_iterable(options))
-    snippets = Snippets(tokenizer, chain(chain.from_iterable(pieces), *(of for of in given if of)))
+    starts = Snippets(tokenizer, (own[0] for own in pieces))
+    later = chain.from_iterable(own[1:] for own in pieces)
+    snippets = Snippets(tokenizer, chain(later, *(of for of in given if of)), inside=True)
     for transcript, own, of in zip(transcripts, pieces, options, strict=True):
-        draft = _split_draft(tokenizer, transcript, own, of, snippets)
-        starts = draft.spans_tok[:, 0].tolist()
+        ids = [starts[own[0]][0], *(snippets[piece][0] for piece in own[1:])]
+        draft = _split_draft(tokenizer, transcript, ids, of)
+        first = draft.spans_tok[:, 0].tolist()
         placed: list[Placed | None] = [
             (start, split_branches(texts, after, snippets)) if texts else None
-            for start, texts, after in zip(starts, of, own[2::2], strict=True)
+            for start, texts, after in zip(first, of, own[2::2], strict=True)
         ]
         _flag_unscored(draft)
         yield draft, placed
@@ -309,12 +347,10 @@ def _pieces(transcript: Transcript) -> list[str]:
     return [transcript.text[i:j] for i, j in pairwise(bounds)]
 
 
-def _split_draft(
-    tokenizer: Tokenizer, transcript: Transcript, pieces: list[str], options: list[Options], snippets: Snippets
-) -> _Draft:
-    ids = [snippets[piece][0] for piece in pieces]
+def _split_draft(tokenizer: Tokenizer, transcript: Transcript, ids: list[list[int]], options: list[Options]) -> _Draft:
+    """``ids``: of each piece."""
     bounds = np.cumsum([len(tokenizer.front), *map(len, ids)])  # piece i is bounds[i] to bounds[i + 1]
-    responses = tuple(pieces[1::2])
+    responses = tuple(_inside(transcript))
     return _Draft(
         transcript=transcript,
         token_ids=np.fromiter(chain(tokenizer.front, *ids), dtype=np.int32),
@@ -327,19 +363,10 @@ def _split_draft(
 
 
 def _unusable_option(draft: _Draft, placed: Sequence[Placed | None]) -> RowError | None:
-    """The error of the first option that has no tokens, or the same as another one."""
     for r, entry in enumerate(placed):
-        if entry is None or (entry[1].blank is None and entry[1].same is None):
-            continue
-        options = draft.options[r] or ()
-        if entry[1].blank is not None:
-            reason = (
-                f'option {entry[1].blank + 1} ("{options[entry[1].blank]}") of response {r + 1} encodes to no token'
-            )
-        else:
-            one, two = (f'{i + 1} ("{options[i]}")' for i in entry[1].same or ())
-            reason = f"options {one} and {two} of response {r + 1} encode to the same tokens"
-        return RowError(draft.transcript.source, reason)
+        reason = entry[1].unusable(draft.options[r] or (), r + 1) if entry is not None else None
+        if reason is not None:
+            return RowError(draft.transcript.source, reason)
     return None
 
 
@@ -371,13 +398,14 @@ def _assembled(draft: _Draft, placed: Sequence[Placed | None]) -> EncodedTranscr
 
 
 def _with_context(draft: _Draft, placed: Sequence[Placed | None]) -> dict[int, Placed]:
-    """The branches of each response that a token stands before; flags the others, and those with closing marks."""
+    """The branches of each response of which all first scored tokens have one before them; flags the others, and those
+    with closing marks."""
     own = {}
     for r, entry in enumerate(placed):
         if entry is None:
             continue
         base, branches = entry
-        if base + min(branches.parents) < 1:
+        if base + min(map(add, branches.parents, branches.scored)) < 1:
             draft.flags[r].append("no_context")
             continue
         own[r] = entry

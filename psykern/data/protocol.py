@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -70,6 +70,16 @@ def study_response(response: str) -> tuple[str, str]:
     if close < 0:  # "More Details " loses its closing mark to a patch; as an option it is taken without
         return response.rstrip(), CLOSE_MARK
     return text[2:close], text[close:]
+
+
+def distinct_responses(responses: Iterable[str], *, stripped: bool) -> tuple[str, ...]:
+    """Of those that the rules make equal the first; ``stripped``: white space in front counts for nothing either, as in
+    a chat."""
+    firsts: dict[str, str] = {}
+    for response in responses:
+        text = study_response(response)[0]
+        firsts.setdefault(text.strip() if stripped else text, response)
+    return tuple(firsts.values())
 
 
 def study_marks(text: str) -> np.ndarray:

@@ -2,13 +2,15 @@
 
 The rule: offsets count white space in, and nothing is cut or padded, whatever the folder's definition says. Special
 tokens have no width; they stand where the tokenizer puts them by default, in front of a text and behind it.
+
+Some tokenizers put a space in front of a text (Metaspace, Prepend, ``add_prefix_space``). A piece from the middle of a
+text gets none: what is *inside* is tokenized without.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from psykern.core.errors import CheckpointError
+from psykern.data.pretrained import Pretrained
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,7 +27,9 @@ class Tokenizer:
     """The tokenizer of a model folder, with offsets that include white space."""
 
     backend: tokenizers.Tokenizer
-    hash: str  # "sha256:…" of its definition (the bytes of tokenizer.json)
+    inside: tokenizers.Tokenizer | None  # the same, with nothing put in front of a text; None: that cannot be had
+    anew: Mapping[int, str]  # added tokens behind which it puts there again what it puts in front of a text
+    hash: str  # "sha256:…" of its definition
     size: int  # highest token id + 1
     front: tuple[int, ...]  # special tokens that it puts before a text by default
     back: tuple[int, ...]  # and behind
@@ -33,70 +37,117 @@ class Tokenizer:
     batch_chars: int = 4_000_000
 
     @classmethod
-    def load(cls, folder: Path) -> Tokenizer:
-        """Reads ``tokenizer.json``, or what ``transformers`` can turn into one. Executes nothing of the folder.
-
-        Raises CheckpointError where there is none or it cannot be used.
-        """
-        path = folder / "tokenizer.json"
-        definition = path.read_bytes() if path.is_file() else _converted(folder)
-        try:
-            backend = _build(json.loads(definition))
-        except Exception as error:  # the library raises bare Exception
-            raise CheckpointError(f"{path}: cannot be read as a tokenizer: {error}") from error
-        sample = backend.encode("a", add_special_tokens=True)
-        ids = sample.ids
-        own = [i for i, special in enumerate(sample.special_tokens_mask) if not special]
-        if not own:
-            origin = path if path.is_file() else f"{folder}: no tokenizer.json, and what transformers makes instead"
-            raise CheckpointError(f"{origin}: the tokenizer has no token for the text 'a'")
+    def load(cls, folder: Path, pretrained: Pretrained | None = None) -> Tokenizer:
+        """``pretrained``: what was read of the folder before. Raises CheckpointError as :meth:`.Pretrained.load`."""
+        of = pretrained or Pretrained.load(folder)
+        backend = _whole(of.backend)
+        inside = _inside(backend)
         return cls(
             backend=backend,
-            hash=f"sha256:{hashlib.sha256(definition).hexdigest()}",
+            inside=inside,
+            anew=_anew(backend, inside),
+            hash=of.hash,
             size=max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1,
-            front=tuple(ids[: own[0]]),
-            back=tuple(ids[own[-1] + 1 :]),
+            front=of.front,
+            back=of.back,
         )
 
-    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool) -> list[tokenizers.Encoding]:
-        """Encodings of the texts, computed on all cores (or as ``TOKENIZERS_PARALLELISM`` says)."""
-        return self.backend.encode_batch(list(texts), add_special_tokens=add_special_tokens)
+    def encode_batch(self, texts: Sequence[str], *, inside: bool = False) -> list[tokenizers.Encoding]:
+        """Encodings without special tokens, computed on all cores (or as ``TOKENIZERS_PARALLELISM`` says).
+
+        ``inside``: the texts are pieces from the middle of others; raises ValueError where :attr:`inside` is None.
+        """
+        backend = self.inside if inside else self.backend
+        if backend is None:
+            raise ValueError("inside: this tokenizer puts something in front of every text")
+        return backend.encode_batch(list(texts), add_special_tokens=False)
 
 
-def _converted(folder: Path) -> bytes:
-    """The definition of a tokenizer that comes in another form than ``tokenizer.json``."""
-    looked_for = f"{folder}: no tokenizer.json, and no other tokenizer that transformers can read"
-    try:
-        from transformers import AutoTokenizer
-
-        loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # whatever a broken folder makes it raise
-        raise CheckpointError(f"{looked_for}: {error}") from error
-    backend = getattr(loaded, "backend_tokenizer", None)
-    if backend is None:
-        raise CheckpointError(
-            f"{looked_for}: {type(loaded).__name__} has no definition in the form of the tokenizers library"
-        )
-    return str(backend.to_str()).encode()
+def _whole(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """``backend``, changed so that it cuts and pads nothing and its offsets count white space in."""
+    backend.no_truncation()
+    backend.no_padding()
+    for name in ("pre_tokenizer", "post_processor"):
+        part = _part(backend, name)
+        if _change(part, "trim_offsets", False):  # a trimmed token would seem to begin behind its leading space
+            setattr(backend, name, _built(name, part))
+    return backend
 
 
-def _build(definition: dict[str, Any]) -> tokenizers.Tokenizer:
-    for part in ("pre_tokenizer", "post_processor"):
-        _keep_white_space(definition.get(part))
-    definition["truncation"] = definition["padding"] = None
-    return tokenizers.Tokenizer.from_str(json.dumps(definition))
+def _inside(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer | None:
+    """``backend`` with nothing put in front of a text; None where something is put there or lost all the same."""
+    normalizer, pre_tokenizer = _part(backend, "normalizer"), _part(backend, "pre_tokenizer")
+    kept = _without(normalizer, "Prepend")
+    if kept != normalizer or _never_prepends(pre_tokenizer):
+        special = backend.encode_special_tokens
+        backend = tokenizers.Tokenizer.from_str(backend.to_str())
+        backend.encode_special_tokens = special
+        if kept != normalizer:
+            backend.normalizer = _built("normalizer", kept)
+        backend.pre_tokenizer = _built("pre_tokenizer", pre_tokenizer)
+    alike = (_read("b" + piece + "b", backend)[1:-1] == _read(piece, backend) for piece in ("a", " a "))
+    return backend if all(alike) else None
 
 
-def _keep_white_space(part: Any) -> None:
-    """Sets every ``trim_offsets`` to false: a trimmed token would seem to begin behind its leading space."""
-    if isinstance(part, dict):
-        if "trim_offsets" in part:
-            part["trim_offsets"] = False
-        for child in part.values():
-            _keep_white_space(child)
-    elif isinstance(part, list):
-        for child in part:
-            _keep_white_space(child)
+def _read(text: str, backend: tokenizers.Tokenizer) -> str:
+    """The characters that the vocabulary is asked for."""
+    normalized = backend.normalizer.normalize_str(text) if backend.normalizer else text
+    words = backend.pre_tokenizer.pre_tokenize_str(normalized) if backend.pre_tokenizer else [(normalized, (0, 0))]
+    return "".join(word for word, _ in words)
+
+
+def _anew(backend: tokenizers.Tokenizer, inside: tokenizers.Tokenizer | None) -> dict[int, str]:
+    found: dict[int, str] = {}
+    if inside is None or inside is backend:
+        return found
+    for token, added in backend.get_added_tokens_decoder().items():
+        text = f"{added.content}a"
+        ids = backend.encode(text, add_special_tokens=False).ids
+        if ids[:1] == [token] and ids != inside.encode(text, add_special_tokens=False).ids:
+            found[token] = added.content
+    return found
+
+
+def _never_prepends(pre_tokenizer: Any) -> bool:
+    """Changes the definition of a pre-tokenizer; whether there was something to change."""
+    metaspace = _change(pre_tokenizer, "prepend_scheme", "never")
+    return _change(pre_tokenizer, "add_prefix_space", False) or metaspace
+
+
+def _part(backend: tokenizers.Tokenizer, name: str) -> Any:
+    """The definition of one part of a tokenizer, as JSON; None: it has none."""
+    part = getattr(backend, name)
+    return None if part is None else json.loads(part.__getstate__())
+
+
+def _built(name: str, definition: Any) -> Any:
+    """A part from its definition: the library builds whole tokenizers only."""
+    empty = {"type": "WordLevel", "vocab": {"": 0}, "unk_token": ""}
+    whole = {"version": "1.0", "added_tokens": [], "model": empty, name: definition}
+    return getattr(tokenizers.Tokenizer.from_str(json.dumps(whole)), name)
+
+
+def _change(part: Any, key: str, value: Any) -> bool:
+    """Sets every ``key`` that is there, at any depth; whether that changed something."""
+    if isinstance(part, list):
+        return any([_change(child, key, value) for child in part])
+    if not isinstance(part, dict):
+        return False
+    changed = any([_change(child, key, value) for child in part.values()])
+    if part.get(key, value) == value:
+        return changed
+    part[key] = value
+    return True
+
+
+def _without(normalizer: Any, kind: str) -> Any:
+    """A normalizer's definition without those parts of it that are of ``kind``."""
+    if not normalizer or normalizer["type"] == kind:
+        return None
+    if normalizer["type"] != "Sequence":
+        return normalizer
+    kept = (_without(part, kind) for part in normalizer["normalizers"])
+    return {**normalizer, "normalizers": [part for part in kept if part]}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -112,15 +163,31 @@ class Tokens:
 class Snippets:
     """Short texts and their tokens without special tokens, each tokenized once."""
 
-    def __init__(self, tokenizer: Tokenizer, texts: Iterable[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, texts: Iterable[str], *, inside: bool = False) -> None:
+        """``inside``: as :meth:`Tokenizer.encode_batch` has it."""
         distinct = list(dict.fromkeys(texts))
         self._known: dict[str, tuple[list[int], list[tuple[int, int]]]] = {}
         for batch in _batches(distinct, tokenizer.batch_chars):
-            for text, encoding in zip(batch, tokenizer.encode_batch(batch, False), strict=True):
-                self._known[text] = encoding.ids, encoding.offsets
+            for text, encoding in zip(batch, tokenizer.encode_batch(batch, inside=inside), strict=True):
+                self._known[text] = _piece(tokenizer, text, encoding) if inside else (encoding.ids, encoding.offsets)
 
     def __getitem__(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         return self._known[text]
+
+
+def _piece(tokenizer: Tokenizer, text: str, encoding: tokenizers.Encoding) -> tuple[list[int], list[tuple[int, int]]]:
+    """Tokens of a piece from the middle of a text: behind an added token in it the tokenizer may begin anew."""
+    ids, offsets = encoding.ids, encoding.offsets
+    places = (i + 1 for i, token in enumerate(ids) if token in tokenizer.anew)
+    # What the vocabulary does not have can have the id of such a token, too.
+    spelled = (place for place in places if tokenizer.anew[ids[place - 1]] in text[slice(*offsets[place - 1])])
+    place = next(spelled, len(ids))
+    if place == len(ids):
+        return ids, offsets
+    start = offsets[place - 1][1]
+    rest = tokenizer.backend.encode(text[start:], add_special_tokens=False)
+    moved = [(start + begin, start + end) for begin, end in rest.offsets]
+    return ids[:place] + rest.ids, offsets[:place] + moved
 
 
 def _batches(texts: Sequence[str], most_chars: int) -> Iterator[list[str]]:
@@ -139,7 +206,7 @@ def _batches(texts: Sequence[str], most_chars: int) -> Iterator[list[str]]:
 
 def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[Tokens]:
     for batch in _batches(texts, tokenizer.batch_chars):
-        for text, encoding in zip(batch, tokenizer.encode_batch(batch, False), strict=True):
+        for text, encoding in zip(batch, tokenizer.encode_batch(batch), strict=True):
             yield _tokens(tokenizer, encoding, len(text))
 
 

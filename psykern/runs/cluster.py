@@ -80,6 +80,8 @@ def score_on_cluster(
         with clock("scan"):
             units = feed.units()
         job = RunJob.open(out, recipe, settings, resume=resume)
+        if job.recipe.date != recipe.date:
+            feed = feed_of(dataset, language, settings, job.recipe, options, clock)
         wanted = [unit for unit in units if not job.folder.has(unit)]
         with Progress(sum(unit.characters for unit in wanted), quiet=quiet) as progress, clock("run"):
             done = pool.score(feed.encoded(wanted), job.recipe, progress, stop)
@@ -115,7 +117,7 @@ class _Worker:
 
     def recipe(self) -> Recipe:
         """Of a run that begins on this machine."""
-        return recipe_of(self._scorer, self._dataset, self._settings, Clock())
+        return recipe_of(self._scorer, self._dataset, self._out, self._settings, Clock())
 
     def score(self, unit: EncodedUnit, recipe: Recipe) -> Counts | PsykernError:
         """Writes the unit's part, with the budgets of ``recipe``; an error that the user can act on is given back, not

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from psykern.core.clock import Clock
@@ -75,7 +75,7 @@ def estimate(
     """
     settings, clock = settings or Settings(), Clock()
     compute = Compute.resolve(settings.device, settings.dtype)
-    settings = with_unit_tokens(settings, compute)
+    settings = replace(with_unit_tokens(settings, compute), date=settings.date or clock.day)
     spec, language = load_language(model, chat=settings.condition == "chat", clock=clock)
     chosen = budgets(spec, compute.device, compute.dtype).under(settings)
     feed = Feed(Dataset.find(data, hashed=False), language.encoder(settings), clock=clock)

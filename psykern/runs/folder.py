@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -26,8 +27,9 @@ import pyarrow.parquet as pq
 
 from psykern.core.errors import RowError, RunFolderError, Source
 from psykern.core.folder import Folder
+from psykern.core.settings import check_date
 from psykern.core.types import UnitInfo
-from psykern.runs.manifest import Counts, Manifest, Outcome, Recipe, identity, plain
+from psykern.runs.manifest import IDENTITY, Counts, Manifest, Outcome, Recipe, identity, plain
 from psykern.scoring.table import (
     SCHEMA,
 )
@@ -55,11 +57,13 @@ class RunFolder:
     _parts: dict[str, UnitReport | None]  # by name, those that are known to be there; None: not read yet
 
     @classmethod
-    def open(cls, path: str | Path, recipe: Recipe, *, resume: bool = True) -> RunFolder:
+    def open(cls, path: str | Path, recipe: Recipe, *, resume: bool = True, any_date: bool = False) -> RunFolder:
         """Begin the run in a new or empty folder, or go on with the same run.
 
-        With ``resume=False`` only a new or empty folder will do. Raises RunFolderError where something else stands in
-        the folder, and where the run there is another; the message says in what the two differ.
+        With ``resume=False`` only a new or empty folder will do; with ``any_date`` a run there on another date is the
+        same, and keeps it.
+        Raises RunFolderError where something else stands in the folder, and where the run there is another; the message
+        says in what the two differ.
         """
         folder = Folder.at(path)
         folder.create()
@@ -70,8 +74,8 @@ class RunFolder:
                 f"{path}: expected a new or empty folder to write the run to{hint}, it holds {found[0]}"
             )
         began = plain(dataclasses.asdict(Manifest.of(recipe, Outcome())))
-        if not folder.write_new("manifest.json", _json_writer(began)):
-            began = _check_same(folder, began)
+        folder.write_new("manifest.json", _json_writer(began))
+        began = _check_same(folder, began, any_date)  # one just written too: on a remote system another may have won
         parts: dict[str, UnitReport | None] = dict.fromkeys(folder.files("responses"))
         return cls(folder, began, json.dumps(identity(began), sort_keys=True), parts)
 
@@ -124,8 +128,19 @@ class RunFolder:
         self.folder.remove_unfinished("responses")
 
 
-def _check_same(folder: Folder, mine: dict[str, Any]) -> dict[str, Any]:
-    """The manifest that is there. Raises RunFolderError where it is of another run."""
+def date_in(path: str | Path) -> str | None:
+    """The date that the prompts of the run at ``path`` hold; None: none is there that can be read. What is wrong with
+    it, :meth:`RunFolder.open` says."""
+    with suppress(RunFolderError, ValueError, KeyError, TypeError, RecursionError):
+        date = json.loads(Folder.at(path).read("manifest.json"))["date"]
+        check_date(date)
+        return str(date)
+    return None
+
+
+def _check_same(folder: Folder, mine: dict[str, Any], any_date: bool) -> dict[str, Any]:
+    """The manifest that is there. Raises RunFolderError where it is of another run; with ``any_date`` one on another
+    date is not."""
     path = folder.name("manifest.json")
     try:
         there = json.loads(folder.read("manifest.json"))
@@ -133,8 +148,12 @@ def _check_same(folder: Folder, mine: dict[str, Any]) -> dict[str, Any]:
         _check_beginning(there)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RunFolderError(f"{path}: cannot be read as a run's manifest: {type(error).__name__}: {error}") from error
+    if any_date and "date" in one and "date" in two:  # where one has none, what its prompts hold is not known
+        two["date"] = one["date"]
     differences = [
-        f"{name}: {_short(one[name])} there, {_short(two[name])} here" for name in one if one[name] != two[name]
+        f"{name}: {_short(one.get(name))} there, {_short(two.get(name))} here"
+        for name in IDENTITY
+        if one.get(name) != two.get(name)
     ]
     if differences:
         raise RunFolderError(f"{folder.path}: holds another run, which differs in {'; '.join(differences)}")
@@ -145,6 +164,8 @@ def _check_beginning(manifest: Mapping[str, Any]) -> None:
     """What a run that goes on takes over from the one that began. Raises ValueError, KeyError."""
     if not isinstance(manifest["started"], str):
         raise ValueError(f"started: expected a string, got {_short(manifest['started'])}")
+    if manifest.get("date") is not None:
+        check_date(manifest["date"])
     for name in ("wave_tokens", "batch_tokens"):
         value = manifest[name]
         if not (type(value) is int and 1 <= value < 2**31):  # JSON's true is an int of Python's

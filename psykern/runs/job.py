@@ -27,7 +27,7 @@ from psykern.data.context import fit
 from psykern.data.dataset import Dataset
 from psykern.engine.budgets import Budgets
 from psykern.engine.plan import Plan, plan
-from psykern.runs.folder import RunFolder, UnitReport
+from psykern.runs.folder import RunFolder, UnitReport, date_in
 from psykern.runs.manifest import (
     Counts,
     InputFile,
@@ -98,20 +98,23 @@ def planned(
         yield PlannedUnit(unit, transcripts, of, progress.start(unit.info.characters, of.num_responses, of.num_tokens))
 
 
-def recipe_of(scorer: Scorer, dataset: Dataset, settings: Settings, clock: Clock) -> Recipe:
-    """How a run that begins now is made. ``settings`` must name their ``unit_tokens``."""
+def recipe_of(scorer: Scorer, dataset: Dataset, out: str | Path, settings: Settings, clock: Clock) -> Recipe:
+    """How a run that begins now in ``out`` is made, on the date of the one that is there, if one is. ``settings`` must
+    name their ``unit_tokens``."""
     compute, language, budgets = scorer.model.compute, scorer.language, scorer.budgets.under(settings)
-    is_chat = language.chat is not None and settings.condition == "chat"
+    chat = language.chat if settings.condition == "chat" else None
     assert settings.unit_tokens is not None
     return Recipe(
         model_id=scorer.name,
         model_hash=scorer.hash,
         tokenizer_hash=language.tokenizer.hash,
+        beyond_embedding=language.beyond,
         data=tuple(InputFile(str(file.path), file.hash, file.bytes) for file in dataset.files),
         protocol=settings.protocol,
         condition=settings.condition,
         discrete=settings.discrete,
-        chat_template_hash=language.chat.hash if language.chat and is_chat else None,
+        chat_template_hash=chat.hash if chat else None,
+        date=(settings.date or date_in(out) or clock.day) if chat and chat.asks_for_date else None,
         boundary=settings.boundary,
         options=settings.options,
         max_options=settings.max_options,
@@ -141,11 +144,12 @@ class RunJob:
 
     @classmethod
     def open(cls, out: str | Path, recipe: Recipe, settings: Settings, *, resume: bool = True) -> RunJob:
-        """Begins the run in ``out``, or goes on with the one there: with its start, and with its budgets where the
-        settings name none. Raises RunFolderError."""
-        folder = RunFolder.open(out, recipe, resume=resume)
+        """Begins the run in ``out``, or goes on with the one there: with its start, and with its budgets and date where
+        the settings name none. Raises RunFolderError."""
+        folder = RunFolder.open(out, recipe, resume=resume, any_date=settings.date is None)
         going_on = replace(
             recipe,
+            date=folder.began["date"] if recipe.date else None,
             started=folder.began["started"],
             wave_tokens=settings.wave_tokens or folder.began["wave_tokens"],
             batch_tokens=settings.batch_tokens or folder.began["batch_tokens"],

@@ -69,11 +69,13 @@ class Recipe:
     model_id: str
     model_hash: str
     tokenizer_hash: str
+    beyond_embedding: int | None  # token ids from here on, which the tokenizer has, are not in the embedding
     data: tuple[InputFile, ...]
     protocol: Protocol
     condition: Condition
     discrete: str | None  # only responses that match it were scored; None: all
     chat_template_hash: str | None  # None: the condition is not chat
+    date: str | None  # that the prompts hold, YYYY-MM-DD; None: they hold none
     boundary: Boundary
     options: OptionSource
     max_options: int
@@ -117,23 +119,28 @@ class Manifest(Outcome, Recipe):
 
 # What two processes must agree in to write parts of one run. Budgets and machines may differ: they change scores by
 # no more than rounding, and a run that goes on takes the budgets that it began with.
-IDENTITY = ("model_hash", "tokenizer_hash", "data", "chat_template_hash", *having("identity"))
+IDENTITY = ("model_hash", "tokenizer_hash", "data", "chat_template_hash", "date", *having("identity"))
 
 
 def identity(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a manifest as JSON; files of data count by their content. Raises KeyError, TypeError for what is none."""
+    """Of a manifest as JSON; files of data count by their content, and a date only where there is one, so that without
+    it names of parts are as ever. Raises KeyError, TypeError for what is none."""
     values = {name: manifest.get(name) for name in IDENTITY}
+    if values["date"] is None:
+        del values["date"]
     values["data"] = sorted(file["hash"] for file in manifest["data"])
     return values
 
 
 # What the tokens depend on beside the data; how much of a transcript fits a context is seen to later.
-_TOKENS_DEPEND_ON = ("tokenizer_hash", "chat_template_hash", *having("tokens"))
+_TOKENS_DEPEND_ON = ("tokenizer_hash", "beyond_embedding", "chat_template_hash", "date", *having("tokens"))
+_TOKENIZERS = ("transformers", "tokenizers")  # libraries: a later version may cut or render a text otherwise
 
 
 def tokens_depend_on(recipe: Recipe) -> dict[str, Any]:
     """JSON values of all that a run's tokens depend on beside the data."""
-    return {name: getattr(recipe, name) for name in _TOKENS_DEPEND_ON}
+    values = {name: getattr(recipe, name) for name in _TOKENS_DEPEND_ON}
+    return values | {name: recipe.versions.get(name) for name in _TOKENIZERS}
 
 
 def library_versions(psykern: str) -> dict[str, str]:

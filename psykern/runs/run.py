@@ -106,11 +106,13 @@ def score_with(
 ) -> Run:
     """One run with a model that is loaded; raises what :func:`score` raises."""
     settings = with_unit_tokens(settings, scorer.model.compute)
-    recipe = recipe_of(scorer, dataset, settings, clock)
+    recipe = recipe_of(scorer, dataset, out, settings, clock)
     feed = feed_of(dataset, scorer.language, settings, recipe, options, clock)
     with clock("scan"):
         units = feed.units()
     job = RunJob.open(out, recipe, settings, resume=options.resume)
+    if job.recipe.date != recipe.date:  # another process has begun the run meanwhile, before midnight
+        feed = feed_of(dataset, scorer.language, settings, job.recipe, options, clock)
     wanted = [unit for unit in units if options.shard.takes(unit) and not job.folder.has(unit)]
     with Progress(sum(unit.characters for unit in wanted), quiet=options.quiet) as progress:
         done = job.score(scorer, feed.encoded(wanted), progress, clock, options.stop)
@@ -126,8 +128,8 @@ def with_unit_tokens(settings: Settings, compute: Compute) -> Settings:
 def feed_of(
     dataset: Dataset, language: Language, settings: Settings, recipe: Recipe, options: Options, clock: Clock
 ) -> Feed:
-    """The data set's units, with the token cache that the options name."""
+    """The data set's units on the recipe's date, with the token cache that the options name."""
     cache = None
     if options.cache is not None:
         cache = TokenCache.open(options.cache, dataset, tokens_depend_on(recipe))
-    return Feed(dataset, language.encoder(settings), cache=cache, clock=clock)
+    return Feed(dataset, language.encoder(replace(settings, date=recipe.date)), cache=cache, clock=clock)

@@ -10,6 +10,7 @@ from psykern.core.errors import CheckpointError
 from psykern.core.settings import Settings
 from psykern.data.chat import ChatTemplate
 from psykern.data.encode import Encoder
+from psykern.data.pretrained import Pretrained
 from psykern.data.tokenizer import Tokenizer
 from psykern.engine.budgets import Budgets, budgets
 from psykern.engine.engine import Engine
@@ -26,23 +27,29 @@ class Language:
 
     tokenizer: Tokenizer
     chat: ChatTemplate | None  # None: it was not asked for
+    beyond: int | None  # token ids from here on have no row in the model's embedding; None: all have
 
     @classmethod
     def load(cls, folder: Path, vocab_size: int, *, chat: bool) -> Language:
-        """``vocab_size``: rows of the model's embedding. Raises CheckpointError where something is missing or the
-        tokenizer is another model's."""
-        template = ChatTemplate.load(folder) if chat else None  # what can be missing comes first
-        tokenizer = Tokenizer.load(folder)
-        if tokenizer.size > vocab_size:
+        """``vocab_size``: rows of the model's embedding.
+
+        Raises CheckpointError where something is missing, or no text can be encoded for such a model.
+        """
+        pretrained = Pretrained.load(folder)
+        template = ChatTemplate.load(folder, pretrained) if chat else None
+        tokenizer = Tokenizer.load(folder, pretrained)
+        around = max((*tokenizer.front, *tokenizer.back), default=0)
+        if around >= vocab_size:
             raise CheckpointError(
-                f"{folder}: the tokenizer has {tokenizer.size:,} tokens and the embedding {vocab_size:,} rows; "
-                "they are not of one model"
+                f"{folder}: the tokenizer puts token {around:,} around every text and the embedding has {vocab_size:,} "
+                "rows; they are not of one model"
             )
-        return cls(tokenizer, template)
+        return cls(tokenizer, template, vocab_size if tokenizer.size > vocab_size else None)
 
     def encoder(self, settings: Settings) -> Encoder:
-        """Encodes transcripts as ``settings`` say."""
-        return Encoder(self.tokenizer, settings, self.chat if settings.condition == "chat" else None)
+        """Encodes transcripts as ``settings`` say. Raises CheckpointError for a chat template that cannot be used."""
+        chat = self.chat.at(settings.date) if self.chat and settings.condition == "chat" else None
+        return Encoder(self.tokenizer, settings, chat, beyond=self.beyond)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -39,6 +39,7 @@ class FinishedRun:
     path: Path
     model_id: str
     condition: str  # "plain" where the manifest names none
+    date: str | None  # that its prompts hold; None: they hold none
     data: tuple[str, ...]  # hashes of the data files, sorted
     settings: tuple[tuple[str, str], ...]  # COMPARED, each value as JSON
     device: str
@@ -72,6 +73,7 @@ def _open(path: Path) -> FinishedRun:
             path=path,
             model_id=manifest["model_id"],
             condition=manifest.get("condition") or "plain",
+            date=manifest.get("date"),
             data=tuple(sorted(item["hash"] for item in manifest["data"])),
             settings=tuple((name, json.dumps(manifest.get(name))) for name in COMPARED),
             device=manifest["device"],

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from psykern.study.finished import FinishedRun
 from psykern.study.results import Comparison, Interval, PairResult, PairStudy
 from psykern.study.tables import number, share
 from psykern.version import __version__
@@ -275,7 +276,7 @@ def _provenance(comparison: Comparison) -> str:
     header = ["run", "model", "condition", "model hash", "device", "dtype", "folder"]
     rows = [
         [
-            escape(r.named.label), escape(r.named.run.model_id), escape(r.named.run.condition),
+            escape(r.named.label), escape(r.named.run.model_id), escape(_condition(r.named.run)),
             escape(r.named.run.model_hash[:16]), escape(r.named.run.device), escape(r.named.run.dtype),
             escape(str(r.named.run.path)),
         ]
@@ -289,6 +290,10 @@ def _provenance(comparison: Comparison) -> str:
         f"hashes from <code>{escape(run.data[0][:16] if run.data else '–')}</code>. Report by psykern "
         f"{escape(__version__)}. The numbers are in <code>tables/</code>, the figures in <code>figures/</code>.</p>"
     )
+
+
+def _condition(run: FinishedRun) -> str:
+    return run.condition if run.date is None else f"{run.condition}, on {run.date}"
 
 
 def _table(

@@ -55,6 +55,7 @@ def _model_row(result: RunResult) -> dict[str, Any]:
         "model": result.named.label,
         "model_id": run.model_id,
         "condition": run.condition,
+        "date": run.date or "",
         "family": model.family,
         "generation": model.generation,
         "size_billions": math.nan if model.size is None else model.size,

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from support.checkpoints import CONFIGS, make_model
 from support.command import assert_error, manifest, psykern_command, rejects, score
 from support.toy import CONTEXT, Toy, fitting, make_toy, responses, write_rows
+from tokenizers import Tokenizer, processors
 
 import psykern
 
@@ -57,7 +58,12 @@ def truncate(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
 
 
-def too_small_embedding(folder: Path) -> None:
+def bos_beyond_embedding(folder: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<|late|>"])
+    special = [("<|late|>", tokenizer.token_to_id("<|late|>"))]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<|late|> $A", special_tokens=special)
+    tokenizer.save(str(folder / "tokenizer.json"))
     make_model(folder, **(CONFIGS["qwen3"] | {"vocab_size": 300}))
 
 
@@ -84,7 +90,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "pickled-weights": (pickle_weights, ["pickled weights are refused", "pytorch_model.bin"]),
     "no-tokenizer": (remove("tokenizer.json"), ["no tokenizer.json"]),
     "tokenizer-not-json": (put("tokenizer.json", "[1,"), ["tokenizer.json: cannot be read as a tokenizer"]),
-    "tokenizer-of-another-model": (too_small_embedding, ["the tokenizer has", "the embedding 300 rows"]),
+    "tokenizer-of-another-model": (bos_beyond_embedding, ["puts token 391 around every text", "has 300 rows"]),
 }
 
 

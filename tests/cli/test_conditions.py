@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from support.command import assert_error, psykern_command, score
+from support.command import assert_error, manifest, psykern_command, score
 from support.toy import Toy, responses
 
 import psykern
@@ -60,3 +60,19 @@ def test_discrete_keeps_matching_responses(given: list[str], pattern: str, toy: 
 def test_discrete_says_what_it_expects(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert score(toy.model, toy.data, tmp_path / "run", "--discrete", "[A-") == 2
     assert "discrete: expected a regular expression, got '[A-'" in capsys.readouterr().err
+
+
+def test_a_date_is_for_templates_that_print_it(toy: Toy, broken_model: Path, tmp_path: Path) -> None:
+    (broken_model / "chat_template.jinja").write_text(
+        "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    )
+    (broken_model / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    date = ("--date", "2026-11-30", "--quiet")
+    assert score(broken_model, toy.data, tmp_path / "run", "--condition", "plain,chat", *date) == 0
+    assert [manifest(tmp_path / "run" / name)["date"] for name in ("plain", "chat")] == [None, "2026-11-30"]
+    assert psykern_command("plan", broken_model, toy.data, "--condition", "chat", *date) == 0
+
+
+def test_a_date_that_is_none_is_wrong_usage(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert score(toy.model, toy.data, tmp_path / "run", "--date", "30.11.2026") == 2
+    assert "date: expected a day as YYYY-MM-DD, got '30.11.2026'" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 from support.protocol_rules import check_branches, replaced
 from support.studies import STUDIES, TOKENIZERS, RealTokenizers, StudyRows
-from support.tiny import batches_of, branches, build_tiny, encode, load, scored_options, transcript, words
+from support.tiny import batches_of, branches, build_tiny, encode, load, scored, scored_options, transcript, words
 from tokenizers import AddedToken, normalizers, pre_tokenizers
 
 from psykern.core.settings import Settings
@@ -121,15 +121,35 @@ def test_an_option_can_change_tokens_before_itself(tmp_path: Path) -> None:
     check_branches(tokenizer, row, encoded)
 
 
+def test_an_option_can_change_the_first_token_of_a_text(tmp_path: Path) -> None:
+    """It has a score where a token stands before its first scored one, as a response has."""
+    tokenizer = load(build_tiny(merges=("< ?", "<? >", "< <", "> >")), tmp_path)
+    row = transcript("<<5>> y", ("?", "7"))
+    encoded = encode(tokenizer, row)
+    assert [(parent, first, words(tokenizer, ids)) for _, parent, first, ids in branches(encoded)] == [
+        (0, 1, ["<", "<?>"]),
+        (1, 0, ["7"]),
+    ]
+    assert encoded.flags == (None,)
+    check_branches(tokenizer, row, encoded)
+
+
+def test_an_option_in_the_first_token_has_no_probability(tmp_path: Path) -> None:
+    tokenizer = load(build_tiny(merges=("< <", "<< -")), tmp_path)
+    encoded = encode(tokenizer, transcript("<<5>> y", ("-", "7")))
+    assert scored(tokenizer, encoded) == [["5"]]
+    assert (encoded.flags, encoded.options) == (("no_context",), (None,))
+
+
 def swallowing(token: str) -> tokenizers.Tokenizer:
     definition = build_tiny()
     definition.add_tokens([AddedToken(token)])
     return definition
 
 
-def prefixing() -> tokenizers.Tokenizer:
+def normalizing(normalizer: normalizers.Normalizer) -> tokenizers.Tokenizer:
     definition = build_tiny()
-    definition.normalizer = normalizers.Prepend("_")
+    definition.normalizer = normalizer
     return definition
 
 
@@ -145,7 +165,12 @@ def unsplit() -> tokenizers.Tokenizer:
         pytest.param(build_tiny(), [], id="a window serves"),
         pytest.param(swallowing(" b c <<9"), [1], id="an option changes the window's first token"),
         pytest.param(swallowing("9>> d e"), [1], id="an option changes the window's last token"),
-        pytest.param(prefixing(), [0, 1, 2], id="a window begins otherwise than the same characters in a text"),
+        pytest.param(normalizing(normalizers.Prepend("_")), [], id="a window has nothing put in front"),
+        pytest.param(
+            normalizing(normalizers.Replace(tokenizers.Regex("^ "), "_")),
+            [0, 1, 2],
+            id="a window begins otherwise than the same characters in a text",
+        ),
         pytest.param(unsplit(), [0, 1, 2], id="no pre-tokens"),
     ],
 )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from transformers import AutoTokenizer
 from psykern.core.errors import CheckpointError, RowError
 from psykern.core.settings import Settings
 from psykern.core.types import Transcript
-from psykern.data.chat import ChatTemplate
+from psykern.data.chat import ChatTemplate, _Turn
 from psykern.data.encode import Encoder
 from psykern.data.protocol import study_text
 from psykern.data.rows import read
@@ -27,17 +29,35 @@ from psykern.data.tokenizer import Tokenizer
 PLAIN = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
 TRIMS = PLAIN.replace("m.content", "m.content | trim")
 BOS = "<bos>" + PLAIN
+# In the style of Llama 3.2's: the day stands in front unless the caller names one.
+LLAMA = """{{- bos_token }}
+{%- if not date_string is defined %}
+    {%- if strftime_now is defined %}
+        {%- set date_string = strftime_now("%d %b %Y") %}
+    {%- else %}
+        {%- set date_string = "26 Jul 2024" %}
+    {%- endif %}
+{%- endif %}
+{{- "<|system|>Cutting Knowledge Date: December 2023\nToday Date: " + date_string + "<|end|>" }}
+{%- for m in messages %}
+    {{- "<|" + m.role + "|>" + m.content | trim + "<|end|>" }}
+{%- endfor %}
+"""
+MACRO = "{% macro day(of) %}{% if true %}{{ strftime_now(format=of) }}{% endif %}{% endmacro %}{{ day('%Y-%m-%d') }}"
+ON_A_BRANCH = "{% if messages | length > 3 %}{{ strftime_now('%A, %-d %B %Y') }}{% endif %}"
 TEXT = "You press <<J>>. You win.\nYou press <<>> and <<J>>, then<<a b>>"
 RESPONSES = ["J", "", "J", "a b"]
 
 
-def folder_with(path: Path, template: str | None, file: str = "tokenizer_config.json", bos: bool = False) -> Path:
-    """A tokenizer's folder whose chat template stands in ``file``."""
+def folder_with(
+    path: Path, template: str | None, file: str = "tokenizer_config.json", bos: bool = False, **more: Any
+) -> Path:
+    """A tokenizer's folder whose chat template stands in ``file``; its tokenizer_config.json says ``more``."""
     path.mkdir(exist_ok=True)
     tokenizer = build_tiny(bos=bos)
     tokenizer.add_special_tokens(["<|user|>", "<|assistant|>", "<|end|>"])
     tokenizer.save(str(path / "tokenizer.json"))
-    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"} | more
     if template is not None and file == "tokenizer_config.json":
         config["chat_template"] = template
     elif template is not None:
@@ -116,6 +136,80 @@ def test_a_template_that_changes_contents_is_refused(
 def test_thinking_is_off_where_the_template_knows_it(chat: Callable[[str], ChatTemplate]) -> None:
     template = "{% if enable_thinking is not defined or enable_thinking %}think!{% endif %}" + PLAIN
     assert chat(template).render(transcript("a <<b>>")).text.startswith("<|user|>a ")
+
+
+@pytest.mark.parametrize(
+    ("template", "printed"),
+    [
+        (LLAMA, "Today Date: 03 Jan 2026<|end|>"),
+        (LLAMA.replace("strftime_now", "no_such_thing"), "Today Date: 26 Jul 2024<|end|>"),
+        (MACRO + PLAIN, "2026-01-03<|user|>"),
+        (ON_A_BRANCH + PLAIN, "Saturday, 3 January 2026<|user|>"),
+        ("{% generation %}{{ strftime_now('%d/%m') }}{% endgeneration %}\n" + PLAIN, "03/01"),
+        ("{% for m in messages if strftime_now is defined %}{{ m.content | tojson }}{% break %}{% endfor %}", '"You'),
+        (PLAIN, "<|user|>You press"),
+    ],
+    ids=["llama", "own-default", "macro", "branch", "generation", "loop-control", "none"],
+)
+def test_texts_are_those_of_transformers_on_the_date(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, printed: str
+) -> None:
+    """With its clock put to that day."""
+
+    class Stopped(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return datetime(2026, 1, 3, 17, 30)
+
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Stopped)
+    folder = folder_with(tmp_path, template, bos=True, bos_token="<bos>")
+    turns = [_Turn(("user", "assistant")[i % 2], text, -1) for i, text in enumerate(["You press", "J", "or", "F"])]
+    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    wanted = AutoTokenizer.from_pretrained(folder).apply_chat_template(messages, tokenize=False)
+    got = ChatTemplate.load(folder).at("2026-01-03")._apply(turns)
+    assert got == wanted and printed in got
+
+
+def test_what_asks_for_the_date_needs_one(chat: Callable[[str], ChatTemplate]) -> None:
+    asking = (LLAMA, MACRO + PLAIN, ON_A_BRANCH + PLAIN)
+    assert [chat(template).asks_for_date for template in (*asking, PLAIN, TRIMS)] == [True] * 3 + [False] * 2
+    with pytest.raises(RowError, match="refuses the turns: date: expected the run's, got None"):
+        chat(LLAMA).render(transcript("a <<b>>"))
+    one, two = (chat(LLAMA).at(day).render(transcript("a <<b>>")) for day in ("2026-01-03", "2026-01-04"))
+    assert at_marks(one) == at_marks(two) == ["b"]
+    assert one.text.replace("03 Jan", "04 Jan") == two.text != one.text
+
+
+@pytest.mark.parametrize("chance", ["{{ ['a', 'b'] | random }}", "{% set x = 'ab' | random %}"])
+def test_a_template_that_draws_by_lot_is_refused(chat: Callable[[str], ChatTemplate], chance: str) -> None:
+    with pytest.raises(CheckpointError, match="its chat template cannot be used: No filter named 'random'"):
+        chat(chance + PLAIN).at(None)
+
+
+@pytest.mark.parametrize("chance", ["{{ lipsum() }}", "{{ [['a', 'b']] | map('random') | first }}"])
+def test_a_row_that_would_be_drawn_by_lot_is_refused(chat: Callable[[str], ChatTemplate], chance: str) -> None:
+    with pytest.raises(RowError, match=r"refuses the turns: ('lipsum' is undefined|No filter named 'random')"):
+        chat(chance + PLAIN).at(None).render(transcript("a <<b>>"))
+
+
+def test_a_template_stays_in_its_sandbox(chat: Callable[[str], ChatTemplate]) -> None:
+    for escape in ("{{ strftime_now.__globals__.keys() }}", "{{ messages.append(1) }}"):
+        with pytest.raises(RowError, match=r"refuses the turns: .*unsafe"):
+            chat(escape + PLAIN).at("2026-01-03").render(transcript("a <<b>>"))
+
+
+def test_special_tokens_that_a_template_names_are_in_its_hash(tmp_path: Path) -> None:
+    """Two folders with one template and one tokenizer.json may give other prompts."""
+
+    def hash_of(name: str, template: str, **config: str) -> str:
+        return ChatTemplate.load(folder_with(tmp_path / name, template, bos=True, **config)).hash
+
+    named = {hash_of(f"n{i}", LLAMA, bos_token=bos) for i, bos in enumerate(("<bos>", "<|end|>", "<bos>"))}
+    assert len(named) == 2
+    alike = {hash_of(f"u{i}", LLAMA, bos_token="<bos>", eos_token=eos) for i, eos in enumerate(("<|end|>", "<|user|>"))}
+    assert len(alike) == 1 and alike < named  # it does not say eos_token
+    own = {hash_of(f"p{i}", PLAIN, bos_token=bos) for i, bos in enumerate(("<bos>", "<|end|>"))}
+    assert own == {f"sha256:{hashlib.sha256(PLAIN.encode()).hexdigest()}"}
 
 
 def test_no_template_is_an_error(tmp_path: Path) -> None:

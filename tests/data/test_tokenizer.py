@@ -28,7 +28,7 @@ def test_ids_equal_those_of_transformers(shared: Path, study_rows: StudyRows, tm
             ids = theirs(row.text).input_ids
             encoded = encode(ours, row)
             assert encoded.token_ids.tolist() == ids[: len(encoded.token_ids)]
-            assert ours.encode_batch([row.text], True)[0].ids == ids
+            assert [*ours.front, *ours.encode_batch([row.text])[0].ids] == ids
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_offsets_include_white_space_and_nothing_is_cut(tmp_path: Path) -> None:
     definition.enable_truncation(3)
     definition.enable_padding(length=50)
     tokenizer = load(definition, tmp_path)
-    encoding = tokenizer.encode_batch(["x <<a b>>"], True)[0]
+    encoding = tokenizer.encode_batch(["x <<a b>>"])[0]
     assert encoding.offsets == [(0, 1), (1, 4), (4, 5), (5, 6), (6, 7), (7, 9)]
 
 

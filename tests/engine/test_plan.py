@@ -159,8 +159,15 @@ def test_budgets_below_one_are_refused(budget: str) -> None:
 
 
 def test_a_branch_without_a_token_before_it_is_refused() -> None:
-    with pytest.raises(ValueError, match="parent: expected 1 to"):
-        check([encoded(range(5), [(0, 1)], [(0, 0, [3], 0)])])
+    with pytest.raises(ValueError, match="branch 0: scored: expected 1 to 1, got 0"):
+        check([encoded(range(5), [(1, 2)], [(0, 0, [3, 4], 0)])])
+
+
+def test_a_branch_that_changes_the_first_token_stands_alone() -> None:
+    """Its rows start anew at the root, where it shares what others of its kind begin with."""
+    options = [(0, 0, [7, 8, 9], 1), (0, 0, [7, 8, 5], 2), (0, 1, [6], 0)]
+    p = check([encoded(range(5), [(1, 2)], options)])
+    assert p.num_computed == 1 + 2
 
 
 def test_100_000_transcripts_take_seconds_and_little_memory() -> None:

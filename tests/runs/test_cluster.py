@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from support.toy import Toy, make_toy_data
+from support.toy import TEMPLATE, Toy, make_toy_data
 
 import psykern
 from psykern import Settings, Workers, score_on_cluster
+from psykern.data.feed import Feed
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.slow
@@ -133,3 +137,30 @@ def test_a_stopped_run_goes_on(cluster: None, toy: Toy, expected: dict[str, byte
     assert kept.items() <= expected.items()
     psykern.score(toy.model, toy.data, out, SETTINGS)
     assert contents(out) == expected
+
+
+@pytest.mark.parametrize("begun", ["before", "meanwhile"])
+def test_workers_take_the_date_of_the_run_that_is_there(
+    cluster: None, toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: str
+) -> None:
+    """Also where another process began it, on another day, since they have asked for it."""
+    folder = shutil.copytree(toy.model, tmp_path / "model")
+    (folder / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }} " + TEMPLATE)
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    chat, out = replace(SETTINGS, condition="chat", limit=2), tmp_path / "run"
+    past, units = replace(chat, date="2001-02-03"), Feed.units
+    psykern.score(folder, toy.data, tmp_path / "quiet", past)
+
+    def begin(feed: Feed | None) -> Any:
+        monkeypatch.setattr(Feed, "units", units)
+        with pytest.raises(psykern.InterruptedRun):
+            psykern.score(folder, toy.data, out, past, stop=lambda: any(out.glob("responses/part-*")))
+        return units(feed) if feed else None
+
+    if begun == "before":
+        begin(None)
+    else:
+        monkeypatch.setattr(Feed, "units", begin)
+    run = score_on_cluster(folder, toy.data, out, chat, workers=Workers(cpus=1))
+    assert run.manifest.date == "2001-02-03" and run.manifest.finished is not None
+    assert contents(out) == contents(tmp_path / "quiet")

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,27 @@ def test_chat_options_equal_the_oracle(talking: Toy, tmp_path: Path) -> None:
                 assert_options(record, record["options"], logprobs)
                 compared += 1
     assert compared > 20
+
+
+def test_special_tokens_in_a_template_tell_runs_and_caches_apart(talking: Toy, tmp_path: Path) -> None:
+    """Two folders that are equal but for bos_token in tokenizer_config.json; the text begins with it."""
+    cache, runs = tmp_path / "cache", []
+    for token in ("!", "hello"):
+        folder = shutil.copytree(talking.model, tmp_path / token)
+        (folder / "chat_template.jinja").write_text("{{ bos_token }}" + TEMPLATE)
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": token}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        out, settings = tmp_path / f"run-{token}", Settings(device="cpu", condition="chat")
+        runs.append(psykern.score(folder, talking.data, out, settings, cache=cache))
+        written = shutil.copytree(folder, tmp_path / f"written-{token}")
+        (written / "chat_template.jinja").write_text(token + TEMPLATE)
+        wanted = score(written, talking.data, tmp_path / f"wanted-{token}", condition="chat")
+        assert psykern.read_run(out).equals(psykern.read_run(wanted.folder))
+    one, two = runs
+    assert one.manifest.tokenizer_hash == two.manifest.tokenizer_hash
+    assert one.manifest.model_hash == two.manifest.model_hash
+    with pytest.raises(psykern.RunFolderError, match="differs in chat_template_hash"):
+        psykern.score(tmp_path / "hello", talking.data, one.folder, settings)
 
 
 def test_persona_records_are_those_of_the_interview_and_the_text(talking: Toy, tmp_path: Path) -> None:

@@ -73,6 +73,19 @@ def test_a_parts_name_follows_from_unit_model_and_settings(tmp_path: Path) -> No
     assert moved.part_name(unit()) == one.part_name(unit())
 
 
+def test_a_date_is_part_of_a_runs_identity_where_it_has_one(tmp_path: Path) -> None:
+    dates = ("2026-11-30", "2026-12-01")
+    names = {begin(tmp_path / date, date=date).part_name(unit()) for date in dates}
+    assert len(names | {begin(tmp_path / "none").part_name(unit())}) == 3
+    with pytest.raises(RunFolderError, match='differs in date: "2026-11-30" there, "2026-12-01" here'):
+        begin(tmp_path / dates[0], date=dates[1])
+    for here, there in ((None, '"2026-11-30" there, null here'), (dates[1], 'null there, "2026-12-01" here')):
+        with pytest.raises(RunFolderError, match=f"differs in date: {there}"):
+            RunFolder.open(tmp_path / ("none" if here else dates[0]), recipe(date=here), any_date=True)
+    going_on = RunFolder.open(tmp_path / dates[0], recipe(date=dates[1]), any_date=True)
+    assert going_on.began["date"] == dates[0] and going_on.part_name(unit()) in names
+
+
 def test_part_with_other_columns_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="SCHEMA"):
         begin(tmp_path / "run").write_part(unit(), SCHEMA.empty_table().drop(["flag"]), report())

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.checkpoints import CONFIGS, make_model
+from support.records import recipe
 from support.scoring import (
     score,
     sha256,
@@ -24,6 +25,7 @@ from support.toy import (
 import psykern
 from psykern import Run, Settings
 from psykern.engine.budgets import CPU_BUDGETS
+from psykern.runs.manifest import tokens_depend_on
 
 
 def test_the_manifest_says_how_the_run_was_made(toy: Toy, toy_run: Run) -> None:
@@ -103,3 +105,13 @@ def test_the_summary_is_the_mean_over_studies_of_the_records(toy_run: Run) -> No
         assert study["accuracy"] == pytest.approx(sum(r["is_argmax"] for r in scored) / len(scored))
     assert [study["study"] for study in summary["studies"]] == ["bandit", "ratings", "words"]
     assert summary["mean_nll"] == pytest.approx(math.fsum(means) / 3)
+
+
+def test_tokens_depend_on_what_may_change_a_prompt() -> None:
+    """The date, and the libraries that render and cut texts: a later version's tokens may be others."""
+    versions = {"transformers": "5.0", "tokenizers": "0.22", "torch": "2.9"}
+    first = tokens_depend_on(recipe(versions=versions))
+    assert first == tokens_depend_on(recipe(versions=versions | {"torch": "2.10"}, backend="cpu"))
+    for change in ({"transformers": "5.1"}, {"tokenizers": "0.23"}):
+        assert tokens_depend_on(recipe(versions=versions | change)) != first
+    assert tokens_depend_on(recipe(versions=versions, date="2026-11-30")) != first

@@ -187,6 +187,21 @@ def test_the_page_says_what_was_found(report: Path) -> None:
     assert re.search(r"\bnan", text, re.IGNORECASE) is None
 
 
+def test_dates_of_the_prompts_are_shown(tmp_path: Path) -> None:
+    """Of two days, which may be set against each other."""
+    given = {"Qwen3-4B-Base": "2026-11-30", "Qwen3-4B": "2026-12-01"}
+    runs = [
+        write_run(tmp_path / name, f"Qwen/{name}", rows(HUMANS, seed=1), condition="chat", date=date)
+        for name, date in given.items()
+    ]
+    psykern.compare_runs(runs, tmp_path / "report")
+    page = (tmp_path / "report" / "report.html").read_text()
+    for date in given.values():
+        assert f'<td class="text path">chat, on {date}</td>' in page
+    with (tmp_path / "report" / "tables" / "models.csv").open() as file:
+        assert [row["date"] for row in csv.DictReader(file)] == list(given.values())
+
+
 def test_kinds_differ_by_colour_and_marker() -> None:
     known = {kind: KINDS[kind] for kind in ("base", "instruction", "reasoning", "vision", "code", "math", "human")}
     looks = [*known.values(), OTHER]

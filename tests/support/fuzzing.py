@@ -83,7 +83,19 @@ SUFFIXES = st.sampled_from(["jsonl", "jsonl.gz", "zip", "parquet"])
 DAMAGE = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=3)
 CUT = st.one_of(st.just(1.0), st.floats(0, 1))
 MANIFEST_FIELDS = st.sampled_from(
-    ["started", "wave_tokens", "batch_tokens", "data", "protocol", "limit", "studies", "versions", "counts", "finished"]
+    [
+        "started",
+        "date",
+        "wave_tokens",
+        "batch_tokens",
+        "data",
+        "protocol",
+        "limit",
+        "studies",
+        "versions",
+        "counts",
+        "finished",
+    ]
 )
 CHANGES = st.dictionaries(MANIFEST_FIELDS, _VALUE, max_size=3)
 REMOVED = st.lists(MANIFEST_FIELDS, max_size=2)

@@ -66,7 +66,7 @@ def random_group(rng: np.random.Generator, count: int, vocabulary: int, options:
         branches = []
         for r, (start, _) in enumerate(spans):
             for _ in range(options):
-                parent = int(rng.integers(max(1, start - 2), start + 1))
+                parent = int(rng.integers(max(0, start - 2), start + 1))  # 0: an option changes the first token
                 tokens = rng.integers(vocabulary, size=start - parent + rng.integers(1, 5)).tolist()
                 branches.append((r, parent, tokens, start - parent))
         group.append(encoded(base[: max((e for _, e in spans), default=0)].tolist(), spans, branches))

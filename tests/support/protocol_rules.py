@@ -86,7 +86,7 @@ def check_branches(tokenizer: Tokenizer, row: Transcript, encoded: EncodedTransc
         prefixed = any(x != y and y[: len(x)] == x for x in parts for y in parts)
         assert prefixed == ("closing_mark" in (encoded.flags[r] or ""))
         for (ids, overlaps, closed), (_, parent, first, tokens) in zip(wanted, group, strict=True):
-            assert 1 <= parent <= len(encoded.token_ids)
+            assert 0 <= parent <= len(encoded.token_ids) and parent + first >= 1
             assert encoded.token_ids[:parent].tolist() + tokens == ids[: (closed if prefixed else overlaps)[-1] + 1]
             assert parent + first == overlaps[0]
             changed = next((i for i, (x, y) in enumerate(zip(ids, original, strict=False)) if x != y), len(ids))

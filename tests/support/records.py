@@ -92,6 +92,7 @@ def recipe(**changes: Any) -> Recipe:
         condition="plain",
         discrete=None,
         chat_template_hash=None,
+        date=None,
         boundary="joint",
         options="given",
         max_options=26,

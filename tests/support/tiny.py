@@ -95,9 +95,9 @@ def batches_of(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     batches: list[list[str]] = []
     encode_batch = Tokenizer.encode_batch
 
-    def seen(self: Tokenizer, texts: Sequence[str], add_special_tokens: bool) -> list[tokenizers.Encoding]:
+    def seen(self: Tokenizer, texts: Sequence[str], *, inside: bool = False) -> list[tokenizers.Encoding]:
         batches.append(list(texts))
-        return encode_batch(self, texts, add_special_tokens)
+        return encode_batch(self, texts, inside=inside)
 
     monkeypatch.setattr(Tokenizer, "encode_batch", seen)
     return batches
