@@ -50,6 +50,10 @@ class Pretrained:
             written = str(tokenizer.backend_tokenizer.to_str()).encode()
             added = json.loads(written)["added_tokens"]
         backend = tokenizer.backend_tokenizer
+        if getattr(backend.model, "dropout", None):
+            raise CheckpointError(
+                f"{path}: its model has a dropout, so that equal texts get different tokens; set it to null"
+            )
         own = _around(backend, origin)
         config = _object(folder / "tokenizer_config.json")
         around = _with_flags(own, tokenizer, config, folder) if path.is_file() else own
