@@ -40,29 +40,38 @@ class Pretrained:
 
         Raises CheckpointError where there is none, where it cannot be used, and where files contradict each other.
         """
-        path = folder / "tokenizer.json"
-        origin = str(path)
+        path, origin = folder / "tokenizer.json", str(folder / "tokenizer.json")
         if path.is_file():
-            tokenizer, written = _read(path), path.read_bytes()
-            added = json.loads(written).get("added_tokens") or []
+            tokenizer, definition = _read(path), path.read_bytes()
         else:
             tokenizer, origin = _converted(folder), f"{folder}: no tokenizer.json, and what transformers makes instead"
-            written = str(tokenizer.backend_tokenizer.to_str()).encode()
-            added = json.loads(written)["added_tokens"]
+            definition = str(tokenizer.backend_tokenizer.to_str()).encode()
         backend = tokenizer.backend_tokenizer
+        if getattr(backend.model, "dropout", None):
+            raise CheckpointError(f"{origin}: its model has a dropout, so that equal texts get other tokens")
         own = _around(backend, origin)
         config = _object(folder / "tokenizer_config.json")
         around = _with_flags(own, tokenizer, config, folder) if path.is_file() else own
         _check_ids(backend, config, folder)
-        outside: dict[str, Any] = {}  # what tokenizer.json does not say
-        if _as_set(added) != (now := _as_set(_added(backend))):
-            outside["added_tokens"] = sorted(now)
-        if around != own:
-            outside["around"] = around
-        if backend.encode_special_tokens:
-            outside["split_special_tokens"] = True
-        digest = hashlib.sha256(written + (json.dumps(outside, sort_keys=True).encode() if outside else b""))
-        return cls(tokenizer, backend, *around, f"sha256:{digest.hexdigest()}")
+        outside = _outside(backend, definition) | ({"around": around} if around != own else {})
+        return cls(tokenizer, backend, *around, _hash(definition, outside))
+
+
+def _hash(definition: bytes, outside: Mapping[str, Any]) -> str:
+    """Of the definition alone where nothing stands outside it."""
+    more = json.dumps(outside, sort_keys=True).encode() if outside else b""
+    return f"sha256:{hashlib.sha256(definition + more).hexdigest()}"
+
+
+def _outside(backend: tokenizers.Tokenizer, definition: bytes) -> dict[str, Any]:
+    """What ``backend`` has beside its ``definition``."""
+    outside: dict[str, Any] = {}
+    now = _as_set(_added(backend))
+    if now != _as_set(json.loads(definition).get("added_tokens") or []):
+        outside["added_tokens"] = sorted(now)
+    if backend.encode_special_tokens:
+        outside["split_special_tokens"] = True
+    return outside
 
 
 def _read(path: Path) -> Any:

@@ -80,6 +80,7 @@ def score_on_cluster(
         with clock("scan"):
             units = feed.units()
         job = RunJob.open(out, recipe, settings, resume=resume)
+        job.folder.check_parts(units)
         if job.recipe.date != recipe.date:
             feed = feed_of(dataset, language, settings, job.recipe, options, clock)
         wanted = [unit for unit in units if not job.folder.has(unit)]

@@ -45,6 +45,7 @@ class UnitReport:
 
 
 _METADATA = b"psykern"
+_NO_UNIT = UnitInfo(0, "", "", 0)  # whose part a run without units has
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -98,6 +99,18 @@ class RunFolder:
         for name in self.folder.files("responses"):
             self._parts.setdefault(name, None)
 
+    def check_parts(self, units: Sequence[UnitInfo]) -> None:
+        """Raises RunFolderError where parts are there that are of none of the run's ``units``: readers would count them
+        beside those of the run."""
+        own = {self.part_name(unit) for unit in units or [_NO_UNIT]}
+        foreign = [name for name in self.folder.files("responses") if name.endswith(".parquet") and name not in own]
+        if foreign:
+            more = f" and {len(foreign) - 1:,} more" if len(foreign) > 1 else ""
+            raise RunFolderError(
+                f"{self.folder.name('responses')}: holds parts that are not of this run, as another version of psykern "
+                f"leaves them: {foreign[0]}{more}; take a new folder"
+            )
+
     def write_part(self, unit: UnitInfo, table: pa.Table, report: UnitReport) -> str:
         """Write the unit's records ``table``, of :data:`SCHEMA`; gives the part's name."""
         if table.schema != SCHEMA:
@@ -119,7 +132,7 @@ class RunFolder:
     def finish(self, manifest: Manifest, summary: Mapping[str, Any], rejects: Iterable[RowError]) -> None:
         """All parts are there: write the rest, the manifest last; ``summary`` is ``Summary.to_json()``."""
         if not self._parts:  # readers find the columns
-            self.write_part(UnitInfo(0, "", "", 0), SCHEMA.empty_table(), UnitReport(Counts(), (), {}))
+            self.write_part(_NO_UNIT, SCHEMA.empty_table(), UnitReport(Counts(), (), {}))
         lines = [json.dumps(_reject_json(error)) + "\n" for error in rejects]
         if lines:
             self.folder.write("rejects.jsonl", lambda file: file.write("".join(lines).encode()))

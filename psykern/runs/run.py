@@ -111,6 +111,7 @@ def score_with(
     with clock("scan"):
         units = feed.units()
     job = RunJob.open(out, recipe, settings, resume=options.resume)
+    job.folder.check_parts(units)
     if job.recipe.date != recipe.date:  # another process has begun the run meanwhile, before midnight
         feed = feed_of(dataset, scorer.language, settings, job.recipe, options, clock)
     wanted = [unit for unit in units if options.shard.takes(unit) and not job.folder.has(unit)]

@@ -143,6 +143,15 @@ def test_a_flag_against_tokenizer_json_is_refused(bos: bool, does: str, tmp_path
         Pretrained.load(folder_of(tmp_path, bos=bos, tokenizer_config=config))
 
 
+def test_a_tokenizer_that_draws_lots_is_refused(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path)
+    definition = json.loads((folder / "tokenizer.json").read_text())
+    definition["model"]["dropout"] = 0.1
+    (folder / "tokenizer.json").write_text(json.dumps(definition))
+    with pytest.raises(CheckpointError, match=r"tokenizer.json: its model has a dropout"):
+        Pretrained.load(folder)
+
+
 def test_tokenizer_json_stands_above_a_class_that_would_build_another(tmp_path: Path) -> None:
     """transformers 5 builds Qwen2Tokenizer's own splitting of digits into every folder of that model type."""
     folder = folder_of(tmp_path, tokenizer_config={"tokenizer_class": "Qwen2Tokenizer"})

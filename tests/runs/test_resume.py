@@ -119,6 +119,20 @@ def test_another_run_is_refused(change: dict[str, Any], toy: Toy, tmp_path: Path
     assert contents(tmp_path) == before
 
 
+def test_parts_that_are_not_of_the_run_are_not_counted_beside_it(toy: Toy, tmp_path: Path) -> None:
+    """Another version of psykern can have cut or hashed the rows otherwise; both parts' rows would be read."""
+    run = psykern.score(toy.model, toy.data, tmp_path, SETTINGS)
+    part = sorted((tmp_path / "responses").iterdir())[1]
+    other = part.with_name(part.name[:-12] + "0123456.parquet")
+    part.rename(other)
+    with pytest.raises(
+        psykern.RunFolderError, match=f"parts that are not of this run.*{other.name}; take a new folder"
+    ):
+        psykern.score(toy.model, toy.data, tmp_path, SETTINGS)
+    other.unlink()
+    assert psykern.score(toy.model, toy.data, tmp_path, SETTINGS).manifest.counts == run.manifest.counts
+
+
 def test_the_cache_changes_nothing(toy: Toy, expected: dict[str, bytes], tmp_path: Path) -> None:
     for name in ("cold", "warm"):
         run = psykern.score(toy.model, toy.data, tmp_path / name, SETTINGS, cache=tmp_path / "cache")

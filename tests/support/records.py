@@ -87,6 +87,7 @@ def recipe(**changes: Any) -> Recipe:
         model_id="tiny",
         model_hash="a1",
         tokenizer_hash="b2",
+        beyond_embedding=None,
         data=(InputFile("data.jsonl", "c3", 10),),
         protocol="exact",
         condition="plain",
