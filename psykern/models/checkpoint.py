@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from psykern.core.errors import CheckpointError
+from psykern.core.hub import is_hub_id, split_revision
 from psykern.models.names import Names, Spelling, matches
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -34,37 +35,57 @@ _WIDE = f"float64 weights are not supported, {_EXPECTED}; convert them, as model
 _COMPARED = 1 << 22  # numbers of two tensors at a time
 _PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 _HUB_FILES = ["*.json", "chat_template.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _MAX_NAMED = 8  # problems spelled out in one message
 _HASH_BYTES = 1 << 20  # read at a time
 
 
-def resolve_model(model: str | Path, weights: bool = True) -> Path:
+def at_revision(model: str | Path, revision: str | None) -> str | Path:
+    """``model`` with its ``revision`` in its name: ``owner/name@REVISION``. Raises :class:`CheckpointError` for a
+    folder, which has none, and for a name with another one."""
+    if revision is None:
+        return model
+    if isinstance(model, Path) or os.path.isdir(model):
+        raise CheckpointError(f"{model}: revision {revision!r}: expected none, as a folder is as it is")
+    hub_id, own = split_revision(model)
+    if own is not None and own != revision:
+        raise CheckpointError(
+            f"{model}: revision {revision!r}: expected {own!r}, as its name says, or a name without one"
+        )
+    return f"{hub_id}@{revision}"
+
+
+def resolve_model(model: str | Path, weights: bool = True, revision: str | None = None) -> Path:
     """The folder of ``model``: a local folder, or a hub id ``owner/name`` that is downloaded to the hub's cache.
 
-    A :class:`Path` is always a local folder. ``weights=False`` leaves the weight files out of the download.
-    Raises :class:`CheckpointError`.
+    ``revision``: a branch, tag or commit of the hub id, which may be in its name too (``owner/name@REVISION``). A
+    :class:`Path`, and whatever is a folder here, is always local. ``weights=False`` leaves the weight files out of the
+    download. Raises :class:`CheckpointError`.
     """
+    model = at_revision(model, revision)
     if os.path.isdir(model):
         return Path(model)
     if os.path.lexists(model):
         raise CheckpointError(f"{model}: expected a model folder, got something that is not a folder")
-    if isinstance(model, Path) or not _HUB_ID.fullmatch(model):
-        raise CheckpointError(f"{str(model)!r}: no such model folder, and not a hub id (owner/name)")
+    if isinstance(model, Path) or not is_hub_id(model):
+        raise CheckpointError(
+            f"{str(model)!r}: no such model folder, and not a hub id (owner/name, owner/name@REVISION)"
+        )
     return _download(model, weights)
 
 
-def _download(hub_id: str, weights: bool) -> Path:
+def _download(model: str, weights: bool) -> Path:
     import huggingface_hub
 
+    hub_id, revision = split_revision(model)
+    which: dict[str, Any] = {} if revision is None else {"revision": revision}
     allowed = [*_HUB_FILES, "*.safetensors"] if weights else _HUB_FILES
     try:
         # A hub pattern's * matches "/" too; "*/*" keeps to the top folder, the only one that is read.
-        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=allowed, ignore_patterns=["*/*"]))
+        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=allowed, ignore_patterns=["*/*"], **which))
     except Exception as error:  # the hub's client raises its own, its HTTP library's and the system's errors
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise CheckpointError(
-            f"{hub_id}: not a folder here, and the hub could not be reached or did not give it: {reason}; "
+            f"{model}: not a folder here, and the hub could not be reached or did not give it: {reason}; "
             "download it first and give its folder"
         ) from error
 

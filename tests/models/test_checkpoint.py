@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from support.model_folders import EMBEDDING, INDEX, SINGLE, edit_index, safetensors_bytes
 
 from psykern.core.errors import CheckpointError
-from psykern.models.checkpoint import Checkpoint, hash_model, read_config, resolve_model, widen
+from psykern.models.checkpoint import Checkpoint, at_revision, hash_model, read_config, resolve_model, widen
 
 
 @pytest.mark.parametrize("kind", ["single", "sharded"])
@@ -367,6 +367,54 @@ def test_hub_id_downloads_only_data(weights: bool, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert resolve_model("Qwen/Qwen2.5-0.5B", weights) == tmp_path
     assert fetched == REPOSITORY[: 9 if weights else 8]
+
+
+REVISIONS = {
+    "in-the-name": ("owner/name@v1.0", None),
+    "beside-it": ("owner/name", "v1.0"),
+    "in-both": ("owner/name@v1.0", "v1.0"),
+}
+
+
+@pytest.mark.parametrize(("model", "revision"), REVISIONS.values(), ids=REVISIONS)
+def test_a_revision_reaches_the_hub(
+    model: str, revision: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "owner")  # where there is no folder owner/name
+    asked: list[tuple[str, str]] = []
+
+    def download(repo_id: str, *, revision: str, **_: object) -> str:
+        asked.append((repo_id, revision))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert resolve_model(model, revision=revision) == tmp_path
+    assert resolve_model("owner/name@refs/pr/7") == tmp_path
+    assert asked == [("owner/name", "v1.0"), ("owner/name", "refs/pr/7")]
+    assert at_revision(model, revision) == "owner/name@v1.0"
+
+
+def test_a_folder_is_never_split(single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("went to the hub"))
+    folder = single.rename(single.parent / "owner@v1")
+    monkeypatch.chdir(single.parent.parent)
+    relative = f"{folder.parent.name}/owner@v1"
+    for model in (folder, str(folder), relative):
+        assert resolve_model(model) == Path(model)
+        with pytest.raises(CheckpointError, match=r"owner@v1: revision 'main': expected none, as a folder is as it is"):
+            resolve_model(model, revision="main")
+    with pytest.raises(CheckpointError, match="gone: revision 'main': expected none"):
+        resolve_model(Path("gone"), revision="main")
+
+
+def test_two_revisions_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("went to the hub"))
+    with pytest.raises(CheckpointError, match=r"owner/name@v1: revision 'v2': expected 'v1', as its name says"):
+        resolve_model("owner/name@v1", revision="v2")
+    for model, revision in (("owner/name@", None), ("owner@v1", None), ("owner/name", ""), ("owner/name", "a b")):
+        with pytest.raises(CheckpointError, match="no such model folder, and not a hub id"):
+            resolve_model(model, revision=revision)
 
 
 def test_hub_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
