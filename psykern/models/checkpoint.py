@@ -51,7 +51,9 @@ def at_revision(model: str | Path, revision: str | None) -> str | Path:
         raise CheckpointError(
             f"{model}: revision {revision!r}: expected {own!r}, as its name says, or a name without one"
         )
-    return f"{hub_id}@{revision}"
+    if os.path.lexists(named := f"{hub_id}@{revision}"):
+        raise CheckpointError(f"{model}: revision {revision!r}: {named} is here; give {named} itself or move it")
+    return named
 
 
 def resolve_model(model: str | Path, weights: bool = True, revision: str | None = None) -> Path:

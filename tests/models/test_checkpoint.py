@@ -404,6 +404,8 @@ def test_a_folder_is_never_split(single: Path, monkeypatch: pytest.MonkeyPatch) 
         assert resolve_model(model) == Path(model)
         with pytest.raises(CheckpointError, match=r"owner@v1: revision 'main': expected none, as a folder is as it is"):
             resolve_model(model, revision="main")
+    with pytest.raises(CheckpointError, match=rf"revision 'v1': {relative} is here; give"):
+        resolve_model(relative.removesuffix("@v1"), revision="v1")
     with pytest.raises(CheckpointError, match="gone: revision 'main': expected none"):
         resolve_model(Path("gone"), revision="main")
 
