@@ -113,8 +113,9 @@ def _as_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """Raises ValueError for a key that is there twice with different values, of which Python would take the last."""
     found: dict[str, object] = {}
     for key, value in pairs:
-        if found.setdefault(key, value) != value:
+        if key in found and found[key] != value:
             raise ValueError(f"{key!r} is there twice, as {found[key]!r:.80} and as {value!r:.80}")
+        found[key] = value
     return found
 
 

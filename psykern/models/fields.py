@@ -9,6 +9,7 @@ from typing import Any
 from psykern.core.errors import CheckpointError
 
 LAYER_TYPES = ("full_attention", "sliding_attention")  # as ``config.json`` names them
+_HUGE = 1e300  # JSON allows longer integers than a float has room for, and Python's reader NaN and Infinity
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +51,8 @@ class Fields:
 
     def number(self, key: str) -> float:
         value = self.get(key)
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise self.error(f"{key}: expected a number, got {value!r}")
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not -_HUGE < value < _HUGE:
+            raise self.error(f"{key}: expected a number, got {value!r:.80}")
         return float(value)
 
     def boolean(self, key: str) -> bool:

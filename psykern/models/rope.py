@@ -47,8 +47,7 @@ def _objects(c: Fields, layer_type: str, by_type: bool) -> dict[str, Mapping[str
         raise c.error(f"rope_parameters: expected {expected}, got {', '.join(others)}")
     if by_type:
         path, new = f"{path}.{layer_type}", Fields(new, c.name).mapping(layer_type) or {}
-        if layer_type != "full_attention":  # transformers gives a rope_theta outside to full attention alone
-            new, old = {"rope_theta": c.defaults["rope_theta"], **new}, {}
+        old = old if layer_type == "full_attention" else {}
     found = {"rope_scaling": old, path: new}
     return {key: values for key, values in found.items() if values} or {path: new}
 
@@ -57,6 +56,9 @@ def _fill(c: Fields, path: str, values: Mapping[str, Any], by_type: bool) -> dic
     """``values`` with what stands outside of them or is meant where it is absent."""
     kind = c.agreed({f"{path}.{key}": values[key] for key in ("rope_type", "type") if key in values}, "default")
     inside = {f"{path}.rope_theta": values["rope_theta"]} if "rope_theta" in values else {}
+    if by_type and path.endswith("sliding_attention") and not inside:
+        # transformers gives a rope_theta outside to full attention alone, and its default to the others
+        inside = {f"{path}.rope_theta (absent, so by default)": c.defaults["rope_theta"]}
     outside = {"rope_theta": c.get("rope_theta")} if "rope_theta" in c.values else {}
     theta = c.agreed(inside | outside, c.get("rope_theta"))
     p = {**values, "rope_type": kind, "rope_theta": theta}

@@ -127,7 +127,10 @@ CASES: dict[str, Case] = {
     "types-and-the-same": Case("olmo3", by_type(YARN, DEFAULT) | {"rope_scaling": YARN, "rope_theta": 5e5}),
     "types-scaling-alone": Case("olmo3", {"rope_scaling": YARN, "rope_theta": 5e5}, ROPE),
     "types-theta-of-full-alone": Case(
-        "olmo3", {"rope_theta": 1e4}, ROPE, ("rope_theta is 10000.0", "sliding_attention.rope_theta is 500000.0")
+        "olmo3",
+        {"rope_theta": 1e4},
+        ROPE,
+        ("rope_theta is 10000.0", "sliding_attention.rope_theta (absent, so by default) is 500000.0"),
     ),
     "types-theta-twice": Case(
         "olmo3",

@@ -169,6 +169,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"quantization_config": {"quant_method": "awq"}}, "quantization_config: quantised weights are not supported"),
     ({"rms_norm_eps": None}, "rms_norm_eps: "),
     ({"rms_norm_eps": "1e-6"}, "rms_norm_eps: "),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps: expected a number, got nan"),
+    ({"rope_theta": 10**400}, "rope_theta: expected a number, got 1000"),
     ({"tie_word_embeddings": "false"}, "tie_word_embeddings: "),
     ({"rope_theta": "high"}, "rope_theta: "),
     (
