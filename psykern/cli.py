@@ -124,6 +124,9 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
     """The model, the data and every setting, with its default."""
     parser.add_argument("model", metavar="MODEL", help="model folder or hub id")
     parser.add_argument("data", metavar="DATA", nargs="+", help="files, folders or hub dataset ids")
+    parser.add_argument(
+        "--revision", metavar="REV", help="branch, tag or commit of the hub id MODEL, as owner/name@REV says too"
+    )
     defaults = Settings()
     for name, hint in get_type_hints(Settings, include_extras=True).items():
         kind, about = get_args(hint)
@@ -176,6 +179,7 @@ def _score(options: argparse.Namespace, settings: Settings) -> int:
         raise psykern.PsykernError("ray: takes one condition and no --shard; its workers share the units")
     with _stop_signals() as received:
         how: dict[str, Any] = {
+            "revision": options.revision,
             "resume": options.resume,
             "cache": options.cache,
             "stop": lambda: bool(received),
@@ -333,7 +337,7 @@ def _report_people(run: Run) -> None:
 def _plan(options: argparse.Namespace, settings: Settings) -> int:
     if len(options.condition) > 1:
         raise psykern.PsykernError("condition: a plan is of one condition, got " + ",".join(options.condition))
-    estimate = psykern.estimate(options.model, options.data, settings, quiet=options.quiet)
+    estimate = psykern.estimate(options.model, options.data, settings, revision=options.revision, quiet=options.quiet)
     print(_plan_table(estimate))
     for error in estimate.rejects:
         print(f"psykern: rejected: {error}", file=sys.stderr)

@@ -44,9 +44,9 @@ class AttentionSpec:
         qk_norm: QkNorm = "none",
         qkv_bias: bool = False,
         o_bias: bool = False,
-        scaled_rope: tuple[str, ...] = ("full_attention", "sliding_attention"),
+        rope_by_type: bool = False,
     ) -> AttentionSpec:
-        """Of the layers of one ``layer_type``. ``scaled_rope``: types to which old-style ``rope_scaling`` applies."""
+        """Of the layers of one ``layer_type``. ``rope_by_type``: each type has a rope of its own."""
         hidden_size, num_heads = c.positive("hidden_size"), c.positive("num_attention_heads")
         num_kv_heads = c.positive("num_key_value_heads", default=num_heads)
         head_dim = c.positive("head_dim", default=hidden_size // num_heads)
@@ -64,7 +64,7 @@ class AttentionSpec:
             o_bias=o_bias,
             eps=c.number("rms_norm_eps"),
             window=c.positive("sliding_window") if layer_type == "sliding_attention" else None,
-            rope=read_rope(c, layer_type, head_dim, layer_type in scaled_rope),
+            rope=read_rope(c, layer_type, head_dim, by_type=rope_by_type),
         )
 
     @property

@@ -2,7 +2,8 @@
 
 The rule: a folder is data. Only JSON and safetensors files are read; pickled weights, Python files and custom code
 that a config names are never loaded. A tensor that is missing, unused, wrongly shaped or quantised is an error that
-names it. Weights stay in the files' private mapping until they are touched; :func:`widen` copies one to another dtype.
+names it, and so is a second source of weights that differs from the one that is read. Weights stay in the files'
+private mapping until they are touched; :func:`widen` copies one to another dtype.
 """
 
 from __future__ import annotations
@@ -11,9 +12,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -21,45 +21,73 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from psykern.core.errors import CheckpointError
+from psykern.core.hub import is_hub_id, split_revision
+from psykern.models.names import Names, Spelling, matches
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_UNSUPPORTED = "quantised weights are not supported, expected float32, bfloat16 or float16"
+_ADAPTER = "adapter_config.json"
+_EXPECTED = "expected float32, bfloat16 or float16"
+_QUANTISED = f"quantised weights are not supported, {_EXPECTED}"
+_WIDE = f"float64 weights are not supported, {_EXPECTED}; convert them, as model.to(torch.float32) does"
+_COMPARED = 1 << 22  # numbers of two tensors at a time
 _PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 _HUB_FILES = ["*.json", "chat_template.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _MAX_NAMED = 8  # problems spelled out in one message
 _HASH_BYTES = 1 << 20  # read at a time
 
 
-def resolve_model(model: str | Path, weights: bool = True) -> Path:
+def at_revision(model: str | Path, revision: str | None) -> str | Path:
+    """``model`` with its ``revision`` in its name: ``owner/name@REVISION``. Raises :class:`CheckpointError` for a
+    folder, which has none, and for a name with another one."""
+    if revision is None:
+        return model
+    if isinstance(model, Path) or os.path.isdir(model):
+        raise CheckpointError(f"{model}: revision {revision!r}: expected none, as a folder is as it is")
+    hub_id, own = split_revision(model)
+    if own is not None and own != revision:
+        raise CheckpointError(
+            f"{model}: revision {revision!r}: expected {own!r}, as its name says, or a name without one"
+        )
+    if os.path.lexists(named := f"{hub_id}@{revision}"):
+        raise CheckpointError(f"{model}: revision {revision!r}: {named} is here; give {named} itself or move it")
+    return named
+
+
+def resolve_model(model: str | Path, weights: bool = True, revision: str | None = None) -> Path:
     """The folder of ``model``: a local folder, or a hub id ``owner/name`` that is downloaded to the hub's cache.
 
-    A :class:`Path` is always a local folder. ``weights=False`` leaves the weight files out of the download.
-    Raises :class:`CheckpointError`.
+    ``revision``: a branch, tag or commit of the hub id, which may be in its name too (``owner/name@REVISION``). A
+    :class:`Path`, and whatever is a folder here, is always local. ``weights=False`` leaves the weight files out of the
+    download. Raises :class:`CheckpointError`.
     """
+    model = at_revision(model, revision)
     if os.path.isdir(model):
         return Path(model)
     if os.path.lexists(model):
         raise CheckpointError(f"{model}: expected a model folder, got something that is not a folder")
-    if isinstance(model, Path) or not _HUB_ID.fullmatch(model):
-        raise CheckpointError(f"{str(model)!r}: no such model folder, and not a hub id (owner/name)")
+    if isinstance(model, Path) or not is_hub_id(model):
+        raise CheckpointError(
+            f"{str(model)!r}: no such model folder, and not a hub id (owner/name, owner/name@REVISION)"
+        )
     return _download(model, weights)
 
 
-def _download(hub_id: str, weights: bool) -> Path:
+def _download(model: str, weights: bool) -> Path:
     import huggingface_hub
 
+    hub_id, revision = split_revision(model)
+    which: dict[str, Any] = {} if revision is None else {"revision": revision}
     allowed = [*_HUB_FILES, "*.safetensors"] if weights else _HUB_FILES
     try:
         # A hub pattern's * matches "/" too; "*/*" keeps to the top folder, the only one that is read.
-        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=allowed, ignore_patterns=["*/*"]))
+        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=allowed, ignore_patterns=["*/*"], **which))
     except Exception as error:  # the hub's client raises its own, its HTTP library's and the system's errors
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise CheckpointError(
-            f"{hub_id}: not a folder here, and the hub could not be reached or did not give it: {reason}; "
+            f"{model}: not a folder here, and the hub could not be reached or did not give it: {reason}; "
             "download it first and give its folder"
         ) from error
 
@@ -71,7 +99,7 @@ def read_config(folder: Path) -> dict[str, object]:
 
 def _read_object(path: Path) -> dict[str, object]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_as_object)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file; a model folder needs it") from error
     except (OSError, ValueError, RecursionError) as error:
@@ -81,27 +109,52 @@ def _read_object(path: Path) -> dict[str, object]:
     return value
 
 
+def _as_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Raises ValueError for a key that is there twice with different values, of which Python would take the last."""
+    found: dict[str, object] = {}
+    for key, value in pairs:
+        if key in found and found[key] != value:
+            raise ValueError(f"{key!r} is there twice, as {found[key]!r:.80} and as {value!r:.80}")
+        found[key] = value
+    return found
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Checkpoint:
-    """The weights of a model folder, by name. Made by :meth:`open`; tensors are views of the mapped files."""
+    """The weights of a model folder, by the model's own names. Made by :meth:`open`; tensors are views of the mapped
+    files."""
 
     folder: Path
     _tensors: dict[str, torch.Tensor]
+    _spelling: Spelling  # the files' names, for errors
 
     @classmethod
-    def open(cls, folder: Path) -> Checkpoint:
-        """Maps ``model.safetensors``, or the shards of its index. Raises :class:`CheckpointError`."""
+    def open(cls, folder: Path, names: Names | None = None) -> Checkpoint:
+        """Maps ``model.safetensors``, or the shards of its index. ``names``: of the model; None: each is its own.
+
+        Raises :class:`CheckpointError`, also for weights that are there twice and differ.
+        """
+        names, files = names or Names(), _weight_files(folder)
+        shards = {path: _map_file(path) for path in files}
+        _check_other_sources(folder, shards)
+        try:
+            spelling = names.read({name for stored in (*shards.values(), *files.values()) for name in stored or ()})
+        except ValueError as error:
+            raise CheckpointError(f"{folder}: {error}") from error
         tensors: dict[str, torch.Tensor] = {}
-        for path, indexed in _weight_files(folder).items():
-            shard = _map_file(path)
-            if indexed is not None and shard.keys() != indexed:
+        for path, indexed in files.items():
+            shard, placed = shards[path].keys(), shards[path].keys() if indexed is None else indexed
+            absent, extra = (
+                sorted(name for name in own if not matches(spelling.own(name), names.optional))
+                for own in (placed - shard, shard - placed)
+            )
+            if absent or extra:
                 raise CheckpointError(
                     f"{path}: does not hold the tensors that {_INDEX} places there: "
-                    f"absent: {_listed(sorted(indexed - shard.keys()))}; "
-                    f"not in the index: {_listed(sorted(shard.keys() - indexed))}"
+                    f"absent: {_listed(absent)}; not in the index: {_listed(extra)}"
                 )
-            tensors.update(shard)
-        return cls(folder, tensors)
+            tensors.update({spelling.own(name): tensor for name, tensor in shards[path].items()})
+        return cls(folder, tensors, spelling)
 
     @property
     def names(self) -> frozenset[str]:
@@ -111,6 +164,10 @@ class Checkpoint:
     def num_bytes(self) -> int:
         """Bytes of all tensors as they are stored."""
         return sum(tensor.nbytes for tensor in self._tensors.values())
+
+    def stored_name(self, name: str) -> str:
+        """As the files have it."""
+        return self._spelling.stored(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._get(name).shape)
@@ -130,17 +187,21 @@ class Checkpoint:
 
         ``optional`` holds names or patterns (``*.rotary_emb.inv_freq``) that may be absent, or present and unused.
         """
-        counted = {n: t for n, t in self._tensors.items() if n in expected or not _matches(n, optional)}
-        unsupported = [f"{name} is {tensor.dtype}" for name, tensor in counted.items() if tensor.dtype not in DTYPES]
-        missing = [name for name in expected if name not in counted and not _matches(name, optional)]
-        unused = [name for name in counted if name not in expected]
+        stored = self._spelling.stored
+        counted = {n: t for n, t in self._tensors.items() if n in expected or not matches(n, optional)}
+        refused = {name: tensor.dtype for name, tensor in counted.items() if tensor.dtype not in DTYPES}
+        missing = [stored(name) for name in expected if name not in counted and not matches(name, optional)]
+        unused = [stored(name) for name in counted if name not in expected]
         misshaped = [
-            f"{name} (expected {list(shape)}, got {list(counted[name].shape)})"
+            f"{stored(name)} (expected {list(shape)}, got {list(counted[name].shape)})"
             for name, shape in expected.items()
             if name in counted and counted[name].shape != shape
         ]
         problems = {
-            _UNSUPPORTED: unsupported,
+            **{
+                why: [f"{stored(name)} is {dtype}" for name, dtype in refused.items() if _refusal(dtype) == why]
+                for why in (_QUANTISED, _WIDE)
+            },
             "missing tensors": missing,
             "unused tensors": unused,
             "wrongly shaped tensors": misshaped,
@@ -149,12 +210,24 @@ class Checkpoint:
         if found:
             raise CheckpointError(f"{self.folder}: weights do not fit the config: {'; '.join(found)}")
 
+    def check_tied(self, head: str, embedding: str) -> None:
+        """Raises :class:`CheckpointError` where both are there and differ: what the config ties is two weights then,
+        and transformers scores with the head's own."""
+        if head in self._tensors and not _are_equal(self._tensors[head], self._tensors[embedding]):
+            raise CheckpointError(
+                f"{self.folder}: tie_word_embeddings is true, and {self.stored_name(head)} differs from "
+                f"{self.stored_name(embedding)}: expected the same weights; set tie_word_embeddings to false to score "
+                "with the former, as transformers does, or remove it"
+            )
+
     def _get(self, name: str) -> torch.Tensor:
         if name not in self._tensors:
-            raise CheckpointError(f"{self.folder}: no tensor named {name}")
+            raise CheckpointError(f"{self.folder}: no tensor named {self.stored_name(name)}")
         tensor = self._tensors[name]
         if tensor.dtype not in DTYPES:
-            raise CheckpointError(f"{self.folder}: {name} is {tensor.dtype}: {_UNSUPPORTED}")
+            raise CheckpointError(
+                f"{self.folder}: {self.stored_name(name)} is {tensor.dtype}: {_refusal(tensor.dtype)}"
+            )
         return tensor
 
 
@@ -194,7 +267,7 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
         return {folder / _SINGLE: None}
     if _INDEX in present:
         return _indexed_files(folder)
-    pickled = [name for name in present if _matches(name, _PICKLED)]
+    pickled = [name for name in present if matches(name, _PICKLED)]
     if pickled:
         raise CheckpointError(
             f"{folder}: pickled weights are refused, because loading them can run code: {_listed(pickled)}; "
@@ -222,6 +295,43 @@ def _indexed_files(folder: Path) -> dict[Path, set[str] | None]:
     return files
 
 
+def _check_other_sources(folder: Path, shards: Mapping[Path, dict[str, torch.Tensor]]) -> None:
+    """Raises :class:`CheckpointError` where the folder holds other weights too, which another reader would take."""
+    if (folder / _ADAPTER).exists():
+        raise CheckpointError(f"{folder}: {_ADAPTER}: an adapter beside the weights is not applied; merge or remove it")
+    seen: dict[str, Path] = {}
+    for path, tensors in shards.items():
+        for name in tensors:
+            if seen.setdefault(name, path) != path:
+                raise CheckpointError(f"{path}: {name} is in {seen[name].name} too: expected it in one file")
+    if (single := shards.get(folder / _SINGLE)) is None:
+        return
+    try:
+        others = _indexed_files(folder).keys() - shards.keys()
+    except CheckpointError:  # no index, or one without its files: nobody could read those
+        return
+    for path in sorted(others):
+        for name, tensor in _map_file(path).items():
+            if name not in single or not _are_equal(tensor, single[name]):
+                raise CheckpointError(
+                    f"{folder}: {_SINGLE} and {path.name} of {_INDEX} are two sources of weights and differ in {name}: "
+                    "remove one"
+                )
+
+
+def _are_equal(one: torch.Tensor, two: torch.Tensor) -> bool:
+    """In shape and in every number."""
+    if one.shape != two.shape:
+        return False
+    pairs = zip(one.reshape(-1, 1).split(_COMPARED), two.reshape(-1, 1).split(_COMPARED), strict=True)
+    return all(torch.allclose(a.double(), b.double(), rtol=0, atol=0, equal_nan=True) for a, b in pairs)
+
+
+def _refusal(dtype: torch.dtype) -> str:
+    """Why a dtype that is none of :data:`DTYPES` is refused."""
+    return _WIDE if dtype == torch.float64 else _QUANTISED
+
+
 def _map_file(path: Path) -> dict[str, torch.Tensor]:
     try:
         file: Any = safe_open(path, framework="pt", device="cpu")
@@ -230,10 +340,6 @@ def _map_file(path: Path) -> dict[str, torch.Tensor]:
     except (SafetensorError, OSError, ValueError, TypeError, RuntimeError, AttributeError) as error:
         # Beside SafetensorError: no access, sizes that overflow, dtypes that this torch does not have.
         raise CheckpointError(f"{path}: damaged or not a safetensors file: {error}") from error
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _listed(names: list[str]) -> str:

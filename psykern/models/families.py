@@ -14,7 +14,7 @@ from typing import Any, Literal
 from psykern.core.errors import CheckpointError
 from psykern.models.attention import AttentionSpec
 from psykern.models.checkpoint import read_config
-from psykern.models.fields import Fields
+from psykern.models.fields import LAYER_TYPES, Fields
 from psykern.models.layer import LayerSpec, NormsSpec
 from psykern.models.mlp import MlpSpec
 from psykern.models.spec import ModelSpec
@@ -36,6 +36,16 @@ _QWEN2_DEFAULTS = {
 _QWEN3_DEFAULTS = {**_QWEN2_DEFAULTS, "head_dim": 128}
 _OLMO2_DEFAULTS = {**_DEFAULTS, "rms_norm_eps": 1e-5}
 _OLMO3_DEFAULTS = {**_OLMO2_DEFAULTS, "sliding_window": 4096, "rope_theta": 500_000.0}
+
+
+# What transformers obeys in any config and psykern does not.
+_NOT_COMPUTED: Mapping[str, str] = {
+    "quantization_config": "quantised weights are not supported",
+    "per_layer_config": "layers with settings of their own are not supported",
+    "text_config": "a config within the config is not read",
+    "configuration_files": "another config file is not read",
+    "transformers_weights": "weights under another name are not read",
+}
 
 
 def llama(c: Fields) -> ModelSpec:
@@ -66,10 +76,9 @@ def olmo2(c: Fields) -> ModelSpec:
 
 def olmo3(c: Fields) -> ModelSpec:
     c = c.or_else(_OLMO3_DEFAULTS)
-    bias, scaled = c.boolean("attention_bias"), ("full_attention",)
-    mixer = partial(AttentionSpec.of, c, qk_norm="projection", qkv_bias=bias, o_bias=bias, scaled_rope=scaled)
-    types = layer_types(c, "sliding_window", lambda i: (i + 1) % 4 != 0)
-    return decoder(c, by_type(types, mixer), MlpSpec.of(c), norms="after")
+    bias = c.boolean("attention_bias")
+    mixer = partial(AttentionSpec.of, c, qk_norm="projection", qkv_bias=bias, o_bias=bias, rope_by_type=True)
+    return decoder(c, by_type(layer_types(c, lambda i: (i + 1) % 4 != 0), mixer), MlpSpec.of(c), norms="after")
 
 
 FAMILIES: Mapping[str, Callable[[Fields], ModelSpec]] = {
@@ -98,8 +107,14 @@ def decoder(
     c: Fields, mixers: Sequence[AttentionSpec], ffn: MlpSpec, norms: Literal["before", "after"] = "before"
 ) -> ModelSpec:
     """One layer for each mixer, all with the same feed-forward part and norms."""
-    if c.get("quantization_config"):
-        raise c.error("quantization_config: quantised weights are not supported")
+    for key, why in _NOT_COMPUTED.items():
+        if c.get(key):
+            raise c.error(f"{key}: {why}")
+    if not c.get("is_causal", True):
+        raise c.error(f"is_causal: expected true, got {c.get('is_causal')!r}")
+    types = c.get("layer_types")  # of other families too, which have one type
+    if isinstance(types, list) and len(types) != len(mixers):
+        raise c.error(f"layer_types has {len(types)} entries and num_hidden_layers is {len(mixers)}")
     hidden_size, eps = c.positive("hidden_size"), c.number("rms_norm_eps")
     both = NormsSpec(norms, hidden_size, eps)
     return ModelSpec(
@@ -119,20 +134,23 @@ def by_type(types: Sequence[str], mixer: Callable[[str], AttentionSpec]) -> list
     return [kinds[kind] for kind in types]
 
 
-def layer_types(c: Fields, switch: str, has_window: Callable[[int], bool]) -> list[str]:
-    """'sliding_attention' or 'full_attention' for each layer. ``switch``: the key that turns windows on;
-    ``has_window``: says it of layer i where ``layer_types`` is absent."""
-    num_layers, kinds = c.positive("num_hidden_layers"), ("full_attention", "sliding_attention")
-    if not c.get(switch) or c.get("sliding_window") is None:
-        return ["full_attention"] * num_layers
-    c.positive("sliding_window")
-    types = c.get("layer_types")
+def layer_types(c: Fields, has_window: Callable[[int], bool]) -> list[str]:
+    """Of each layer, one of ``LAYER_TYPES``. ``has_window``: says it of layer i where ``layer_types`` is absent."""
+    num_layers, types = c.positive("num_hidden_layers"), c.get("layer_types")
     if types is None:
-        types = [kinds[has_window(i)] for i in range(num_layers)]
-    if not isinstance(types, list) or len(types) != num_layers or any(t not in kinds for t in types):
-        raise c.error(f"layer_types: expected {num_layers} of {' or '.join(kinds)}, got {types!r:.80}")
+        types = [LAYER_TYPES[has_window(i)] for i in range(num_layers)]
+    if not isinstance(types, list) or len(types) != num_layers or any(t not in LAYER_TYPES for t in types):
+        expected = f"{num_layers} of {' or '.join(LAYER_TYPES)}, as num_hidden_layers says"
+        raise c.error(f"layer_types: expected {expected}, got {types!r:.80}")
+    if "sliding_attention" in types and c.get("sliding_window") is None:
+        raise c.error("sliding_window: expected a positive integer, as layer_types has sliding_attention, got None")
     return list(types)
 
 
 def _qwen_types(c: Fields) -> list[str]:
-    return layer_types(c, "use_sliding_window", lambda i: i >= c.number("max_window_layers"))
+    is_on = c.get("use_sliding_window") is not None and c.boolean("use_sliding_window")
+    has_windows = is_on and c.get("sliding_window") is not None
+    types = layer_types(c, lambda i: has_windows and i >= c.number("max_window_layers"))
+    if "sliding_attention" in types and not is_on:
+        raise c.error("use_sliding_window: expected true, as layer_types has sliding_attention, got false")
+    return types

@@ -3,26 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from psykern.core.errors import CheckpointError
+
+LAYER_TYPES = ("full_attention", "sliding_attention")  # as ``config.json`` names them
+_HUGE = 1e300  # JSON allows longer integers than a float has room for, and Python's reader NaN and Infinity
 
 
 @dataclass(frozen=True, slots=True)
 class Fields:
     """The keys of an object of ``config.json``."""
 
-    values: Mapping[str, Any]
+    values: Mapping[str, Any]  # as they stand there
     name: str  # of the file, for errors
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # what absent keys mean
 
     def or_else(self, defaults: Mapping[str, Any]) -> Fields:
         """These, and what absent keys mean. A key that is there as ``null`` is not absent."""
-        return Fields({**defaults, **self.values}, self.name)
+        return replace(self, defaults=defaults)
 
-    def get(self, key: str) -> Any:
-        """As it stands there; None where it is absent."""
-        return self.values.get(key)
+    def get(self, key: str, default: Any = None) -> Any:
+        """As it stands there or what its absence means; ``default`` where that is not said either."""
+        return self.values[key] if key in self.values else self.defaults.get(key, default)
+
+    def agreed(self, said: Mapping[str, Any], default: Any = None) -> Any:
+        """The value that all keys of ``said`` have, by their paths in the file; ``default`` where there is none.
+
+        Raises ``CheckpointError`` for keys that say different things about one number.
+        """
+        if not said:
+            return default
+        (first, value), *others = said.items()
+        for other, its in others:
+            if its != value:
+                said_of_both = f"{first} is {value!r:.80} and {other} is {its!r:.80}"
+                raise self.error(f"{said_of_both}: expected one value, as they mean the same; correct or remove one")
+        return value
 
     def positive(self, key: str, default: int | None = None) -> int:
         value = self.get(key)
@@ -33,13 +51,13 @@ class Fields:
 
     def number(self, key: str) -> float:
         value = self.get(key)
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise self.error(f"{key}: expected a number, got {value!r}")
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not -_HUGE < value < _HUGE:
+            raise self.error(f"{key}: expected a number, got {value!r:.80}")
         return float(value)
 
     def boolean(self, key: str) -> bool:
         """An absent key means false."""
-        value = self.values.get(key, False)
+        value = self.get(key, False)
         if not isinstance(value, bool):
             raise self.error(f"{key}: expected true or false, got {value!r}")
         return value

@@ -21,7 +21,7 @@ from psykern.models.families import read_spec
 from psykern.models.layer import Layer, LayerSpec
 from psykern.models.rope import RotaryTables
 from psykern.models.slots import Slots, free_bytes, share_layouts
-from psykern.models.spec import EMBEDDING, FINAL_NORM
+from psykern.models.spec import EMBEDDING, FINAL_NORM, HEAD
 
 _RESIDENT_SHARE = 0.7  # of the free memory: weights beyond that are streamed, the rest is for waves
 _STREAMED_SLOTS = 2  # one is computed with while the other is filled
@@ -41,8 +41,10 @@ class Model:
         """
         self.spec = read_spec(folder)
         self.compute = compute
-        self._checkpoint = Checkpoint.open(folder)
+        self._checkpoint = Checkpoint.open(folder, self.spec.names())
         self._checkpoint.check(self.spec.tensors(), self.spec.unused())
+        if self.spec.has_tied_head:
+            self._checkpoint.check_tied(HEAD, EMBEDDING)
         self._read = partial(_read_layer, self._checkpoint, self.spec.layers)
         self._tables = RotaryTables(compute.device, self.spec.max_positions)
         self._outside: dict[str, Tensor] = {}  # embedding, head and final norm on a device
@@ -111,7 +113,8 @@ class Model:
         else:
             of_layer = self.spec.layers[layer]
             names = [of_layer.prefix + name for name in of_layer.tensors()]
-        return [name for name in names if not torch.isfinite(self._checkpoint.tensor(name)).all()]
+        bad = (name for name in names if not torch.isfinite(self._checkpoint.tensor(name)).all())
+        return [self._checkpoint.stored_name(name) for name in bad]
 
     def _make_slots(self, num_slots: int | None) -> Slots | None:
         layers = self.spec.layers

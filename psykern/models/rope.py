@@ -1,4 +1,8 @@
-"""Rotary embeddings: the kinds that ``config.json`` can name, the frequencies of each, and their tables."""
+"""Rotary embeddings: the kinds that ``config.json`` can name, the frequencies of each, and their tables.
+
+The rule: ``rope_parameters`` (new) may stand beside ``rope_scaling`` and ``rope_theta`` (old) where all say the same.
+Of those that do not, transformers 4 takes the one and transformers 5 the other.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from psykern.models.fields import Fields
+from psykern.models.fields import LAYER_TYPES, Fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,28 +25,77 @@ class Rope:
     scale: float
 
 
-def read_rope(c: Fields, layer_type: str, head_dim: int, is_scaled: bool) -> Rope:
-    """The rotary embedding of one kind of layer, from ``rope_parameters`` (new) or ``rope_theta`` and
-    ``rope_scaling`` (old). ``is_scaled``: the old style's scaling applies to these layers."""
-    new, old = c.mapping("rope_parameters"), c.mapping("rope_scaling")
-    found: dict[str, Any] = {"rope_theta": c.get("rope_theta")}
-    if new is not None:
-        found |= Fields(new, c.name).mapping(layer_type) or new
-    elif old is not None and is_scaled:
-        found |= old
-    if (found.get("partial_rotary_factor") or c.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise c.error("partial_rotary_factor: only 1.0 is supported")
-    kind = found.get("rope_type", found.get("type", "default"))
-    if kind not in _ROPE_NEEDS:
-        raise c.error(f"rope_type: expected {', '.join(_ROPE_NEEDS)}, got {kind!r}")
-    original = c.get("original_max_position_embeddings") or found.get("original_max_position_embeddings")
-    found["original_max_position_embeddings"] = original or c.positive("max_position_embeddings")
-    parameters = Fields(found, c.name)
+def read_rope(c: Fields, layer_type: str, head_dim: int, *, by_type: bool) -> Rope:
+    """The rotary embedding of the layers of one type. ``by_type``: ``rope_parameters`` has an object for each type, and
+    ``rope_scaling`` is of those with full attention."""
+    objects = _objects(c, layer_type, by_type)
+    filled = {path: _fill(c, path, values, by_type) for path, values in objects.items()}
+    for key in dict.fromkeys(["rope_type", *(key for values in filled.values() for key in values)]):
+        c.agreed({f"{path}.{key}": values.get(key) for path, values in filled.items()})
+    parameters = Fields(next(iter(filled.values())), c.name)
+    _check(parameters)
+    if by_type and not parameters.values.get("truncate", True):
+        raise c.error("truncate: false is not read by transformers where each type of layer has its own rope")
+    return _make_rope(parameters.get("rope_type"), parameters.number("rope_theta"), head_dim, parameters.values)
+
+
+def _objects(c: Fields, layer_type: str, by_type: bool) -> dict[str, Mapping[str, Any]]:
+    """What says the rope of these layers, by its path in the config: at least one, and no empty one beside another."""
+    path, new, old = "rope_parameters", c.mapping("rope_parameters") or {}, c.mapping("rope_scaling") or {}
+    if others := [key for key in new if (key in LAYER_TYPES) != by_type]:
+        expected = f"an object each for {' and '.join(LAYER_TYPES)}" if by_type else "one rope for all layers"
+        raise c.error(f"rope_parameters: expected {expected}, got {', '.join(others)}")
+    if by_type:
+        path, new = f"{path}.{layer_type}", Fields(new, c.name).mapping(layer_type) or {}
+        old = old if layer_type == "full_attention" else {}
+    found = {"rope_scaling": old, path: new}
+    return {key: values for key, values in found.items() if values} or {path: new}
+
+
+def _fill(c: Fields, path: str, values: Mapping[str, Any], by_type: bool) -> dict[str, Any]:
+    """``values`` with what stands outside of them or is meant where it is absent."""
+    kind = c.agreed({f"{path}.{key}": values[key] for key in ("rope_type", "type") if key in values}, "default")
+    inside = {f"{path}.rope_theta": values["rope_theta"]} if "rope_theta" in values else {}
+    if by_type and path.endswith("sliding_attention") and not inside:
+        # transformers gives a rope_theta outside to full attention alone, and its default to the others
+        inside = {f"{path}.rope_theta (absent, so by default)": c.defaults["rope_theta"]}
+    outside = {"rope_theta": c.get("rope_theta")} if "rope_theta" in c.values else {}
+    theta = c.agreed(inside | outside, c.get("rope_theta"))
+    p = {**values, "rope_type": kind, "rope_theta": theta}
+    p.pop("type", None)
+    for factor in (p.pop("partial_rotary_factor", None), c.get("partial_rotary_factor")):
+        if factor not in (None, 1):
+            raise c.error(f"partial_rotary_factor: only 1.0 is supported, got {factor!r:.80}")
+    original = "original_max_position_embeddings"
+    if original in _ROPE_NEEDS[_known(c, p["rope_type"])]:
+        p[original] = p.get(original) or c.positive("max_position_embeddings")
+        if by_type and c.get(original):
+            c.agreed({original: c.get(original), f"{path}.{original}": p[original]})
+        p[original] = c.get(original) or p[original]  # the one outside goes first in transformers too
+    return p
+
+
+def _known(c: Fields, kind: object) -> str:
+    if isinstance(kind, str) and kind in _ROPE_NEEDS:
+        return kind
+    reason = "; its frequencies follow the sequence's length, so that a token's key would depend on what comes after it"
+    why = reason if kind in ("dynamic", "longrope") else ""
+    raise c.error(f"rope_type: expected {', '.join(_ROPE_NEEDS)}, got {kind!r:.80}{why}")
+
+
+def _check(parameters: Fields) -> None:
+    """Raises ``CheckpointError`` for numbers that are absent or cannot be computed with."""
+    kind = parameters.get("rope_type")
+    if parameters.number("rope_theta") <= 1:
+        raise parameters.error(f"rope_theta: expected a number above 1, got {parameters.get('rope_theta')!r}")
     for key in _ROPE_NEEDS[kind]:
-        if key not in found:
-            raise c.error(f"rope_type {kind!r} needs {key}")
-        parameters.number(key)
-    return _make_rope(kind, parameters.number("rope_theta"), head_dim, found)
+        if key not in parameters.values:
+            raise parameters.error(f"rope_type {kind!r} needs {key}")
+        if parameters.number(key) <= 0:
+            raise parameters.error(f"{key}: expected a positive number, got {parameters.get(key)!r}")
+    for key in _YARN_MAY_HAVE if kind == "yarn" else ():
+        if parameters.get(key) is not None and parameters.number(key) < 0:
+            raise parameters.error(f"{key}: expected no negative number, got {parameters.get(key)!r}")
 
 
 def _make_rope(kind: str, theta: float, head_dim: int, parameters: Mapping[str, Any]) -> Rope:
@@ -64,6 +117,7 @@ _ROPE_NEEDS: Mapping[str, tuple[str, ...]] = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings"),
 }
+_YARN_MAY_HAVE = ("attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow")
 
 
 def _llama3_frequencies(frequencies: Tensor, p: Mapping[str, Any]) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from psykern.models.layer import LayerSpec
+from psykern.models.names import PREFIXES, Names
 from psykern.models.parts import Shapes
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -41,3 +42,7 @@ class ModelSpec:
     def unused(self) -> list[str]:
         """Names and patterns of tensors that a checkpoint may hold and that are not needed."""
         return ["*.rotary_emb.inv_freq", *([HEAD] if self.has_tied_head else [])]
+
+    def names(self) -> Names:
+        """How a checkpoint may spell them."""
+        return Names(self.tensors().keys(), self.unused(), PREFIXES)

@@ -23,6 +23,7 @@ from psykern.core.stages import ahead
 from psykern.core.types import EncodedUnit
 from psykern.data.dataset import Dataset
 from psykern.kernels.compute import Compute
+from psykern.models.checkpoint import at_revision
 from psykern.runs.job import Options, Run, RunJob, recipe_of
 from psykern.runs.manifest import Counts, Recipe
 from psykern.runs.progress import Progress
@@ -50,6 +51,7 @@ def score_on_cluster(
     out: str | Path,
     settings: Settings | None = None,
     *,
+    revision: str | None = None,
     workers: Workers | None = None,
     resume: bool = True,
     cache: str | Path | None = None,
@@ -61,7 +63,12 @@ def score_on_cluster(
     ``model`` must be the same folder or hub id on every machine, ``out`` a folder or fsspec URL that all reach.
     Raises BackendError where Ray is not installed.
     """
-    settings, workers, clock = settings or Settings(), workers or Workers(), Clock()
+    model, settings, workers, clock = (
+        at_revision(model, revision),
+        settings or Settings(),
+        workers or Workers(),
+        Clock(),
+    )
     options = Options(resume=resume, cache=cache, stop=stop, quiet=quiet)
     ray = _ray()
     Folder.at(out).create()

@@ -67,7 +67,12 @@ class Estimate:
 
 
 def estimate(
-    model: str | Path, data: str | Path | Sequence[str | Path], settings: Settings | None = None, *, quiet: bool = True
+    model: str | Path,
+    data: str | Path | Sequence[str | Path],
+    settings: Settings | None = None,
+    *,
+    revision: str | None = None,
+    quiet: bool = True,
 ) -> Estimate:
     """What :func:`psykern.score` would cost, per study.
 
@@ -76,7 +81,7 @@ def estimate(
     settings, clock = settings or Settings(), Clock()
     compute = Compute.resolve(settings.device, settings.dtype)
     settings = replace(with_unit_tokens(settings, compute), date=settings.date or clock.day)
-    spec, language = load_language(model, chat=settings.condition == "chat", clock=clock)
+    spec, language = load_language(model, chat=settings.condition == "chat", revision=revision, clock=clock)
     chosen = budgets(spec, compute.device, compute.dtype).under(settings)
     feed = Feed(Dataset.find(data, hashed=False), language.encoder(settings), clock=clock)
     units = feed.units()

@@ -19,6 +19,7 @@ from psykern.data.dataset import Dataset
 from psykern.data.feed import Feed
 from psykern.data.token_cache import TokenCache
 from psykern.kernels.compute import Compute
+from psykern.models.checkpoint import at_revision
 from psykern.runs.job import Options, Run, RunJob, recipe_of
 from psykern.runs.manifest import Recipe, tokens_depend_on
 from psykern.runs.progress import Progress
@@ -34,6 +35,7 @@ def score(
     out: str | Path,
     settings: Settings | None = None,
     *,
+    revision: str | None = None,
     shard: Shard | None = None,
     resume: bool = True,
     cache: str | Path | None = None,
@@ -42,17 +44,18 @@ def score(
 ) -> Run:
     """Score every response of ``data`` under ``model`` and write the records to the folder ``out``.
 
-    model: a folder or a hub id. data: files, folders or hub dataset ids. out: a folder or an fsspec URL, new or empty,
-    or one where this run was begun: then what is missing is scored (``resume``). ``shard`` takes a part of the units,
-    for several processes that share ``out``; the last one to end finishes the run. ``cache``: a folder where tokens
-    are kept. ``stop`` is asked between units.
+    model: a folder or a hub id; ``revision``: a branch, tag or commit of it, as ``owner/name@REVISION`` says too. data:
+    files, folders or hub dataset ids. out: a folder or an fsspec URL, new or empty, or one where this run was begun:
+    then what is missing is scored (``resume``). ``shard`` takes a part of the units, for several processes that share
+    ``out``; the last one to end finishes the run. ``cache``: a folder where tokens are kept. ``stop`` is asked between
+    units.
 
     Rows that cannot be used are listed in ``out/rejects.jsonl`` and counted in the manifest. Raises ``InterruptedRun``
     when ``stop`` held, ``PsykernError`` for whatever stops the run, and ``BackendError`` for a backend that is not
     there; parts that were written stay valid.
     """
     options = Options(shard or Shard(), resume, cache, stop, quiet)
-    (run,) = _score_each(model, data, [(out, settings or Settings())], options)
+    (run,) = _score_each(at_revision(model, revision), data, [(out, settings or Settings())], options)
     return run
 
 
@@ -63,6 +66,7 @@ def score_conditions(
     conditions: Sequence[Condition],
     settings: Settings | None = None,
     *,
+    revision: str | None = None,
     shard: Shard | None = None,
     resume: bool = True,
     cache: str | Path | None = None,
@@ -77,7 +81,7 @@ def score_conditions(
         raise ValueError(f"condition: expected different ones, got {','.join(conditions) or 'none'}")
     options = Options(shard or Shard(), resume, cache, stop, quiet)
     each = [(f"{out}/{name}", replace(settings or Settings(), condition=name)) for name in conditions]
-    return _score_each(model, data, each, options)
+    return _score_each(at_revision(model, revision), data, each, options)
 
 
 def _score_each(

@@ -15,7 +15,7 @@ from psykern.data.tokenizer import Tokenizer
 from psykern.engine.budgets import Budgets, budgets
 from psykern.engine.engine import Engine
 from psykern.kernels.compute import Compute
-from psykern.models.checkpoint import hash_model, resolve_model
+from psykern.models.checkpoint import at_revision, hash_model, resolve_model
 from psykern.models.families import read_spec
 from psykern.models.model import Model
 from psykern.models.spec import ModelSpec
@@ -56,7 +56,7 @@ class Language:
 class Scorer:
     """A loaded model. Filled by :meth:`load`; ``engine`` is all that computes, so another one can stand in for it."""
 
-    name: str  # as the user gave it
+    name: str  # as the user gave it, with the revision
     hash: str  # of config and weights
     model: Model
     language: Language
@@ -64,12 +64,20 @@ class Scorer:
     budgets: Budgets  # that suit the device, as it was when the model had been loaded and nothing else
 
     @classmethod
-    def load(cls, model: str | Path, compute: Compute, *, chat: bool = False, clock: Clock | None = None) -> Scorer:
-        """``model``: a folder or a hub id; ``chat``: its chat template will be needed.
+    def load(
+        cls,
+        model: str | Path,
+        compute: Compute,
+        *,
+        chat: bool = False,
+        revision: str | None = None,
+        clock: Clock | None = None,
+    ) -> Scorer:
+        """``model``: a folder or a hub id; ``chat``: its chat template will be needed; ``revision``: of the hub id.
 
         Raises CheckpointError for a folder that cannot be used.
         """
-        clock = clock or Clock()
+        model, clock = at_revision(model, revision), clock or Clock()
         with clock("load"):
             folder = resolve_model(model)
             language = Language.load(folder, read_spec(folder).vocab_size, chat=chat)
@@ -79,9 +87,11 @@ class Scorer:
             return cls(str(model), hash_model(folder), decoder, language, Engine(decoder), suitable)
 
 
-def load_language(model: str | Path, *, chat: bool, clock: Clock | None = None) -> tuple[ModelSpec, Language]:
+def load_language(
+    model: str | Path, *, chat: bool, revision: str | None = None, clock: Clock | None = None
+) -> tuple[ModelSpec, Language]:
     """What ``model`` is made of, but for its weights, which are not downloaded either."""
     with (clock or Clock())("load"):
-        folder = resolve_model(model, weights=False)
+        folder = resolve_model(model, weights=False, revision=revision)
         spec = read_spec(folder)
         return spec, Language.load(folder, spec.vocab_size, chat=chat)

@@ -4,7 +4,7 @@ Names and pairs are those of the study's own scripts (repository ``marcelbinz/Ps
 commit c63dea1); where the maker published no base of the same size, the study's choice stands (Qwen3-VL-32B against
 Qwen3-14B-Base). A kind of "base" means pretrained only. Other models are described in a YAML file:
 
-    my-model-7b-chat:          # the hub id or folder, or its last part
+    my-model-7b-chat:          # the hub id or folder, or its last part; with @REVISION for that one alone
       family: My model         # the panel it is drawn in
       generation: My model 2   # d is averaged over pairs of one generation
       size: 7.2                # billions of weights
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from psykern.core.errors import ComparisonError
+from psykern.core.hub import split_revision
 
 BASE = "base"
 
@@ -157,15 +158,20 @@ _FIELDS = ("family", "generation", "size", "kind", "base", "name")
 
 
 def model_name(model_id: str) -> str:
-    """The last part of a hub id or folder: ``Qwen/Qwen3-8B`` → ``Qwen3-8B``."""
-    return model_id.rstrip("/").rpartition("/")[2] or model_id
+    """The last part of a hub id or folder, with the revision: ``Qwen/Qwen3-8B@main`` → ``Qwen3-8B@main``."""
+    whole, revision = split_revision(model_id)
+    name = whole.rstrip("/").rpartition("/")[2] or whole
+    return name if revision is None else f"{name}@{revision}"
 
 
 def find_model(model_id: str, described: dict[str, StudyModel]) -> StudyModel | None:
-    """What is known of a model: as ``described`` (from :func:`read_models`), else from the study's table."""
-    name = model_name(model_id).lower()
+    """What is known of a model: as ``described`` (from :func:`read_models`), else from the study's table. Revisions of
+    which nothing else is said are one model."""
+    whole, _ = split_revision(model_id)
+    name = model_name(whole).lower()
     name = name.removeprefix("meta-") if name.startswith("meta-llama-3.1") else name  # those checkpoints' older name
-    return described.get(model_id.lower()) or described.get(name) or STUDY_MODELS.get(name)
+    names = (model_id.lower(), model_name(model_id).lower(), whole.lower(), name)
+    return next((described[of] for of in names if of in described), None) or STUDY_MODELS.get(name)
 
 
 def read_models(path: Path) -> dict[str, StudyModel]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from psykern.core.errors import ComparisonError
+from psykern.core.hub import split_revision
 from psykern.study.finished import FinishedRun, Responses
 from psykern.study.models import BASE, StudyModel, find_model, model_name
 
@@ -103,8 +104,18 @@ def find_pairs(runs: Sequence[NamedRun]) -> list[Pair]:
             pairs.append(Pair(base, named, named.model.kind))
         plain = by_key.get((named.model.name.lower(), "plain"))
         if plain is not None and named.run.condition != "plain":
+            _check_one_revision(plain, named)
             pairs.append(Pair(plain, named, named.run.condition))
     return pairs
+
+
+def _check_one_revision(plain: NamedRun, other: NamedRun) -> None:
+    """Raises ComparisonError where two conditions of a model are of other weights."""
+    ids = plain.run.model_id, other.run.model_id
+    if plain.run.model_hash != other.run.model_hash and split_revision(ids[0])[1] != split_revision(ids[1])[1]:
+        raise ComparisonError(
+            f"{other.run.path}: {other.label} is of {ids[1]} and its plain run of {ids[0]}: expected one revision"
+        )
 
 
 def read_pairs(path: Path, runs: Sequence[NamedRun]) -> list[Pair]:

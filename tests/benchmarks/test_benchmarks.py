@@ -15,12 +15,15 @@ import bench_option_logprobs
 import bench_prefix_attention
 import bench_scale
 import bench_score
+import exactness
 import gpu_summary
 import harness
 import numpy as np
 import pytest
 import torch
 from providers import Scored
+from support.checkpoints import CONFIGS, make_model
+from support.exactness import TOLERANCE
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,6 +49,16 @@ def test_kernels_with_tiny_shapes(tmp_path: Path) -> None:
     assert providers(tmp_path, "p") == shared | {"sdpa_sequences"}
     bench_elementwise.main([*common, "e"])
     assert providers(tmp_path, "e") == {"psykern", "torch", "copy"}
+
+
+def test_exactness_is_measured_and_a_wrong_result_refused(tmp_path: Path) -> None:
+    model = make_model(tmp_path, **CONFIGS["qwen3"])
+    tokens = np.random.default_rng(0).integers(320, size=400)
+    rows = {str(row["provider"]): row for row in exactness.measured("m", tmp_path, model, [tokens])}
+    assert set(rows) == {"psykern:cpu", "psykern:reference", "transformers"}
+    assert all(1e-8 < float(str(row["token_worst"])) < TOLERANCE and row["tokens"] == 399 for row in rows.values())
+    with pytest.raises(SystemExit, match=r"m: psykern is 2\.0e-02 nats from fp64: refused"):
+        exactness.row("m", "psykern", np.full(400, 0.02), None)
 
 
 @pytest.mark.slow

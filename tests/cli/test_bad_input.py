@@ -40,6 +40,11 @@ def test_a_hub_model_that_cannot_be_had(
     assert_error(
         capsys, score("owner/name", toy.data, tmp_path / "run"), "owner/name", "no route to host", "download it"
     )
+    for command in (["owner/name@v1"], ["owner/name", "--revision", "v1"]):
+        assert psykern_command("plan", *command, toy.data) == 1
+        assert "owner/name@v1: not a folder here" in capsys.readouterr().err
+    refused = score("owner/name@v2", toy.data, tmp_path / "run", "--revision", "v1")
+    assert_error(capsys, refused, "owner/name@v2: revision 'v1'", "'v2'")
     assert_error(
         capsys, score(toy.model, "owner/data", tmp_path / "run"), "owner/data", "no route to host", "download it"
     )

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 from support.checkpoints import CONFIGS, make_model, oracle_logprobs
+from support.exactness import INVARIANCE, TOLERANCE, in_fp64, token_logprobs, worst_sum
 from support.groups import encoded, random_group, wanted
+from transformers import PreTrainedModel
 
 from psykern.core.errors import NonFiniteError, OutOfMemoryError
 from psykern.core.types import EncodedTranscript, TargetScores
@@ -24,9 +26,6 @@ from psykern.kernels import Backend
 from psykern.kernels.compute import Compute
 from psykern.models.layer import Layer
 from psykern.models.model import Model
-
-TOLERANCE = 1e-4  # nats, against fp32 transformers
-INVARIANCE = 1e-5  # nats, between budgets and batch mates
 
 
 def score(
@@ -43,9 +42,9 @@ def score(
     return Engine(model).run(planned)
 
 
-def assert_scores(scores: TargetScores, group: Sequence[EncodedTranscript], oracle: torch.nn.Module) -> None:
-    """Against one forward pass per distinct context: no sharing, no batches."""
-    contexts = wanted(group)
+def assert_scores(scores: TargetScores, group: Sequence[EncodedTranscript], oracle: PreTrainedModel) -> None:
+    """Against one forward pass in fp64 per distinct context: no sharing, no batches."""
+    oracle, contexts = in_fp64(oracle), wanted(group)
     longest: dict[tuple[int, ...], torch.Tensor] = {}
     for context, _ in sorted(contexts, key=lambda c: -len(c[0])):
         if not any(known[: len(context)] == tuple(context) for known in longest):
@@ -208,6 +207,23 @@ def test_budgets_sharing_and_company_do_not_change_scores(
         count = int((t.spans_tok[:, 1] - t.spans_tok[:, 0]).sum())
         got, want = scores.logprob[:count], expected.logprob[spans[i] : spans[i + 1]]
         assert np.abs(got - want).max(initial=0) <= INVARIANCE
+
+
+@each_backend
+@pytest.mark.parametrize("name", CONFIGS)
+def test_errors_of_long_responses_grow_as_the_root_of_their_tokens(name: str, backend: Backend, tmp_path: Path) -> None:
+    """As README says: of a token, of 30 and of 300 that follow each other, from fp64 and between budgets."""
+    oracle = make_model(tmp_path, **CONFIGS[name])
+    tokens = np.random.default_rng(7).integers(320, size=700)
+    response = [encoded(tokens.tolist(), [(1, len(tokens))])]
+    first, *others = (
+        score(response, tmp_path, backend=backend, wave_tokens=wave, batch_tokens=batch).logprob.astype(np.float64)
+        for wave, batch in ((4096, 512), (300, 100), (1000, 17))
+    )
+    errors = first - token_logprobs(in_fp64(oracle), tokens)
+    for number in (1, 30, 300):
+        assert worst_sum(errors, number) <= TOLERANCE * number**0.5
+        assert all(worst_sum(other - first, number) <= INVARIANCE * number**0.5 for other in others)
 
 
 @each_backend

@@ -14,11 +14,11 @@ import torch
 import transformers
 from huggingface_hub.utils import filter_repo_objects
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from support.model_folders import EMBEDDING, INDEX, SINGLE, edit_index, safetensors_bytes
 
 from psykern.core.errors import CheckpointError
-from psykern.models.checkpoint import Checkpoint, hash_model, read_config, resolve_model, widen
+from psykern.models.checkpoint import Checkpoint, at_revision, hash_model, read_config, resolve_model, widen
 
 
 @pytest.mark.parametrize("kind", ["single", "sharded"])
@@ -83,6 +83,47 @@ def test_links_into_a_hub_cache_are_followed(saved: dict[str, Path], tmp_path: P
 def test_one_file_goes_before_an_index(single: Path) -> None:
     (single / INDEX).write_text("{")
     assert EMBEDDING in Checkpoint.open(single).names
+
+
+def test_one_file_goes_before_shards_that_are_not_all_there(single: Path, sharded: Path) -> None:
+    """What is left of an earlier checkpoint, and cannot be loaded."""
+    first, *_ = (shutil.copy(path, single) for path in sorted(sharded.glob("*.safetensors*"), reverse=True))
+    Path(first).unlink()
+    (single / sorted(sharded.glob("*.safetensors"))[0].name).unlink()
+    assert EMBEDDING in Checkpoint.open(single).names
+
+
+def test_one_file_beside_shards_that_say_the_same(single: Path, sharded: Path) -> None:
+    names = Checkpoint.open(single).names
+    for path in sharded.glob("*.safetensors*"):
+        shutil.copy(path, single)
+    assert Checkpoint.open(single).names == names
+    edit_index(single, lambda places: places.update(dict.fromkeys(places, SINGLE)))  # an index of the one file
+    assert Checkpoint.open(single).names == names
+
+
+@pytest.mark.parametrize("change", ["number", "shape", "name"])
+def test_one_file_beside_shards_that_differ(change: str, single: Path, sharded: Path) -> None:
+    """transformers takes the one file; a reader that goes by the index the shards."""
+    for path in sharded.glob("*.safetensors*"):
+        shutil.copy(path, single)
+    tensors = load_file(single / SINGLE)
+    norm = tensors.pop("model.norm.weight")
+    if change != "name":
+        tensors["model.norm.weight"] = norm[:-1].clone() if change == "shape" else norm + 2**-7
+    save_file(tensors, single / SINGLE)
+    differ = (
+        r"model\.safetensors and model-.*\.safetensors of .*index\.json .* differ in model\.norm\.weight: remove one"
+    )
+    with pytest.raises(CheckpointError, match=differ):
+        Checkpoint.open(single)
+
+
+def test_an_adapter_beside_the_weights(single: Path) -> None:
+    """transformers would apply it."""
+    (single / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: an adapter beside the weights is not applied"):
+        Checkpoint.open(single)
 
 
 def test_unknown_name(single: Path) -> None:
@@ -151,12 +192,44 @@ def test_optional_that_is_used_is_checked(tmp_path: Path) -> None:
         Checkpoint.open(tmp_path).check({"lm_head.weight": (4,)}, OPTIONAL)
 
 
+def tied(folder: Path, head: torch.Tensor | None) -> Checkpoint:
+    tensors = {EMBEDDING: torch.arange(6.0).view(3, 2), "lm_head.weight": head}
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, folder / SINGLE)
+    return Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize(
+    "head", [None, torch.arange(6.0).view(3, 2), torch.arange(6).view(3, 2).bfloat16()], ids=["none", "same", "bf16"]
+)
+def test_a_tied_head_may_be_there_again(head: torch.Tensor | None, tmp_path: Path) -> None:
+    tied(tmp_path, head).check_tied("lm_head.weight", EMBEDDING)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        torch.arange(6.0).view(3, 2) + torch.tensor([[0, 0], [0, 0], [0, 1e-6]]),
+        torch.arange(6.0).view(2, 3),
+        torch.arange(4.0).view(2, 2),
+    ],
+    ids=["number", "shape", "rows"],
+)
+def test_a_tied_head_that_differs(head: torch.Tensor, tmp_path: Path) -> None:
+    checkpoint = tied(tmp_path, head)
+    with pytest.raises(
+        CheckpointError, match=r"tie_word_embeddings .* lm_head\.weight differs from model\.embed_tokens"
+    ):
+        checkpoint.check_tied("lm_head.weight", EMBEDDING)
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.int32, torch.float64], ids=str)
 def test_other_dtypes_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
     save_file({"a": torch.zeros(2), "b": torch.zeros(2).to(dtype)}, tmp_path / SINGLE)
     checkpoint = Checkpoint.open(tmp_path)
-    refused = "quantised weights are not supported"
-    with pytest.raises(CheckpointError, match=f"{refused}, expected .*: b is {dtype}$"):
+    wide = dtype == torch.float64
+    refused = f"{'float64' if wide else 'quantised'} weights are not supported, expected float32, bfloat16 or float16"
+    refused += r"; convert them, as model\.to\(torch\.float32\) does" * wide
+    with pytest.raises(CheckpointError, match=f"config: {refused}: b is {dtype}$"):
         checkpoint.check({"a": (2,), "b": (2,)})
     for use in (checkpoint.dtype, checkpoint.tensor):
         with pytest.raises(CheckpointError, match=f"b is {dtype}: {refused}"):
@@ -294,6 +367,56 @@ def test_hub_id_downloads_only_data(weights: bool, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert resolve_model("Qwen/Qwen2.5-0.5B", weights) == tmp_path
     assert fetched == REPOSITORY[: 9 if weights else 8]
+
+
+REVISIONS = {
+    "in-the-name": ("owner/name@v1.0", None),
+    "beside-it": ("owner/name", "v1.0"),
+    "in-both": ("owner/name@v1.0", "v1.0"),
+}
+
+
+@pytest.mark.parametrize(("model", "revision"), REVISIONS.values(), ids=REVISIONS)
+def test_a_revision_reaches_the_hub(
+    model: str, revision: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "owner")  # where there is no folder owner/name
+    asked: list[tuple[str, str]] = []
+
+    def download(repo_id: str, *, revision: str, **_: object) -> str:
+        asked.append((repo_id, revision))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert resolve_model(model, revision=revision) == tmp_path
+    assert resolve_model("owner/name@refs/pr/7") == tmp_path
+    assert asked == [("owner/name", "v1.0"), ("owner/name", "refs/pr/7")]
+    assert at_revision(model, revision) == "owner/name@v1.0"
+
+
+def test_a_folder_is_never_split(single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("went to the hub"))
+    folder = single.rename(single.parent / "owner@v1")
+    monkeypatch.chdir(single.parent.parent)
+    relative = f"{folder.parent.name}/owner@v1"
+    for model in (folder, str(folder), relative):
+        assert resolve_model(model) == Path(model)
+        with pytest.raises(CheckpointError, match=r"owner@v1: revision 'main': expected none, as a folder is as it is"):
+            resolve_model(model, revision="main")
+    with pytest.raises(CheckpointError, match=rf"revision 'v1': {relative} is here; give"):
+        resolve_model(relative.removesuffix("@v1"), revision="v1")
+    with pytest.raises(CheckpointError, match="gone: revision 'main': expected none"):
+        resolve_model(Path("gone"), revision="main")
+
+
+def test_two_revisions_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("went to the hub"))
+    with pytest.raises(CheckpointError, match=r"owner/name@v1: revision 'v2': expected 'v1', as its name says"):
+        resolve_model("owner/name@v1", revision="v2")
+    for model, revision in (("owner/name@", None), ("owner@v1", None), ("owner/name", ""), ("owner/name", "a b")):
+        with pytest.raises(CheckpointError, match="no such model folder, and not a hub id"):
+            resolve_model(model, revision=revision)
 
 
 def test_hub_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from support.model_folders import EMBEDDING, INDEX, SINGLE, edit_index, safetensors_bytes
 
 from psykern.core.errors import CheckpointError
 from psykern.models.checkpoint import Checkpoint, hash_model, read_config
+from psykern.models.names import Names
 
 
 @pytest.mark.parametrize(
@@ -96,6 +97,51 @@ def test_tensor_in_another_shard(sharded: Path) -> None:
     assert index[EMBEDDING] != other
     edit_index(sharded, lambda places: places.update({EMBEDDING: other}))
     with pytest.raises(CheckpointError, match=re.escape(EMBEDDING)):
+        Checkpoint.open(sharded)
+
+
+UNUSED = Names(optional=["lm_head.weight", "*.rotary_emb.inv_freq"])
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"])
+@pytest.mark.parametrize("where", ["index", "shard", "another shard"])
+def test_index_and_shards_may_disagree_in_what_is_not_used(where: str, name: str, sharded: Path) -> None:
+    """As in one file, where such a tensor may be there or not. Anything else is an error, see above."""
+    first, *_, last = sorted(sharded.glob("*.safetensors"))
+    edit_index(sharded, lambda places: places.pop(name, None))
+    for path in (first, last):
+        tensors = load_file(path)
+        tensors.pop(name, None)
+        save_file(tensors, path)
+    if where != "shard":
+        edit_index(sharded, lambda places: places.update({name: first.name}))
+    if where != "index":
+        save_file(load_file(last) | {name: torch.ones(3)}, last)
+    Checkpoint.open(sharded, UNUSED)
+    with pytest.raises(CheckpointError, match=re.escape(name)):
+        Checkpoint.open(sharded)
+    edit_index(sharded, lambda places: places.update({"model.extra.weight": last.name}))
+    with pytest.raises(CheckpointError, match=r"absent: model\.extra\.weight; not in the index: none"):
+        Checkpoint.open(sharded, UNUSED)
+
+
+@pytest.mark.parametrize("change", [0, 1], ids=["equal", "different"])
+@pytest.mark.parametrize("name", [EMBEDDING, "lm_head.weight"])
+def test_tensor_in_two_shards(name: str, change: int, sharded: Path) -> None:
+    """Which of them counts would be up to the order of the files."""
+    first, *_, last = sorted(sharded.glob("*.safetensors"))
+    tensor = next(load_file(path)[name] for path in sharded.glob("*.safetensors") if name in load_file(path))
+    for path in (first, last):
+        save_file(load_file(path) | {name: tensor + change}, path)
+    with pytest.raises(CheckpointError, match=rf"safetensors: {re.escape(name)} is in model-.*\.safetensors too"):
+        Checkpoint.open(sharded, UNUSED)
+
+
+def test_tensor_that_the_index_places_twice(sharded: Path) -> None:
+    text = (sharded / INDEX).read_text()
+    key = f'"{EMBEDDING}"'
+    (sharded / INDEX).write_text(text.replace(key, f'{key}: "a.safetensors", {key}', 1))
+    with pytest.raises(CheckpointError, match=rf"'{EMBEDDING}' is there twice, as 'a\.safetensors' and as 'model-"):
         Checkpoint.open(sharded)
 
 

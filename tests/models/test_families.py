@@ -12,6 +12,7 @@ import torch
 from support.checkpoints import CONFIGS, make_model
 from support.configs import (
     OLD_LLAMA3,
+    OLD_YARN,
     assert_rope,
     read_both,
     ropes_of,
@@ -146,6 +147,7 @@ def as_id(config: dict[str, Any]) -> str:
     return json.dumps(config).translate(str.maketrans("", "", '{}"'))[:60]
 
 
+BY_LENGTH = "; its frequencies follow the sequence's length, so that a token's key would depend on what comes after it$"
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "gpt2"}, "model_type: expected one of llama, .*, got 'gpt2'"),
     ({"model_type": None}, "model_type: expected one of llama, .*, got None"),
@@ -167,10 +169,26 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"quantization_config": {"quant_method": "awq"}}, "quantization_config: quantised weights are not supported"),
     ({"rms_norm_eps": None}, "rms_norm_eps: "),
     ({"rms_norm_eps": "1e-6"}, "rms_norm_eps: "),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps: expected a number, got nan"),
+    ({"rope_theta": 10**400}, "rope_theta: expected a number, got 1000"),
     ({"tie_word_embeddings": "false"}, "tie_word_embeddings: "),
     ({"rope_theta": "high"}, "rope_theta: "),
-    ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type: expected default, .*, got 'dynamic'"),
-    ({"rope_scaling": {"type": "longrope"}}, "rope_type: expected default, .*, got 'longrope'"),
+    (
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+        f"rope_type: expected default, .*, got 'dynamic'{BY_LENGTH}",
+    ),
+    ({"rope_scaling": {"type": "longrope"}}, f"rope_type: expected default, .*, got 'longrope'{BY_LENGTH}"),
+    (
+        {"rope_scaling": {"type": "proportional"}},
+        "rope_type: expected default, linear, llama3, yarn, got 'proportional'$",
+    ),
+    ({"rope_scaling": {"rope_type": ["yarn"]}}, r"rope_type: expected default, .*, got \['yarn'\]$"),
+    ({"rope_scaling": {"rope_type": None}}, "rope_type: expected default, .*, got None$"),
+    ({"rope_theta": 0}, "rope_theta: expected a number above 1, got 0"),
+    ({"rope_theta": 1.0, "rope_scaling": OLD_YARN}, "rope_theta: expected a number above 1, got 1.0"),
+    ({"rope_scaling": OLD_LLAMA3 | {"low_freq_factor": 0}}, "low_freq_factor: expected a positive number, got 0"),
+    ({"rope_scaling": OLD_YARN | {"attention_factor": "1"}}, "attention_factor: expected a number, got '1'"),
+    ({"rope_scaling": OLD_YARN | {"beta_fast": -1}}, "beta_fast: expected no negative number, got -1"),
     ({"rope_scaling": {"rope_type": "linear"}}, "rope_type 'linear' needs factor"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_type 'llama3' needs low_freq_factor"),
     ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type 'yarn' needs factor"),
@@ -181,7 +199,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rope_parameters": ["yarn"]}, "rope_parameters: "),
     (
         {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
-        "rope_type: expected default, .*, got 'dynamic'",
+        f"rope_type: expected default, .*, got 'dynamic'{BY_LENGTH}",
     ),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: only 1.0 is supported"),
     ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor: only 1.0 is supported"),

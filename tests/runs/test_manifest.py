@@ -51,6 +51,42 @@ def test_the_manifest_says_how_the_run_was_made(toy: Toy, toy_run: Run) -> None:
     assert started.utcoffset() is not None
 
 
+@pytest.fixture
+def hub(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A hub where every model is the toy; gives the revisions that were asked for."""
+    asked: list[str] = []
+
+    def snapshot_download(repo_id: str, *, revision: str, **_: object) -> str:
+        assert repo_id == "owner/toy"
+        asked.append(revision)
+        return str(toy.model)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    return asked
+
+
+@pytest.mark.parametrize(("model", "revision"), [("owner/toy@v1", None), ("owner/toy", "v1")], ids=["name", "keyword"])
+def test_the_manifest_names_the_revision(
+    model: str, revision: str | None, hub: list[str], toy: Toy, toy_run: Run, tmp_path: Path
+) -> None:
+    settings = Settings(device="cpu", limit=1)
+    run = psykern.score(model, toy.data, tmp_path / "run", settings, revision=revision)
+    assert (run.manifest.model_id, run.manifest.model_hash) == ("owner/toy@v1", toy_run.manifest.model_hash)
+    (run,) = psykern.score_conditions(model, toy.data, tmp_path / "each", ["plain"], settings, revision=revision)
+    assert run.manifest.model_id == "owner/toy@v1"
+    psykern.estimate(model, toy.data, settings, revision=revision)
+    assert hub == ["v1"] * 3
+
+
+def test_a_revision_of_a_folder_is_refused_before_anything_is_made(toy: Toy, tmp_path: Path) -> None:
+    for score_it in (psykern.score, psykern.score_on_cluster):
+        with pytest.raises(psykern.CheckpointError, match="revision 'v1': expected none"):
+            score_it(toy.model, toy.data, tmp_path / "run", revision="v1")
+    with pytest.raises(psykern.CheckpointError, match="revision 'v1': expected none"):
+        psykern.estimate(toy.model, toy.data, revision="v1")
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_manifest_counts_time(toy_run: Run) -> None:
     seconds = dict(toy_run.manifest.seconds)
     total = seconds.pop("total")

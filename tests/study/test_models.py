@@ -9,7 +9,7 @@ from support.simulated_runs import Humans, rows, write_run
 
 from psykern import ComparisonError
 from psykern.study.compare import compare
-from psykern.study.models import BASE, PUBLISHED_NLL, STUDY_MODELS, StudyModel, find_model, read_models
+from psykern.study.models import BASE, PUBLISHED_NLL, STUDY_MODELS, StudyModel, find_model, model_name, read_models
 
 HUMANS = Humans(participants=30)
 
@@ -58,6 +58,8 @@ def test_table_of_the_studys_models() -> None:
         "Qwen/Qwen1.5-0.5B-Chat": ("instruction", 0.5, "Qwen1.5-0.5B"),
         "Qwen/Qwen2.5-Coder-7B": ("code", 7, "Qwen2.5-7B"),
         "Qwen/Qwen3-8B": ("reasoning", 8, "Qwen3-8B-Base"),
+        "Qwen/Qwen3-8B@main": ("reasoning", 8, "Qwen3-8B-Base"),
+        "Qwen/Qwen3-8B@refs/pr/7": ("reasoning", 8, "Qwen3-8B-Base"),
         "Qwen/Qwen3-32B": ("reasoning", 32, None),
         "Qwen/Qwen3-30B-A3B-Base": ("base", 30, None),
         "Qwen/Qwen3-VL-32B-Thinking": ("vision", 32, "Qwen3-14B-Base"),
@@ -71,3 +73,12 @@ def test_table_of_the_studys_models() -> None:
         found = find_model(model_id, {})
         assert found is not None and (found.kind, found.size, found.base) == values, model_id
     assert find_model("me/unknown", {}) is None
+
+
+def test_revisions_of_a_model() -> None:
+    """One model where nothing else is said of a revision; a model that nobody describes is called by its revision."""
+    one, two = (StudyModel(name, "f", "g", None, BASE, None) for name in ("one", "two"))
+    described = {"me/mine": one, "me/mine@v2": two}
+    assert [find_model(f"me/Mine{at}", described) for at in ("", "@v1", "@v2")] == [one, one, two]
+    names = {"me/mine": "mine", "me/mine@v2": "mine@v2", "me/mine@refs/pr/7": "mine@refs/pr/7", "/my/a@b": "a@b"}
+    assert {model_id: model_name(model_id) for model_id in names} == names

@@ -103,6 +103,28 @@ def test_the_same_model_twice(tmp_path: Path) -> None:
         compare(runs)
 
 
+def test_revisions_of_a_published_model_have_its_base(tmp_path: Path) -> None:
+    ids = ["Qwen/Qwen3-8B-Base", "Qwen/Qwen3-8B@main"]
+    runs = [write_run(tmp_path / str(i), model_id, rows(HUMANS)) for i, model_id in enumerate(ids)]
+    (pair,) = compare(runs, draws=50).pairs
+    assert (pair.pair.base.label, pair.pair.post.label) == ("Qwen3-8B-Base", "Qwen3-8B")
+
+
+@pytest.mark.parametrize("hashes", [("a", "a"), ("a", "b")], ids=["one-commit", "two-commits"])
+def test_conditions_of_two_revisions(hashes: tuple[str, str], tmp_path: Path) -> None:
+    """A branch and the commit that it stands for are one; other weights would pass for the effect of a condition."""
+    ids = (("Qwen/Qwen3-8B@main", "plain"), ("Qwen/Qwen3-8B@v1", "chat"))
+    runs = [
+        write_run(tmp_path / condition, model_id, rows(HUMANS), condition=condition, model_hash=model_hash)
+        for (model_id, condition), model_hash in zip(ids, hashes, strict=True)
+    ]
+    if hashes[0] == hashes[1]:
+        assert len(compare(runs, draws=50).conditions) == 1
+    else:
+        with pytest.raises(ComparisonError, match=r"is of Qwen/Qwen3-8B@v1 and its plain run of Qwen/Qwen3-8B@main"):
+            compare(runs)
+
+
 # Files that describe pairs, models and domains
 
 
