@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from psykern.core.errors import DataError
+from psykern.core.hub import is_hub_id, split_revision
 
 _SUFFIXES = (".jsonl.gz", ".jsonl.zip", ".jsonl", ".zip", ".parquet")  # a longer one stands before its own end
 
@@ -37,7 +38,6 @@ _GENERIC_WORD = re.compile(
 )
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 _HUB_FOLDER = re.compile(r"datasets--(?:.+--)?(.+)")  # datasets--owner--name
-_HUB_ID = re.compile(r"([\w-][\w.-]*/([\w-][\w.-]*))(?:@([\w./-]+))?", re.ASCII)  # owner/name@revision
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # What damaged files raise; the fourth: a directory of an archive whose bytes happen to ask for an unknown feature; the
 # fifth: names of members that are not in their encoding, places before the file's start.
@@ -107,9 +107,9 @@ def _resolve(item: str) -> list[Located]:
         if stem is None:
             raise DataError(f"{item}: expected a name that ends in {', '.join(_SUFFIXES)}, got {path.name}")
         return [Located(path, _study_name(stem, [parent.name for parent in absolute.parents]))]
-    if stem is None and (hub := _HUB_ID.fullmatch(item)):
-        dataset, name, revision = hub.groups()
-        return _search(_download(dataset, revision), [name])
+    if stem is None and is_hub_id(item):
+        dataset, revision = split_revision(item)
+        return _search(_download(dataset, revision), [dataset.split("/")[1]])
     raise DataError(f"{item}: no such file or folder")
 
 
