@@ -1,8 +1,8 @@
 """Transcripts as tokens: the tokens of each response, with the branches of its answer options (:mod:`.branches`).
 
-Response [a, b) of a text has the tokens [s, e) with s < b, e > a and e > s; one that reaches beyond a or b *straddles*.
-``boundary="joint"`` tokenizes a text as one string; ``"split"`` tokenizes the pieces between the response's boundaries
-one by one, so that no token straddles. ``protocol="study"`` takes text and spans from :mod:`.protocol` instead.
+Which tokens are a response's, says :mod:`.draft`. ``boundary="joint"`` tokenizes a text as one string; ``"split"``
+tokenizes the pieces between the response's boundaries one by one, so that no token straddles. ``protocol="study"``
+takes text and spans from :mod:`.protocol` instead.
 
 Flags of a response: ``straddles``; ``empty`` (nothing between the marks); ``no_context`` (no token before the first
 scored one of the response, or of one of its options, so no probability of it, or of them); ``closing_mark`` (appended
@@ -14,8 +14,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from itertools import chain, pairwise
 from operator import add
 from typing import NamedTuple
 
@@ -25,9 +23,10 @@ import tokenizers
 from psykern.core.errors import CheckpointError, RowError
 from psykern.core.settings import Settings
 from psykern.core.types import EncodedTranscript, Transcript
-from psykern.data.branches import Insert, JointText, Options, Placed, joint_branches, split_branches
+from psykern.data.branches import JointText, Options, Placed, joint_branches
 from psykern.data.chat import ChatTemplate, Rendered
 from psykern.data.context import cut
+from psykern.data.draft import Draft, Drafted, exact_draft, responses_of, split_drafts, study_draft
 from psykern.data.persona import interview
 from psykern.data.protocol import (
     CLOSE_MARK,
@@ -35,11 +34,10 @@ from psykern.data.protocol import (
     distinct_responses,
     keep_responses,
     study_marks,
-    study_response,
     study_spans,
     study_text,
 )
-from psykern.data.tokenizer import Snippets, Tokenizer, Tokens, tokenize
+from psykern.data.tokenizer import Tokenizer, tokenize
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,22 +47,6 @@ class Encoded:
     transcripts: tuple[EncodedTranscript, ...]  # in order and whole, without those refused or left out
     rejects: tuple[RowError, ...]  # first those that the condition refuses, then those with an unusable option
     without_metadata: int  # transcripts that the condition persona left out
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Draft:
-    """A transcript with its responses found; the branches are still missing."""
-
-    transcript: Transcript
-    token_ids: np.ndarray  # [T] int32
-    responses: tuple[str, ...]  # [R]
-    spans_tok: np.ndarray  # [R, 2] int32
-    flags: list[list[str]]  # [R]
-    options: list[Options]  # [R]
-    option_index: list[int]  # [R]
-
-
-_Drafted = tuple[_Draft, Sequence[Placed | None]]  # with the branches of each response
 
 
 class _Prepared(NamedTuple):
@@ -190,7 +172,7 @@ class Encoder:
         if self.settings.options == "given" and transcript.options is not None:
             return [options or None for options in transcript.options]
         if self.settings.options == "observed":
-            seen = tuple(dict.fromkeys(text for text in _inside(transcript) if text.strip()))
+            seen = tuple(dict.fromkeys(text for text in responses_of(transcript) if text.strip()))
         elif self.settings.options == "observed-experiment":
             seen = observed.get((transcript.study, transcript.experiment), ())
         else:
@@ -201,25 +183,25 @@ class Encoder:
 
     def _drafted(
         self, prepared: Sequence[_Prepared], observed: Mapping[tuple[str, str], tuple[str, ...]]
-    ) -> Iterator[_Drafted]:
+    ) -> Iterator[Drafted]:
         options = [self._options(transcript, observed) for transcript, _ in prepared]
         if self.settings.boundary == "split":
-            return _split(self._tokenizer, [transcript for transcript, _ in prepared], options)
+            return split_drafts(self._tokenizer, [transcript for transcript, _ in prepared], options)
         joint = list(self._joint(prepared, options))
         placed = joint_branches(self._tokenizer, [text for _, text in joint])
         return zip((draft for draft, _ in joint), placed, strict=True)
 
     def _joint(
         self, prepared: Sequence[_Prepared], options: Sequence[list[Options]]
-    ) -> Iterator[tuple[_Draft, JointText]]:
+    ) -> Iterator[tuple[Draft, JointText]]:
         texts = [transcript.text if study is None else study.text for transcript, study in prepared]
         tokenized = tokenize(self._tokenizer, texts)
         for (transcript, study), tokens, of in zip(prepared, tokenized, options, strict=True):
             if study is None:
-                yield _exact(transcript, tokens, of, "" if self._chat else CLOSE_MARK)
+                yield exact_draft(transcript, tokens, of, "" if self._chat else CLOSE_MARK)
             else:
                 spans = study_spans(tokens.ids, self._open_ids, self._close_ids)
-                yield _study(transcript, study, tokens, spans, of, is_chat=self._chat is not None)
+                yield study_draft(transcript, study, tokens, spans, of, is_chat=self._chat is not None)
 
 
 def _plain_marks(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
@@ -228,141 +210,7 @@ def _plain_marks(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]
     return opening.ids, closing.ids
 
 
-def _inside(transcript: Transcript) -> list[str]:
-    return [transcript.text[a:b] for a, b in transcript.responses_char.tolist()]
-
-
-def _exact(transcript: Transcript, tokens: Tokens, options: list[Options], close: str) -> tuple[_Draft, JointText]:
-    """``close`` is put behind an option; "" where, as in a chat, the mark behind it is the text's own."""
-    marks = transcript.responses_char.reshape(-1, 2)
-    a, b = marks.T
-    first = np.searchsorted(tokens.end_char, a, side="right")
-    stop = np.maximum(first, np.searchsorted(tokens.start_char, b, side="left"))
-    stop[a == b] = first[a == b]  # a token can reach over both marks of an empty response
-    full = np.flatnonzero(first < stop)
-    beyond = (tokens.start_char[first[full]] < a[full]) | (tokens.end_char[stop[full] - 1] > b[full])
-    responses = _inside(transcript)
-    inserts = [_inserts(of, close, patched=False) if of else None for of in options]
-    draft = _Draft(
-        transcript=transcript,
-        token_ids=tokens.ids,
-        responses=tuple(responses),
-        spans_tok=np.stack([first, stop], axis=1).astype(np.int32),
-        flags=[[] for _ in responses],
-        options=options,
-        option_index=[_index(text, of) for text, of in zip(responses, options, strict=True)],
-    )
-    for r in full[beyond]:
-        draft.flags[r].append("straddles")
-    _flag_unscored(draft)
-    return draft, JointText(transcript.text, tokens, marks, [close] * len(marks), inserts)
-
-
-def _index(response: str, options: Options) -> int:
-    return options.index(response) if options and response in options else -1
-
-
-def _flag_unscored(draft: _Draft) -> None:
-    """Flags responses without a score; a span that begins at token 0 becomes empty."""
-    first, stop = draft.spans_tok.T
-    for r in np.flatnonzero(first == stop):
-        draft.flags[r].append("empty")
-    for r in np.flatnonzero((first == 0) & (stop > 0)):
-        draft.flags[r].append("no_context")
-        draft.spans_tok[r] = 0
-
-
-@lru_cache(maxsize=1024)
-def _inserts(options: tuple[str, ...], close: str, *, patched: bool, stripped: bool = False) -> tuple[Insert, ...]:
-    """What each option puts in a response's place; ``patched`` as the study's rules would write it, ``stripped`` as a
-    chat template would."""
-    inserts = [study_response(option) if patched else (option, close) for option in options]
-    return tuple((text.strip() if stripped else text, after if close else "") for text, after in inserts)
-
-
-def _study(
-    transcript: Transcript,
-    rendered: Rendered,
-    tokens: Tokens,
-    spans: np.ndarray,
-    options: list[Options],
-    *,
-    is_chat: bool,
-) -> tuple[_Draft, JointText]:
-    """The study's scored runs ``spans``, each with the options of the response whose opening mark it follows."""
-    text, marks_char, stripped = rendered
-    begins, ends = tokens.start_char[spans[:, 0]], tokens.end_char[spans[:, 1] - 1]
-    # A combining character that was composed with the one before it is in no token: read up to the next token.
-    reads = np.maximum(ends, np.append(tokens.start_char, len(text))[spans[:, 1]])
-    marks = np.concatenate([[[0, -1]], marks_char])  # row 0: before any mark
-    owners = np.searchsorted(marks[1:, 0], begins, side="right")
-    a, b = marks[owners].T
-    inside = [text[i : max(i, j)] for i, j in zip(a.tolist(), b.tolist(), strict=True)]
-    own = [options[owner - 1] if closed else None for owner, closed in zip(owners.tolist(), b >= 0, strict=True)]
-    close = "" if is_chat else CLOSE_MARK
-    inserts = [_inserts(of, close, patched=True, stripped=stripped) if of else None for of in own]
-    draft = _Draft(
-        transcript=transcript,
-        token_ids=tokens.ids,
-        responses=tuple(text[i:j] for i, j in zip(begins.tolist(), reads.tolist(), strict=True)),
-        spans_tok=spans,
-        flags=[["leaks"] if leaks else [] for leaks in (begins < a) | (ends > b)],
-        options=own,
-        option_index=[_patched_index(text, of) for text, of in zip(inside, inserts, strict=True)],
-    )
-    closes = ["" if is_chat else study_response(response)[1] for response in inside]
-    return draft, JointText(text, tokens, marks[owners], closes, inserts)
-
-
-def _patched_index(inside: str, inserts: tuple[Insert, ...] | None) -> int:
-    """The option that the characters between the marks are, but for white space around them; -1: none."""
-    return _index(inside.strip(), tuple(insert.strip() for insert, _ in inserts or ()))
-
-
-def _split(
-    tokenizer: Tokenizer, transcripts: Sequence[Transcript], options: Sequence[list[Options]]
-) -> Iterator[_Drafted]:
-    """Each transcript from the tokens of its pieces, with the branches of its responses. Equal pieces are tokenized
-    once. What a tokenizer puts in front of a text stands before the first piece alone."""
-    pieces = [_pieces(transcript) for transcript in transcripts]
-    given = dict.fromkeys(chain.from_iterable(options))
-    starts = Snippets(tokenizer, (own[0] for own in pieces))
-    later = chain.from_iterable(own[1:] for own in pieces)
-    snippets = Snippets(tokenizer, chain(later, *(of for of in given if of)), inside=True)
-    for transcript, own, of in zip(transcripts, pieces, options, strict=True):
-        ids = [starts[own[0]][0], *(snippets[piece][0] for piece in own[1:])]
-        draft = _split_draft(tokenizer, transcript, ids, of)
-        first = draft.spans_tok[:, 0].tolist()
-        placed: list[Placed | None] = [
-            (start, split_branches(texts, after, snippets)) if texts else None
-            for start, texts, after in zip(first, of, own[2::2], strict=True)
-        ]
-        _flag_unscored(draft)
-        yield draft, placed
-
-
-def _pieces(transcript: Transcript) -> list[str]:
-    """2 R + 1 pieces: the text up to a response's opening mark, the response, the text from its closing mark on."""
-    bounds = [0, *transcript.responses_char.ravel().tolist(), len(transcript.text)]
-    return [transcript.text[i:j] for i, j in pairwise(bounds)]
-
-
-def _split_draft(tokenizer: Tokenizer, transcript: Transcript, ids: list[list[int]], options: list[Options]) -> _Draft:
-    """``ids``: of each piece."""
-    bounds = np.cumsum([len(tokenizer.front), *map(len, ids)])  # piece i is bounds[i] to bounds[i + 1]
-    responses = tuple(_inside(transcript))
-    return _Draft(
-        transcript=transcript,
-        token_ids=np.fromiter(chain(tokenizer.front, *ids), dtype=np.int32),
-        responses=responses,
-        spans_tok=bounds[1:-1].reshape(-1, 2).astype(np.int32),
-        flags=[[] for _ in responses],
-        options=options,
-        option_index=[_index(text, of) for text, of in zip(responses, options, strict=True)],
-    )
-
-
-def _unusable_option(draft: _Draft, placed: Sequence[Placed | None]) -> RowError | None:
+def _unusable_option(draft: Draft, placed: Sequence[Placed | None]) -> RowError | None:
     for r, entry in enumerate(placed):
         reason = entry[1].unusable(draft.options[r] or (), r + 1) if entry is not None else None
         if reason is not None:
@@ -370,7 +218,7 @@ def _unusable_option(draft: _Draft, placed: Sequence[Placed | None]) -> RowError
     return None
 
 
-def _assembled(draft: _Draft, placed: Sequence[Placed | None]) -> EncodedTranscript:
+def _assembled(draft: Draft, placed: Sequence[Placed | None]) -> EncodedTranscript:
     """The draft with its branches, all tokens and all responses."""
     own = _with_context(draft, placed)
     every = [branches for _, branches in own.values()]
@@ -397,7 +245,7 @@ def _assembled(draft: _Draft, placed: Sequence[Placed | None]) -> EncodedTranscr
     )
 
 
-def _with_context(draft: _Draft, placed: Sequence[Placed | None]) -> dict[int, Placed]:
+def _with_context(draft: Draft, placed: Sequence[Placed | None]) -> dict[int, Placed]:
     """The branches of each response of which all first scored tokens have one before them; flags the others, and those
     with closing marks."""
     own = {}

@@ -27,6 +27,7 @@ from support.toy import (
     in_bytes,
     write_rows,
 )
+from tokenizers import Tokenizer
 
 import psykern
 from psykern import Settings
@@ -82,6 +83,9 @@ def test_special_tokens_in_a_template_tell_runs_and_caches_apart(talking: Toy, t
     cache, runs = tmp_path / "cache", []
     for token in ("!", "hello"):
         folder = shutil.copytree(talking.model, tmp_path / token)
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer.add_special_tokens(["!", "hello"])  # else bos_token makes another tokenizer, too
+        tokenizer.save(str(folder / "tokenizer.json"))
         (folder / "chat_template.jinja").write_text("{{ bos_token }}" + TEMPLATE)
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": token}
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
