@@ -30,9 +30,10 @@ from psykern.data import persona
 from psykern.data.dataset import Dataset
 from psykern.data.files import DAMAGE, open_lines
 from psykern.data.people import People
-from psykern.data.values import answer_options, identifier, is_blank, is_missing, kind, string
+from psykern.data.values import answer_options, check_exact, identifier, is_blank, is_missing, kind, string
 
-_COLUMNS = ("text", "study", "experiment", "participant", "participant_reindexed", "options", *persona.COLUMNS)
+_IDS = ("experiment", "participant", "participant_reindexed")
+_COLUMNS = ("text", "study", *_IDS, "options", *persona.COLUMNS)
 _PARQUET_BATCH = 64  # rows decoded together
 _PARQUET_BUFFER = 1 << 20  # bytes read ahead per column, instead of the whole column of a row group
 
@@ -165,7 +166,7 @@ def _unusable(schema: pa.Schema) -> str | None:
 
 def _narrow(column: pa.DataType) -> type[np.floating] | None:
     """The type of a column's numbers, or of those in its lists, where they are floats of less than 64 bits."""
-    while pa.types.is_list(column) or pa.types.is_large_list(column) or pa.types.is_fixed_size_list(column):
+    while hasattr(column, "value_type"):  # of lists, their views, dictionaries
         column = column.value_type
     if pa.types.is_float16(column):
         return np.float16
@@ -173,21 +174,28 @@ def _narrow(column: pa.DataType) -> type[np.floating] | None:
 
 
 def _take(batch: pa.RecordBatch, place: int, narrow: Mapping[str, type[np.floating]]) -> Mapping[str, object]:
-    try:
-        columns = zip(batch.schema.names, batch.columns, strict=True)
-        fields = {name: column[place].as_py() for name, column in columns}
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8: byte 0x{error.object[error.start]:02x} ({error.reason})") from error
-    except OverflowError as error:  # a date beyond Python's
-        raise ValueError(f"row: a value cannot be read: {error}") from error
-    return fields | {name: _shortest(fields[name], width) for name, width in narrow.items()}
+    fields = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            value = column[place].as_py()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{name}: not UTF-8: byte 0x{error.object[error.start]:02x} ({error.reason})") from error
+        except (OverflowError, ValueError) as error:  # a date beyond Python's, nanoseconds
+            reason = str(error).split(". ")[0]  # behind it stands advice for programmers
+            raise ValueError(f"{name}: cannot be read: {reason}; write it as a string") from error
+        fields[name] = _shortest(name, value, narrow[name]) if name in narrow else value
+    return fields
 
 
-def _shortest(value: object, width: type[np.floating]) -> object:
+def _shortest(name: str, value: object, width: type[np.floating]) -> object:
     """A narrow float, or a list of them, as its digits have it: 0.1 in 32 bits is 0.10000000149011612 in 64."""
     if isinstance(value, list):
-        return [_shortest(item, width) for item in value]
-    return float(str(width(value))) if isinstance(value, float) else value
+        return [_shortest(name, item, width) for item in value]
+    if not isinstance(value, float):
+        return value
+    if name in _IDS:
+        check_exact(name, value, bits=np.finfo(width).nmant + 1)
+    return float(str(width(value)))
 
 
 def find_responses(text: str) -> np.ndarray:

@@ -20,8 +20,6 @@ from uuid import UUID
 
 import numpy as np
 
-_INEXACT = 2.0**53  # from here on two integers can be one float
-
 Number = int | float | Decimal
 
 _KINDS = {
@@ -72,10 +70,7 @@ def identifier(name: str, value: object, *, missing: str) -> str:
     if is_missing(value):
         return missing
     if _is_number(value):
-        if isinstance(value, float) and abs(value) >= _INEXACT:
-            raise ValueError(
-                f"{name}: {value!r} is a float, too large to tell ids apart; write it as string or integer"
-            )
+        check_exact(name, value)
         return _as_people_write(value)
     if isinstance(value, (date, time)):  # a timestamp is a date too
         return value.isoformat()
@@ -84,6 +79,12 @@ def identifier(name: str, value: object, *, missing: str) -> str:
     if isinstance(value, str):
         return string(name, value)
     raise ValueError(f"{name}: expected a string or a number, got {kind(value)}")
+
+
+def check_exact(name: str, value: Number, *, bits: int = 53) -> None:
+    """Refuses a float, of ``bits`` significant ones, from where on two integers can be one float."""
+    if isinstance(value, float) and math.isfinite(value) and abs(value) >= 2.0**bits:
+        raise ValueError(f"{name}: {value!r} is a float, too large to tell ids apart; write it as string or integer")
 
 
 def answer_options(value: object, text: str, responses_char: np.ndarray) -> tuple[tuple[str, ...], ...] | None:

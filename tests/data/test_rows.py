@@ -250,7 +250,7 @@ class TestBadRows:
         pq.write_table(pa.table({"text": texts}), packed)
         transcripts, (error,) = read_all(write(tmp_path / "s.parquet", packed.getvalue()))
         assert [transcript.text for transcript in transcripts] == ["<<A>>", "<<B>>"]
-        assert (error.source.line, error.reason) == (2, "not UTF-8: byte 0xff (invalid start byte)")
+        assert (error.source.line, error.reason) == (2, "text: not UTF-8: byte 0xff (invalid start byte)")
 
     def test_parquet_row_of_another_type(self, tmp_path: Path) -> None:
         transcripts, errors = read_all(write(tmp_path / "s.parquet", in_parquet([{"text": b"<<A>>"}])))

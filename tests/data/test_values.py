@@ -8,7 +8,9 @@ import uuid
 from datetime import date, datetime, time, timezone
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -91,10 +93,11 @@ class TestOptionNumbers:
         (transcript,) = transcripts(parquet(tmp_path, text=pa.array([text]), options=options))
         assert transcript.options is not None and set(transcript.options) == {expected}
 
+    @pytest.mark.parametrize("container", [pa.list_, pa.large_list, pa.list_view, lambda kind: pa.list_(kind, 3)])
     @pytest.mark.parametrize("kind", [pa.float32(), pa.float16()], ids=str)
-    def test_narrow_floats_are_not_widened(self, kind: pa.DataType, tmp_path: Path) -> None:
+    def test_narrow_floats_are_not_widened(self, kind: pa.DataType, container: Any, tmp_path: Path) -> None:
         """0.1 in 32 bits is 0.10000000149… in 64."""
-        options = pa.array([[0.1, 0.2, 1.0]]).cast(pa.list_(kind))
+        options = pa.array([np.array([0.1, 0.2, 1.0], kind.to_pandas_dtype())], container(kind))
         age = pa.array([30.1]).cast(kind)
         (transcript,) = transcripts(parquet(tmp_path, text=pa.array(["<<0.1>>"]), options=options, age=age))
         assert transcript.options == (("0.1", "0.2", "1"),)
@@ -162,6 +165,7 @@ class TestIds:
             pytest.param(pa.array([7, 8], pa.uint64()), ["7", "8"], id="unsigned"),
             pytest.param(pa.array([2**53 + 1, -(2**62)]), [str(2**53 + 1), str(-(2**62))], id="large integers"),
             pytest.param(pa.array([2.0**53 - 1]), [str(2**53 - 1)], id="the largest exact float"),
+            pytest.param(pa.array([2.0**24 - 1], pa.float32()), [str(2**24 - 1)], id="the largest exact 32-bit one"),
         ],
     )
     def test_one_evident_text(self, column: str, values: pa.Array, expected: list[str], tmp_path: Path) -> None:
@@ -180,7 +184,17 @@ class TestIds:
             pytest.param(pa.array([[7]]), "participant: .* got a list", id="list"),
             pytest.param(pa.array([float("inf")]), "participant: .* got a number that is not finite", id="infinite"),
             pytest.param(pa.array([2.0**53]), "participant: 9007199254740992.0 is a float, too large", id="inexact"),
-            pytest.param(pa.array([10**17], pa.timestamp("ms")), "cannot be read: ", id="a date beyond the calendar"),
+            pytest.param(  # 16,777,217 is the same float
+                pa.array([2.0**24], pa.float32()),
+                "participant: 16777216.0 is a float, too large",
+                id="32 bits",
+            ),
+            pytest.param(pa.array([2.0**11], pa.float16()), "participant: 2048.0 is a float, too large", id="16 bits"),
+            pytest.param(
+                pa.array([10**17], pa.timestamp("ms")),
+                "^participant: cannot be read: .*; write it as a string$",
+                id="a date beyond the calendar",
+            ),
         ],
     )
     def test_what_has_none_refuses_the_row(self, values: pa.Array, reason: str, tmp_path: Path) -> None:
