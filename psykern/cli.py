@@ -181,7 +181,7 @@ def _score(options: argparse.Namespace, settings: Settings) -> int:
         how: dict[str, Any] = {
             "revision": options.revision,
             "resume": options.resume,
-            "cache": options.cache,
+            "cache": options.cache or None,
             "stop": lambda: bool(received),
             "quiet": options.quiet,
         }

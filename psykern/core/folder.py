@@ -34,6 +34,8 @@ class Folder:
     def at(cls, path: str | Path) -> Folder:
         """The folder ``path``; it need not exist. A string with ``://`` is an fsspec URL."""
         text = str(path)
+        if not text:
+            raise RunFolderError("expected a folder or URL to write to, got an empty string")
         if "://" not in text or text.startswith("file://"):
             return cls(text.removeprefix("file://"), None, os.path.abspath(text.removeprefix("file://")))
         import fsspec  # here, because most runs need none of it

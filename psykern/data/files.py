@@ -36,6 +36,10 @@ _GENERIC_WORD = re.compile(
     r"\d*|of|tid|c\d{3}|jsonl|json|parquet|snappy|gz|gzip|zstd|snapshots|[0-9a-f]{16}|[0-9a-f]{32}|[0-9a-f]{40}",
     re.IGNORECASE,
 )
+# Rows under a name or packing that is not read: passed over, they would be missing in silence.
+_UNREAD = re.compile(
+    r"\.(jsonl|parquet)\.(gz|bz2|xz|lzma|zst|zstd|lz4|br|7z|tar)$|\.(ndjson|jsonlines)(\.\w+)?$", re.IGNORECASE
+)
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 _HUB_FOLDER = re.compile(r"datasets--(?:.+--)?(.+)")  # datasets--owner--name
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -60,6 +64,8 @@ def find_files(data: Sequence[str | Path]) -> list[Located]:
     copy of itself, and what is a run's.
     """
     found: dict[str, Located] = {}
+    if not data or not all(map(str, data)):  # a variable of the shell that is not set
+        raise DataError("data: expected paths or ids of the hub, got nothing, or an empty string")
     for item in data:
         try:
             files = _resolve(str(item))
@@ -130,8 +136,15 @@ def _search(folder: Path, names: list[str]) -> list[Located]:
         inner = [*reversed(Path(where).relative_to(folder).parts), *names]
         for name in sorted(files):
             stem = _stem(name)
-            if stem is not None and not name.startswith("."):
+            if name.startswith("."):
+                continue
+            if stem is not None:
                 found.append(Located(Path(where, name), _study_name(stem, inner)))
+            elif _UNREAD.search(name):
+                endings = ", ".join(_SUFFIXES)
+                raise DataError(
+                    f"{Path(where, name)}: expected a name that ends in {endings}; unpack, rename or move it"
+                )
     if not found:
         raise DataError(f"{folder}: expected files that end in {', '.join(_SUFFIXES)}, found none")
     return found
@@ -178,6 +191,11 @@ def _folder_study(name: str) -> str | None:
     if equals:
         return unquote(value) if key == "study" and value != "__HIVE_DEFAULT_PARTITION__" else None
     return None if _is_generic(name) else name
+
+
+def partition_keys(path: Path) -> list[str]:
+    """The columns of a partitioned table that folders hold in their names: ``key=value``."""
+    return [parent.name.partition("=")[0] for parent in Path(os.path.abspath(path)).parents if "=" in parent.name]
 
 
 def _is_generic(name: str) -> bool:
@@ -243,6 +261,8 @@ def open_lines(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
             with archive.open(member) as stream:
                 yield f"{path}!{member.filename}", stream
     elif name.endswith(".gz"):
+        if not size_of(path):  # which Python takes for a packed empty file
+            raise EOFError("the file is empty")
         with gzip.open(path, "rb") as unpacked:
             yield str(path), cast(IO[bytes], unpacked)
     else:
@@ -251,9 +271,12 @@ def open_lines(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
 
 
 def _find_member(archive: zipfile.ZipFile, path: Path) -> zipfile.ZipInfo:
-    """The one member `prompts.jsonl`, else the one member `*.jsonl` (macOS adds `__MACOSX/._prompts.jsonl`)."""
+    """The one member `prompts.jsonl`, else the one member `*.jsonl`; hidden ones (macOS adds
+    `__MACOSX/._prompts.jsonl`) are passed over as in a folder."""
     members = [
-        member for member in archive.infolist() if not member.is_dir() and not member.filename.startswith("__MACOSX/")
+        member
+        for member in archive.infolist()
+        if not member.is_dir() and not PurePosixPath(member.filename).name.startswith(".")
     ]
     rows = [member for member in members if PurePosixPath(member.filename).name == "prompts.jsonl"]
     rows = rows or [member for member in members if member.filename.lower().endswith(".jsonl")]

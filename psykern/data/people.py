@@ -4,7 +4,8 @@ Files that were numbered by themselves can call two people alike. An id that a s
 counted, and taken as ``same_participants`` says: as the same person (merge), as another one, who is then called
 ``<id>@<tag of the later file>`` (separate), or not at all (error). Files are read in a fixed order, so every process
 that reads them finds the same. A person without an id is called ``<tag of the file>:<line>``, which depends on the
-file's content and not on its place or name. A row that repeats one of the same person, text and all, is counted too.
+file's content and not on its place or name. A row that repeats one of the same person, text and all, is counted too,
+and so are those of a copied file, whose name can make it another study.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ class People:
     def __init__(self, dataset: Dataset, same: SameParticipants) -> None:
         self._paths = dataset.paths
         self._tags = [file.tag or str(number) for number, file in enumerate(dataset.files, start=1)]
+        hashes = [file.hash for file in dataset.files]
+        self._is_copy = [digest != "" and digest in hashes[:number] for number, digest in enumerate(hashes)]
         self._same = same
         self._file: dict[tuple[str, str], dict[str, int]] = defaultdict(dict)  # by study, experiment and participant
         self._shared: set[tuple[str, str, str]] = set()  # who is in more than one
@@ -36,7 +39,7 @@ class People:
     def place(self, transcript: Transcript, file: int) -> Transcript:
         """A row of the file number ``file``, under the name of its person, with what is to be counted of it. Raises
         DataError where the setting is "error" and the person is in an earlier file."""
-        if self._is_known(transcript):
+        if self._is_known(transcript) or self._is_copy[file]:
             transcript = replace(transcript, repeats=True)
         if len(self._paths) == 1:
             return transcript

@@ -28,7 +28,7 @@ from psykern.core.settings import SameParticipants
 from psykern.core.types import Transcript
 from psykern.data import persona
 from psykern.data.dataset import Dataset
-from psykern.data.files import DAMAGE, open_lines
+from psykern.data.files import DAMAGE, open_lines, partition_keys
 from psykern.data.people import People
 from psykern.data.values import answer_options, check_exact, identifier, is_blank, is_missing, kind, string
 
@@ -144,7 +144,7 @@ def _parquet_rows(path: Path) -> Iterator[_Row]:
     with pq.ParquetFile(path, buffer_size=_PARQUET_BUFFER, pre_buffer=False) as parquet:
         schema = parquet.schema_arrow
         columns = [name for name in schema.names if name in _COLUMNS]
-        if reason := _unusable(schema):
+        if reason := _unusable(schema, path):
             yield _Row(Source(str(path), 1), True, partial(_refuse, reason))
             return
         narrow = {name: width for name in columns if (width := _narrow(schema.field(name).type)) is not None}
@@ -155,9 +155,12 @@ def _parquet_rows(path: Path) -> Iterator[_Row]:
                     yield _Row(Source(str(path), number), "study" in columns, partial(_take, batch, place, narrow))
 
 
-def _unusable(schema: pa.Schema) -> str | None:
+def _unusable(schema: pa.Schema, path: Path) -> str | None:
     """Why no row of a parquet file can be used; None: they can."""
     counts = Counter(schema.names)
+    for key in partition_keys(path):
+        if key in _COLUMNS and key != "study" and not counts[key]:
+            return f"{key}: expected a column, it stands in the name of a folder alone; write the table in one piece"
     if not counts["text"]:
         return f"text: expected a column of that name, got columns {', '.join(schema.names)}"
     twice = next((name for name in _COLUMNS if counts[name] > 1), None)
@@ -247,6 +250,6 @@ def _transcript(fields: Mapping[str, object], study: str, source: Source, name: 
 def _study(fields: Mapping[str, object], default: str) -> str:
     study = fields.get("study")
     study = string("study", default if is_missing(study) else study)
-    if not study:
+    if is_blank(study):
         raise ValueError("study: expected a name, got an empty string")
     return study

@@ -108,7 +108,7 @@ class RunFolder:
             more = f" and {len(foreign) - 1:,} more" if len(foreign) > 1 else ""
             raise RunFolderError(
                 f"{self.folder.name('responses')}: holds parts that are not of this run, as another version of psykern "
-                f"leaves them: {foreign[0]}{more}; take a new folder"
+                f"leaves them, or files of data under other names: {foreign[0]}{more}; take a new folder"
             )
 
     def write_part(self, unit: UnitInfo, table: pa.Table, report: UnitReport) -> str:

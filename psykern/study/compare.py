@@ -57,6 +57,8 @@ def compare(
     """
     described = read_models(Path(models)) if isinstance(models, str | Path) else dict(models or {})
     of_study = read_domains(Path(domains)) if isinstance(domains, str | Path) else dict(domains or {})
+    if not all(map(str, runs)):  # a variable of the shell that is not set; Path("") is the folder at hand
+        raise ComparisonError("runs: expected folders, got an empty string")
     named = name_runs([run for folder in runs for run in open_runs(Path(folder))], described)
     if not named:
         raise ComparisonError("runs: expected at least one, got none")

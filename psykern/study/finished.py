@@ -13,6 +13,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,9 @@ class FinishedRun:
     condition: str  # "plain" where the manifest names none
     date: str | None  # that its prompts hold; None: they hold none
     data: tuple[str, ...]  # hashes of the data files, sorted
+    data_read: tuple[str, ...]  # the same in the order in which the files were read
+    shared_participants: int  # people who are in several of the files
+    responses: int | None  # that its parts hold; None: the manifest does not say
     settings: tuple[tuple[str, str], ...]  # COMPARED, each value as JSON
     device: str
     dtype: str
@@ -75,6 +79,9 @@ def _open(path: Path) -> FinishedRun:
             condition=manifest.get("condition") or "plain",
             date=manifest.get("date"),
             data=tuple(sorted(item["hash"] for item in manifest["data"])),
+            data_read=tuple(item["hash"] for item in manifest["data"]),
+            shared_participants=_count(manifest, "shared_participants") or 0,
+            responses=_count(manifest, "responses"),
             settings=tuple((name, json.dumps(manifest.get(name))) for name in COMPARED),
             device=manifest["device"],
             dtype=manifest["dtype"],
@@ -85,6 +92,11 @@ def _open(path: Path) -> FinishedRun:
         raise RunFolderError(f"{file}: expected the manifest of a finished run; was the run interrupted?") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunFolderError(f"{file}: cannot be read as a run's manifest: {type(error).__name__}: {error}") from error
+
+
+def _count(manifest: dict[str, Any], name: str) -> int | None:
+    count = manifest.get("counts", {}).get(name)
+    return None if count is None else index(count)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -124,11 +136,17 @@ class _Columns:
 
 
 def load(run: FinishedRun) -> Responses:
-    """Read all responses of ``run``. Raises RunFolderError for a part that cannot be read."""
+    """Read all responses of ``run``. Raises RunFolderError for a part that cannot be read, and where parts are missing
+    or there twice."""
     parts = sorted((run.path / "responses").glob("part-*.parquet"))
     if not parts:
         raise RunFolderError(f"{run.path}: expected a run's folder with responses/part-*.parquet, found no part")
     num_rows = sum(_num_rows(part) for part in parts)
+    if run.responses not in (None, num_rows):
+        raise RunFolderError(
+            f"{run.path}: expected the {run.responses:,} responses that manifest.json counts, its parts hold "
+            f"{num_rows:,}; copy the folder anew, or let the command that wrote it go on"
+        )
     columns = _Columns(
         response_index=np.empty(num_rows, np.int32),
         text=np.empty(num_rows, np.int64),

@@ -190,6 +190,7 @@ def check_rows(pair: Pair, base: Responses, post: Responses) -> None:
     response depends on tokenizer and template.
     """
     names = pair.base.label, pair.post.label
+    _check_order(pair)
     if base.participants != post.participants:
         sets = set(base.participants), set(post.participants)
         for here, there, lacking in ((0, 1, names[1]), (1, 0, names[0])):
@@ -215,6 +216,19 @@ def check_rows(pair: Pair, base: Responses, post: Responses) -> None:
         first = int(np.flatnonzero(base.texts != post.texts)[0])
         raise ComparisonError(
             f"responses: those of {_who(base.participants[first])} have other texts in {names[0]} than in {names[1]}"
+        )
+
+
+def _check_order(pair: Pair) -> None:
+    """Raises ComparisonError where a participant's transcripts may stand in another order: files of a study are read in
+    order of their names, and records do not tell which of them a transcript is from."""
+    base, post = pair.base.run, pair.post.run
+    shared = max(base.shared_participants, post.shared_participants)
+    if shared and base.data_read != post.data_read:
+        raise ComparisonError(
+            f"data: {pair.post.label} read the files in another order than {pair.base.label}, as they had other names, "
+            f"and {shared:,} participants are in several of them, so that their transcripts cannot be told apart; score "
+            "one run anew with the other's file names"
         )
 
 

@@ -141,3 +141,8 @@ def test_places_that_cannot_be_a_folder_are_named(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match=r"nonsense://a: cannot be opened"):
         Folder.at("nonsense://a")
     assert (tmp_path / "file").read_text() == (tmp_path / "responses").read_text() == "mine"
+
+
+def test_an_empty_string_is_not_the_folder_at_hand() -> None:
+    with pytest.raises(RunFolderError, match="expected a folder or URL to write to, got an empty string"):
+        Folder.at("")

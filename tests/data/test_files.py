@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import re
 import zipfile
 from pathlib import Path
 
@@ -106,6 +107,31 @@ class TestFindData:
         with pytest.raises(DataError, match=r"expected files that end in .*\.parquet, found none"):
             find_files([tmp_path])
 
+    @pytest.mark.parametrize("name", ["b.jsonl.bz2", "b.JSONL.zst", "b.parquet.gz", "b.ndjson", "b.ndjson.gz"])
+    def test_rows_that_are_not_read_are_not_passed_over(self, tmp_path: Path, name: str) -> None:
+        write(tmp_path / "a.jsonl")
+        write(tmp_path / name)
+        with pytest.raises(
+            DataError, match=rf"{re.escape(name)}: expected a name that ends in .*; unpack, rename or move"
+        ):
+            find_files([tmp_path])
+
+    @pytest.mark.parametrize("name", ["b.jsonl.md5", "b.jsonl.lock", "b.json", "b.csv.bz2", ".b.jsonl.bz2"])
+    def test_files_of_other_kinds_are(self, tmp_path: Path, name: str) -> None:
+        file = write(tmp_path / "a.jsonl")
+        write(tmp_path / name)
+        assert find_files([tmp_path]) == [(file, "a")]
+
+    @pytest.mark.parametrize("data", [[], [""], ["a.jsonl", ""]], ids=["none", "empty", "one empty"])
+    def test_nothing_is_not_the_folder_at_hand(
+        self, data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """`psykern score MODEL "$DATA"` where the variable is not set."""
+        write(tmp_path / "a.jsonl")
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(DataError, match="data: expected paths or ids of the hub, got nothing, or an empty string"):
+            find_files(data)
+
     def test_packed_copy_beside_the_file(self, tmp_path: Path) -> None:
         write(tmp_path / "dezfouli2019" / "prompts.jsonl")
         write(tmp_path / "dezfouli2019" / "prompts.jsonl.zip", zipped({"prompts.jsonl": b""}))
@@ -185,6 +211,9 @@ class TestContainers:
                 "s.jsonl.zip",
                 zipped({"raw.jsonl": b"?", "d/prompts.jsonl": json_lines(ROWS), "__MACOSX/d/._prompts.jsonl": b"?"}),
                 id="zip with more in it",
+            ),
+            pytest.param(
+                "s.zip", zipped({"a/r.jsonl": json_lines(ROWS), "a/._r.jsonl": b"?"}), id="zip by other tools"
             ),
             pytest.param("s.parquet", in_parquet(ROWS), id="parquet"),
             pytest.param("s.parquet", in_parquet(ROWS, row_group_size=1, use_dictionary=["text"]), id="parquet groups"),

@@ -94,6 +94,12 @@ class TestRepeatedRows:
         (unit,) = units(Dataset.find(tmp_path), unit_tokens=1000, same_participants=same)
         assert (unit.repeated, unit.shared_participants) == (1, 2)
 
+    def test_a_copy_under_another_name(self, tmp_path: Path) -> None:
+        """Its rows are another study's, by its name; with an id or without one."""
+        for name in ("bandit", "bandit (1)"):
+            write(tmp_path / f"{name}.jsonl", json_lines([row(1), row(), row(1, experiment="two")]))
+        assert [t.repeats for t in people(tmp_path)] == [False] * 3 + [True] * 3
+
 
 class TestIdsOfSeveralFiles:
     def test_merged_people_are_counted_once_when_they_join(self, folder: Path) -> None:

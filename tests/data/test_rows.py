@@ -198,6 +198,7 @@ BAD_ROWS = [
     pytest.param({"text": "A>> <<B>>"}, "text: '>>' at character 1 without '<<' before it", id="not opened"),
     pytest.param({"text": "<<A>> <<B"}, "text: '<<' at character 6 is never closed", id="not closed"),
     pytest.param({"text": "", "study": ""}, "study: expected a name, got an empty string", id="study is empty"),
+    pytest.param({"text": "", "study": " "}, "study: expected a name, got an empty string", id="study is blank"),
     pytest.param({"text": "", "study": 3}, "study: expected a string, got a number", id="study is a number"),
     pytest.param(
         {"text": "", "experiment": []}, "experiment: expected a string or a number, got a list", id="experiment"
@@ -262,6 +263,16 @@ class TestBadRows:
         assert transcripts == []
         assert error.reason == "text: expected a column of that name, got columns prompt, id"
 
+    @pytest.mark.parametrize("key", ["participant", "experiment", "age"])
+    def test_parquet_with_a_column_in_the_folders_names_alone(self, tmp_path: Path, key: str) -> None:
+        """`df.to_parquet(folder, partition_cols=[key])` takes it out of the files."""
+        file = write(tmp_path / "study=s" / f"{key}=1" / "part-0.parquet", in_parquet([{"text": "<<A>>"}] * 2))
+        transcripts, (error,) = read_all(tmp_path)
+        assert transcripts == []
+        assert str(error).startswith(f"{file}:1: {key}: expected a column, it stands in the name of a folder alone; ")
+        write(file, in_parquet([{"text": "<<A>>", key: "1"}]))
+        assert [transcript.study for transcript in read_all(tmp_path)[0]] == ["s"]
+
 
 class TestDamagedFiles:
     """Rows before the damage are kept, there is one error at the line reached, and the next file is read."""
@@ -285,6 +296,10 @@ class TestDamagedFiles:
         kept, error = self.damaged(tmp_path, ".jsonl.gz", packed[: len(packed) // 2])
         assert 80 <= kept <= 120
         assert error.reason.startswith(f"file is damaged or truncated after line {kept}: Compressed file ended")
+
+    def test_empty_gzip(self, tmp_path: Path) -> None:
+        kept, error = self.damaged(tmp_path, ".jsonl.gz", b"")
+        assert (kept, error.reason) == (0, "file is damaged or truncated after line 0: the file is empty")
 
     def test_gzip_with_a_wrong_checksum_keeps_every_row(self, tmp_path: Path) -> None:
         packed = bytearray(gzip.compress(json_lines(self.LONG)))

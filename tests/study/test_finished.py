@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections import defaultdict
 from dataclasses import fields
 from pathlib import Path
@@ -110,6 +111,10 @@ def test_what_is_no_finished_run(tmp_path: Path) -> None:
     (run / "manifest.json").unlink()
     with pytest.raises(RunFolderError, match=r"expected manifest.json of a finished run.*interrupted"):
         open_runs(run)
+    for counts in ([], {"responses": "7"}, {"responses": math.inf}):
+        write_run(tmp_path / f"{counts}", "m", [], counts=counts)
+        with pytest.raises(RunFolderError, match=r"cannot be read as a run's manifest: (Attribute|Type)Error"):
+            open_runs(tmp_path / f"{counts}")
     (run / "manifest.json").write_text('{"model_id": "m"}')
     with pytest.raises(RunFolderError, match=r"cannot be read as a run's manifest: KeyError"):
         open_runs(run)
@@ -127,11 +132,26 @@ def test_a_part_that_is_damaged_or_something_else(tmp_path: Path) -> None:
         load(open_runs(run)[0])
 
 
+@pytest.mark.parametrize("change", ["missing", "twice"])
+def test_a_part_that_is_missing_or_there_twice(tmp_path: Path, change: str) -> None:
+    """A folder that was copied in part has means of its own."""
+    records = rows(Humans())
+    run = write_run(tmp_path / "run", "m", records, counts={"responses": len(records)})
+    load(open_runs(run)[0])
+    part = run / "responses" / "part-00000.parquet"
+    shutil.copy(part, part.with_name("part-00009.parquet")) if change == "twice" else part.unlink()
+    with pytest.raises(
+        RunFolderError, match=rf"{len(records):,} responses that manifest.json counts, its parts hold \d"
+    ):
+        load(open_runs(run)[0])
+
+
 def test_data_hashes_do_not_depend_on_the_order_of_files(tmp_path: Path) -> None:
     files = [{"path": str(i), "hash": str(i) * 64, "bytes": 1} for i in range(3)]
     one = write_run(tmp_path / "one", "m", [], parts=1, data=files)
     two = write_run(tmp_path / "two", "m", [], parts=1, data=files[::-1])
     assert open_runs(one)[0].data == open_runs(two)[0].data
+    assert open_runs(one)[0].data_read == open_runs(two)[0].data_read[::-1]
     assert json.loads((one / "manifest.json").read_text())["data"] == files
 
 

@@ -83,6 +83,31 @@ def test_under_the_studys_protocol_texts_may_differ_by_tokenizer(tmp_path: Path)
     assert len(compare(runs, models=MODELS).pairs) == 1
 
 
+FILES = [{"hash": digest * 64} for digest in "ab"]
+
+
+@pytest.mark.parametrize("shared", [0, 2])
+@pytest.mark.parametrize("tuned", [{}, {"protocol": "study"}], ids=["exact", "study"])
+def test_files_that_were_read_in_another_order(tuned: dict[str, object], shared: int, tmp_path: Path) -> None:
+    """Transcripts of one participant, who has some in each file, would be set against each other."""
+    records, counts = rows(HUMANS), {"counts": {"shared_participants": shared}}
+    runs = [
+        write_run(tmp_path / name, name, records, data=files, **counts, **tuned)
+        for name, files in (("base", FILES), ("tuned", FILES[::-1]))
+    ]
+    if not shared:
+        assert compare(runs, models=MODELS).pairs[0].aggregate.difference.value == 0
+        return
+    with pytest.raises(ComparisonError, match=r"data: tuned read the files in another order than base, .* 2 partic"):
+        compare(runs, models=MODELS)
+
+
+def test_an_empty_path_is_not_the_folder_at_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(write_run(tmp_path / "base", "base", rows(HUMANS)))
+    with pytest.raises(ComparisonError, match="runs: expected folders, got an empty string"):
+        compare([""], unpaired=True)
+
+
 def test_a_run_without_its_partner(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", "Qwen/Qwen3-8B", rows(HUMANS))
     with pytest.raises(ComparisonError, match=r"Qwen3-8B has no partner: its base Qwen3-8B-Base .*not among the runs"):
