@@ -227,8 +227,8 @@ def _check_order(pair: Pair) -> None:
     if shared and base.data_read != post.data_read:
         raise ComparisonError(
             f"data: {pair.post.label} read the files in another order than {pair.base.label}, as they had other names, "
-            f"and {shared:,} participants are in several of them, so that their transcripts cannot be told apart; score "
-            "one run anew with the other's file names"
+            f"and {shared:,} participants are in several of them, so that their transcripts cannot be told apart; "
+            "score one run anew with the other's file names"
         )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.toy import TEMPLATE, Toy, make_toy_data
+from support.toy import TEMPLATE, Toy, make_toy_data, write_rows
 
 import psykern
 from psykern import Settings, Workers, score_on_cluster
@@ -137,6 +137,21 @@ def test_a_stopped_run_goes_on(cluster: None, toy: Toy, expected: dict[str, byte
     assert kept.items() <= expected.items()
     psykern.score(toy.model, toy.data, out, SETTINGS)
     assert contents(out) == expected
+
+
+def test_people_are_those_of_one_process(cluster: None, toy: Toy, tmp_path: Path) -> None:
+    """1 and 2 are in both files, the former with a row that repeats one; 2 rows of the first name nobody."""
+    rows = [{"text": row["text"]} for row in (*toy.rows[:8], toy.rows[0])]
+    ids = [1, None, 2, None, 3], ["2", 4, 5, 1.0]
+    for name, own, of in zip(("train-0", "train-1"), ids, (rows[:5], rows[5:]), strict=True):
+        write_rows(tmp_path / "s" / f"{name}.jsonl", [r | {"participant": i} for r, i in zip(of, own, strict=True)])
+    settings = replace(SETTINGS, same_participants="separate")
+    alone = psykern.score(toy.model, tmp_path / "s", tmp_path / "alone", settings)
+    run = score_on_cluster(toy.model, tmp_path / "s", tmp_path / "run", settings, workers=Workers(cpus=1))
+    assert contents(tmp_path / "run") == contents(tmp_path / "alone")
+    counts = run.manifest.counts
+    assert counts == alone.manifest.counts
+    assert (counts.without_id_transcripts, counts.shared_participants, counts.repeated_transcripts) == (2, 2, 1)
 
 
 @pytest.mark.parametrize("begun", ["before", "meanwhile"])
