@@ -23,7 +23,7 @@ from psykern.study.figures.style import KINDS, OTHER
 pytest.importorskip("matplotlib")
 image_module = pytest.importorskip("PIL.Image")
 
-HUMANS = Humans(studies=("alpha", "beta <b>&amp;", "gamma"), participants=12, responses=10)
+HUMANS = Humans(studies=("alpha", "beta <b>&amp;", "ga$m_$ma"), participants=12, responses=10)
 RUNS = {  # model: shift of the NLL, sharpness, condition
     "Qwen3-4B-Base": (0.0, 1.0, "plain"),
     "Qwen3-4B": (0.2, 1.5, "plain"),
@@ -56,7 +56,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture(scope="module")
 def domains(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("domains") / "domains.csv"
-    path.write_text("study,domain\nalpha,games\ngamma,memory\n")
+    path.write_text("study,domain\nalpha,games\nga$m_$ma,memory\n")
     return path
 
 
@@ -108,9 +108,9 @@ def test_tables_hold_the_comparisons_numbers(report: Path, again: tuple[Path, ps
     assert {row["study"]: row["domain"] for row in studies} == {
         "alpha": "games",
         "beta <b>&amp;": "",
-        "gamma": "memory",
+        "ga$m_$ma": "memory",
     }
-    assert {row["option_difference"] for row in studies if row["study"] == "gamma"} == {""}  # no options: no value
+    assert {row["option_difference"] for row in studies if row["study"] == "ga$m_$ma"} == {""}  # no options: no value
     participants = table(report, "participants-Qwen3-8B")
     assert len(participants) == 36
     mean = np.mean([float(row["nll"]) for row in participants])

@@ -38,6 +38,7 @@ STYLE: Any = {  # keys of matplotlib.rcParams
     "lines.linewidth": 1.6,
     "lines.markersize": 6.5,
     "figure.constrained_layout.use": True,
+    "text.parse_math": False,  # a dollar sign in a name is one
     "svg.hashsalt": "psykern",  # equal figures give equal bytes
     "svg.fonttype": "path",  # the page needs no font
     "savefig.facecolor": "white",
