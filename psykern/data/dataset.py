@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from psykern.core.errors import DataError
 from psykern.data.files import find_files, hash_file, size_of
 
 
@@ -43,6 +44,13 @@ class Dataset:
         return cls(
             tuple(DataFile(path, study, hash_file(path) if hashed else "", size_of(path)) for path, study in found)
         )
+
+    def check_unchanged(self) -> None:
+        """Raises DataError where a file is not what it was when its hash was taken; that is long ago where several
+        conditions are scored one after the other."""
+        for file in self.files:
+            if file.hash and hash_file(file.path) != file.hash:
+                raise DataError(f"{file.path}: changed since the run began; let nothing write to it, and begin again")
 
     @property
     def paths(self) -> tuple[str, ...]:

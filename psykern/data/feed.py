@@ -39,7 +39,8 @@ class Feed:
         self._observed: Mapping[tuple[str, str], tuple[str, ...]] | None = None
 
     def units(self) -> list[UnitInfo]:
-        """All units in order. Raises DataError where a study that was asked for has no transcript."""
+        """All units in order. Raises DataError where a study that was asked for has no transcript, and where a file has
+        changed since its hash was taken."""
         known = self._cache.read_units() if self._cache else None
         return self._scan() if known is None else known
 
@@ -85,6 +86,7 @@ class Feed:
             first_reject = first_reject or next(iter(unit.rejects), None)
             if self._settings.options == "observed-experiment":
                 self._observe(unit, observed)
+        self._dataset.check_unchanged()
         absent = sorted(set(self._settings.studies or ()) - studies)
         if absent:
             also = f"; {num_rejects:,} rows cannot be used, the first: {first_reject}" if first_reject else ""

@@ -106,6 +106,18 @@ def test_data_that_change_are_seen(tokenizer: Tokenizer, data: Path) -> None:
         list(shorter.encoded(units[-1:]))
 
 
+def test_data_that_changed_since_they_were_hashed_are_seen(tokenizer: Tokenizer, data: Path, tmp_path: Path) -> None:
+    """The manifest would name content that was not scored, and the cache keep it under another's name."""
+    first, cached = feed(tokenizer, data), feed(tokenizer, data, tmp_path / "cache")
+    data.touch()
+    first.units()
+    data.write_text(data.read_text().replace("press", "touch"))
+    for changed in (first, cached):
+        with pytest.raises(DataError, match=r"rows\.jsonl: changed since the run began"):
+            changed.units()
+    assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
+
+
 @pytest.mark.parametrize("warm", [False, True])
 def test_strict_raises_the_first_refused_row(warm: bool, tokenizer: Tokenizer, data: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
