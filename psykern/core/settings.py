@@ -12,10 +12,12 @@ A field without a role changes how a run is computed, and a score by no more tha
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from functools import cache
+from numbers import Integral
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
@@ -114,9 +116,11 @@ class Settings:
             if get_origin(kind) is Literal and value not in get_args(kind):
                 raise ValueError(f"{name}: expected one of {', '.join(get_args(kind))}, got {value!r}")
             if int in (kind, *get_args(kind)) and value is not None:
-                _check_number(name, value)
+                object.__setattr__(self, name, _whole_number(name, value))
         if self.protocol == "study" and self.boundary != "joint":
             raise ValueError("boundary: the study's protocol tokenizes a text as one string; use boundary='joint'")
+        if self.studies is not None:
+            object.__setattr__(self, "studies", _study_names(self.studies))
         if self.discrete is not None:
             try:
                 re.compile(self.discrete)
@@ -148,11 +152,23 @@ def check_date(value: object) -> None:
     raise ValueError(f"date: expected a day as YYYY-MM-DD, got {value!r}")
 
 
-def _check_number(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name}: expected at least 1, got {value}")
-    if value >= 2**31:
-        raise ValueError(f"{name}: expected at most {2**31 - 1}, got {value}")
+def _study_names(studies: object) -> tuple[str, ...]:
+    """In one order, as another one is the same choice. Raises ValueError."""
+    names = studies if isinstance(studies, Collection) and not isinstance(studies, str) else ()
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"studies: expected names, at least one, or None for all, got {studies!r}")
+    return tuple(sorted(set(names)))
+
+
+def _whole_number(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):  # numpy's are, too
+        raise ValueError(f"{name}: expected a whole number, got {value!r}")
+    number = int(value)
+    if number < 1:
+        raise ValueError(f"{name}: expected at least 1, got {number}")
+    if number >= 2**31:
+        raise ValueError(f"{name}: expected at most {2**31 - 1}, got {number}")
+    return number
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 
 from psykern import Settings
@@ -21,6 +22,12 @@ from psykern.core.settings import fields, having
         ({"dtype": "float16"}, "dtype: expected one of auto, float32, bfloat16"),
         ({"max_options": 0}, "max_options: expected at least 1, got 0"),
         ({"limit": -1}, "limit: expected at least 1, got -1"),
+        ({"limit": "5"}, "limit: expected a whole number, got '5'"),
+        ({"limit": 2.0}, r"limit: expected a whole number, got 2\.0"),
+        ({"limit": True}, "limit: expected a whole number, got True"),
+        ({"studies": "bandit"}, "studies: expected names, at least one, or None for all, got 'bandit'"),
+        ({"studies": ()}, r"studies: expected names, .* got \(\)"),
+        ({"studies": (5,)}, r"studies: expected names, .* got \(5,\)"),
         ({"wave_tokens": 0}, "wave_tokens: expected at least 1"),
         ({"batch_tokens": 0}, "batch_tokens: expected at least 1"),
         ({"min_share": 0}, "min_share: expected at least 1"),
@@ -39,6 +46,16 @@ from psykern.core.settings import fields, having
 def test_settings_say_what_they_expect(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Settings(**settings)
+
+
+def test_the_same_studies_are_the_same_choice() -> None:
+    """Else a run would not go on, and not be compared, where a command names them in another order."""
+    assert Settings(studies=("b", "a", "b")) == Settings(studies=["a", "b"])  # type: ignore[arg-type]
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    """And become Python's, as manifests and the keys of token caches are JSON."""
+    assert type(Settings(limit=np.int64(5)).limit) is int  # type: ignore[arg-type]
 
 
 def test_every_field_says_what_it_is() -> None:
