@@ -115,7 +115,12 @@ def _resolve(item: str) -> list[Located]:
         return [Located(path, _study_name(stem, [parent.name for parent in absolute.parents]))]
     if stem is None and is_hub_id(item):
         dataset, revision = split_revision(item)
-        return _search(_download(dataset, revision), [dataset.split("/")[1]])
+        folder = _download(dataset, revision)
+        try:
+            return _search(folder, [dataset.split("/")[1]])
+        except DataError as error:
+            hint = f"download it whole (hf download --repo-type dataset {dataset}) and give the folder"
+            raise DataError(f"{item}: of the hub only *.parquet is taken: {error}; {hint}") from error
     raise DataError(f"{item}: no such file or folder")
 
 

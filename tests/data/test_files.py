@@ -165,6 +165,14 @@ class TestHub:
         for place in (snapshot, snapshot / "data", snapshot.parents[1], tmp_path, file):  # downloaded before
             assert find_files([place]) == [(file, "Psych-Set")]
 
+    def test_dataset_without_parquet(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Its rows are not downloaded, so that none are found."""
+        monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+        with pytest.raises(
+            DataError, match=r"^owner/name: of the hub only \*\.parquet is taken: .*, found none; download"
+        ):
+            find_files(["owner/name"])
+
     def test_offline(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
