@@ -239,6 +239,8 @@ def _check_no_copies(files: list[Located]) -> None:
 
 def _check_content(path: Path) -> None:
     """Refuse, before anything is read, what no row can come from."""
+    if path.exists() and not path.is_file():  # a pipe, which nobody may ever write to
+        raise DataError(f"{path}: expected a file, as data are read more than once")
     try:
         with path.open("rb") as stream:
             start = stream.read(len(_LFS_POINTER))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import os
 import re
 import zipfile
 from pathlib import Path
@@ -137,6 +138,12 @@ class TestFindData:
         write(tmp_path / "dezfouli2019" / "prompts.jsonl.zip", zipped({"prompts.jsonl": b""}))
         with pytest.raises(DataError, match=r"prompts\.jsonl\.zip: stands beside prompts\.jsonl, expected one file"):
             find_files([tmp_path])
+
+    def test_a_pipe(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "a.jsonl")
+        for data in (tmp_path, tmp_path / "a.jsonl"):
+            with pytest.raises(DataError, match=r"a\.jsonl: expected a file, as data are read more than once"):
+                find_files([data])
 
     def test_git_lfs_pointer(self, tmp_path: Path) -> None:
         pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:899428fe\nsize 446239\n"
