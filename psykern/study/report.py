@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from psykern.core.errors import ComparisonError, RunFolderError
+from psykern.core.errors import ComparisonError, PsykernError, RunFolderError
 from psykern.study.compare import DRAWS, compare
 from psykern.study.models import StudyModel
 from psykern.study.page import Image, page
@@ -35,8 +36,13 @@ def compare_runs(
     _check_libraries(models)
     folder = _create(Path(out))
 
+    labels: dict[str, str] = {}  # by the name of their file
+
     def on_run(result: RunResult, participants: ParticipantTable) -> None:
-        write_participants(folder / "tables" / f"participants-{_slug(result.named.label)}.csv", participants)
+        name = _slug(result.named.label)
+        while labels.setdefault(name, result.named.label) != result.named.label:  # "m (chat)", a model called m-chat
+            name += "-"
+        write_participants(folder / "tables" / f"participants-{name}.csv", participants)
 
     try:
         (folder / "tables").mkdir()
@@ -52,6 +58,9 @@ def compare_runs(
         (folder / "report.html").write_text(page(comparison, images), encoding="utf-8")
     except OSError as error:
         raise RunFolderError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    except PsykernError:  # the same command, put right, finds the folder empty
+        shutil.rmtree(folder / "tables", ignore_errors=True)
+        raise
     return comparison
 
 

@@ -307,7 +307,19 @@ def test_a_refusal_is_one_line_and_leaves_no_page(
     assert out == "" and err.count("\n") == 1
     assert err.startswith("psykern: error: ") and "Qwen3-4B-Base has no partner" in err
     assert not (tmp_path / "report" / "report.html").exists()
-    assert main(["compare", str(runs[0]), "--out", str(tmp_path / "new"), "--unpaired", "--quiet"]) == 0
+    assert main(["compare", str(runs[0]), "--out", str(tmp_path / "report"), "--unpaired", "--quiet"]) == 0
+
+
+def test_runs_whose_labels_look_alike_have_each_their_participants(tmp_path: Path) -> None:
+    """The chat run of a model, and a model that is called so."""
+    given = {"m": "plain", "m chat": "chat", "m-chat": "plain"}
+    runs = [
+        write_run(tmp_path / name, f"o/{name.split()[0]}", rows(HUMANS, shift=i), condition=condition)
+        for i, (name, condition) in enumerate(given.items())
+    ]
+    psykern.compare_runs(runs, tmp_path / "report", unpaired=True)
+    found = [path.read_text() for path in (tmp_path / "report" / "tables").glob("participants-*.csv")]
+    assert len(set(found)) == 3
 
 
 def test_without_matplotlib_the_error_says_what_to_install(
