@@ -173,6 +173,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rms_norm_eps": None}, "rms_norm_eps: "),
     ({"rms_norm_eps": "1e-6"}, "rms_norm_eps: "),
     ({"rms_norm_eps": float("nan")}, "rms_norm_eps: expected a number, got nan"),
+    ({"rms_norm_eps": -1e-6}, "rms_norm_eps: expected no negative number, got -1e-06"),
     ({"rope_theta": 10**400}, "rope_theta: expected a number, got 1000"),
     ({"tie_word_embeddings": "false"}, "tie_word_embeddings: "),
     ({"rope_theta": "high"}, "rope_theta: "),
