@@ -22,6 +22,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 
@@ -51,7 +52,7 @@ class Rendered(NamedTuple):
 
     text: str
     marks_char: np.ndarray  # [R, 2] int64, characters of each response; second column -1: it was lost
-    stripped: bool  # the template stripped white space from responses
+    stripped: bool  # the template strips white space from responses
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -123,7 +124,12 @@ class ChatTemplate:
     def render_study(self, transcript: Transcript) -> Rendered:
         """The text that the study tokenizes, by its own rule for turns."""
         turns, count = _study_turns(f"{study_text(transcript.text)}.")
-        return self._located(transcript, turns, count)
+        return self._located(transcript, turns, count)._replace(stripped=self.as_response(" u ") == "u")
+
+    def as_response(self, option: str) -> str | None:
+        """What the template makes of ``option`` in a response's place: that option, it without white space around it,
+        or None: anything else."""
+        return _as_response(self, option)
 
     def marks(self, tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
         """The study's marks: token ids between the end of a user turn and an assistant content, and those between that
@@ -181,8 +187,23 @@ class ChatTemplate:
                 return Rendered(text, _marks(turns, parts, count), "assistant" in stripped)
         self._refuse(transcript, f"changes a content: {_first_change(between, turns, text)}")
 
+    def _dialogue(self, content: str) -> str:
+        """One in which ``content`` is said in the middle and at the end; a template may treat the two differently."""
+        said = (_Turn("user", "u", -1), _Turn("assistant", content, 0))
+        return self._apply([*said, *said])
+
     def _refuse(self, transcript: Transcript, what: str) -> NoReturn:
         raise RowError(transcript.source, f"the chat template of {self.folder} {what}")
+
+
+@lru_cache(maxsize=4096)
+def _as_response(chat: ChatTemplate, option: str) -> str | None:
+    stand_in = _STAND_IN.format(0)
+    try:
+        frame, text = chat._dialogue(stand_in), chat._dialogue(option)
+    except Exception:  # the template's own
+        return None
+    return next((said for said in (option, option.strip()) if frame.replace(stand_in, said) == text), None)
 
 
 def _study_turns(text: str) -> tuple[list[_Turn], int]:

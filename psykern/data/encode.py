@@ -34,6 +34,7 @@ from psykern.data.protocol import (
     distinct_responses,
     keep_responses,
     study_marks,
+    study_response,
     study_spans,
     study_text,
 )
@@ -54,6 +55,7 @@ class _Prepared(NamedTuple):
 
     transcript: Transcript
     study: Rendered | None  # the text that the study tokenizes; None: the transcript's own
+    options: list[Options]  # of each response; None for one that has none
 
 
 class Encoder:
@@ -107,7 +109,7 @@ class Encoder:
         without_metadata = 0
         for transcript in transcripts:
             try:
-                conditioned = self._conditioned(transcript)
+                conditioned = self._conditioned(transcript, observed or {})
             except RowError as error:
                 rejects.append(error)
                 continue
@@ -116,7 +118,7 @@ class Encoder:
             else:
                 prepared.append(conditioned)
         encoded = []
-        for draft, placed in self._drafted(prepared, observed or {}):
+        for draft, placed in self._drafted(prepared):
             unusable = _unusable_option(draft, placed)
             if unusable is not None:
                 rejects.append(unusable)
@@ -146,13 +148,16 @@ class Encoder:
         """Whether ``discrete`` lets a response be scored."""
         return self._discrete is None or self._discrete.fullmatch(response) is not None
 
-    def _conditioned(self, transcript: Transcript) -> _Prepared | None:
+    def _conditioned(
+        self, transcript: Transcript, observed: Mapping[tuple[str, str], tuple[str, ...]]
+    ) -> _Prepared | None:
         """The transcript under condition and protocol; None: its participant's interview would be empty.
 
-        Raises RowError where the chat's template refuses it.
+        Raises RowError where the chat's template refuses it, or changes one of its options.
         """
         if self._discrete is not None:
             transcript = keep_responses(transcript, self._discrete)
+        options = self._options(transcript, observed)
         if self.settings.condition == "persona":
             front = interview(transcript.metadata)
             if not front:
@@ -160,16 +165,16 @@ class Encoder:
             moved = transcript.responses_char + len(front)
             transcript = replace(transcript, text=front + transcript.text, responses_char=moved)
         if self.settings.protocol == "exact":
-            return _Prepared(self._chat.render(transcript) if self._chat else transcript, None)
+            return _Prepared(self._chat.render(transcript) if self._chat else transcript, None, options)
         if self._chat:
-            return _Prepared(transcript, self._chat.render_study(transcript))
+            return _Prepared(transcript, self._chat.render_study(transcript), options)
         text = study_text(transcript.text)
-        return _Prepared(transcript, Rendered(text, study_marks(text), False))
+        return _Prepared(transcript, Rendered(text, study_marks(text), False), options)
 
     def _options(self, transcript: Transcript, observed: Mapping[tuple[str, str], tuple[str, ...]]) -> list[Options]:
-        """The options of each response; None for a response that has none."""
         count = len(transcript.responses_char)
         if self.settings.options == "given" and transcript.options is not None:
+            self._check_said(transcript, transcript.options)
             return [options or None for options in transcript.options]
         if self.settings.options == "observed":
             seen = tuple(dict.fromkeys(text for text in responses_of(transcript) if text.strip()))
@@ -179,29 +184,44 @@ class Encoder:
             seen = ()
         if self.settings.protocol == "study":
             seen = distinct_responses(seen, stripped=self._chat is not None)
+        # Another row's response, which the template does not let stand: that row is refused, not all with its options.
+        seen = tuple(filter(self._is_said, seen))
         return [seen if 2 <= len(seen) <= self.settings.max_options else None] * count
 
-    def _drafted(
-        self, prepared: Sequence[_Prepared], observed: Mapping[tuple[str, str], tuple[str, ...]]
-    ) -> Iterator[Drafted]:
-        options = [self._options(transcript, observed) for transcript, _ in prepared]
+    def _is_said(self, option: str) -> bool:
+        """Whether an option can be a response of the chat, as the protocol writes it."""
+        if self._chat is None:
+            return True
+        if self.settings.protocol == "study":  # which lets a template strip responses
+            return self._chat.as_response(study_response(option)[0]) is not None
+        return self._chat.as_response(option) == option
+
+    def _check_said(self, transcript: Transcript, options: Sequence[tuple[str, ...]]) -> None:
+        if self._chat is None:
+            return
+        for of in dict.fromkeys(options):
+            changed = next((i for i, option in enumerate(of) if not self._is_said(option)), None)
+            if changed is not None:
+                which = f'option {changed + 1} ("{of[changed]}") of response {options.index(of) + 1}'
+                reason = f"the chat template of {self._chat.folder} strips or changes {which}"
+                raise RowError(transcript.source, reason)
+
+    def _drafted(self, prepared: Sequence[_Prepared]) -> Iterator[Drafted]:
         if self.settings.boundary == "split":
-            return split_drafts(self._tokenizer, [transcript for transcript, _ in prepared], options)
-        joint = list(self._joint(prepared, options))
+            transcripts = [transcript for transcript, _, _ in prepared]
+            return split_drafts(self._tokenizer, transcripts, [options for _, _, options in prepared])
+        joint = list(self._joint(prepared))
         placed = joint_branches(self._tokenizer, [text for _, text in joint])
         return zip((draft for draft, _ in joint), placed, strict=True)
 
-    def _joint(
-        self, prepared: Sequence[_Prepared], options: Sequence[list[Options]]
-    ) -> Iterator[tuple[Draft, JointText]]:
-        texts = [transcript.text if study is None else study.text for transcript, study in prepared]
-        tokenized = tokenize(self._tokenizer, texts)
-        for (transcript, study), tokens, of in zip(prepared, tokenized, options, strict=True):
+    def _joint(self, prepared: Sequence[_Prepared]) -> Iterator[tuple[Draft, JointText]]:
+        texts = [transcript.text if study is None else study.text for transcript, study, _ in prepared]
+        for (transcript, study, options), tokens in zip(prepared, tokenize(self._tokenizer, texts), strict=True):
             if study is None:
-                yield exact_draft(transcript, tokens, of, "" if self._chat else CLOSE_MARK)
+                yield exact_draft(transcript, tokens, options, "" if self._chat else CLOSE_MARK)
             else:
                 spans = study_spans(tokens.ids, self._open_ids, self._close_ids)
-                yield study_draft(transcript, study, tokens, spans, of, is_chat=self._chat is not None)
+                yield study_draft(transcript, study, tokens, spans, options, is_chat=self._chat is not None)
 
 
 def _plain_marks(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:

@@ -75,10 +75,13 @@ def _whole(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
 
 def _inside(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer | None:
-    """``backend`` with nothing put in front of a text; None where something is put there or lost all the same."""
+    """``backend`` with nothing put in front of a text; None where something is put there or lost all the same, or where
+    nobody can say where it begins anew: whether an added token stands there hangs on the characters around it."""
     normalizer, pre_tokenizer = _part(backend, "normalizer"), _part(backend, "pre_tokenizer")
     kept = _without(normalizer, "Prepend")
     if kept != normalizer or _never_prepends(pre_tokenizer):
+        if any(added.single_word for added in backend.get_added_tokens_decoder().values()):
+            return None
         special = backend.encode_special_tokens
         backend = tokenizers.Tokenizer.from_str(backend.to_str())
         backend.encode_special_tokens = special
