@@ -153,7 +153,8 @@ class Encoder:
     ) -> _Prepared | None:
         """The transcript under condition and protocol; None: its participant's interview would be empty.
 
-        Raises RowError where the chat's template refuses it, or changes one of its options.
+        Raises RowError where the chat's template refuses it, or changes one of its options, and where the study's rules
+        would find more marks than there are responses.
         """
         if self._discrete is not None:
             transcript = keep_responses(transcript, self._discrete)
@@ -166,6 +167,12 @@ class Encoder:
             transcript = replace(transcript, text=front + transcript.text, responses_char=moved)
         if self.settings.protocol == "exact":
             return _Prepared(self._chat.render(transcript) if self._chat else transcript, None, options)
+        if transcript.text.count("<<") != len(options):
+            raise RowError(
+                transcript.source,
+                "the study's rules would take '<<' for a mark where no response is, in what is told of the participant "
+                "or where discrete took marks away; use protocol exact",
+            )
         if self._chat:
             return _Prepared(transcript, self._chat.render_study(transcript), options)
         text = study_text(transcript.text)
