@@ -179,7 +179,6 @@ class Encoder:
         return _Prepared(transcript, Rendered(text, study_marks(text), False), options)
 
     def _options(self, transcript: Transcript, observed: Mapping[tuple[str, str], tuple[str, ...]]) -> list[Options]:
-        count = len(transcript.responses_char)
         if self.settings.options == "given" and transcript.options is not None:
             self._check_said(transcript, transcript.options)
             return [options or None for options in transcript.options]
@@ -192,8 +191,22 @@ class Encoder:
         if self.settings.protocol == "study":
             seen = distinct_responses(seen, stripped=self._chat is not None)
         # Another row's response, which the template does not let stand: that row is refused, not all with its options.
-        seen = tuple(filter(self._is_said, seen))
-        return [seen if 2 <= len(seen) <= self.settings.max_options else None] * count
+        return self._distinct(tuple(filter(self._is_said, seen)), responses_of(transcript))
+
+    def _distinct(self, seen: tuple[str, ...], responses: Sequence[str]) -> list[Options]:
+        """``seen`` as options of each response. Those that the tokenizer's normalizer makes equal (a character composed
+        and not) are one, which each response has in its own spelling."""
+        normalizer = self._tokenizer.backend.normalizer
+        firsts: dict[str, str] = {}
+        for option in seen:
+            firsts.setdefault(normalizer.normalize_str(option) if normalizer else option, option)
+        if not 2 <= len(firsts) <= self.settings.max_options:
+            return [None] * len(responses)
+        if len(firsts) == len(seen):
+            return [seen] * len(responses)
+        keys = map(normalizer.normalize_str, responses)
+        own = (firsts | {key: text} if key in firsts else firsts for key, text in zip(keys, responses, strict=True))
+        return [tuple(of.values()) for of in own]
 
     def _is_said(self, option: str) -> bool:
         """Whether an option can be a response of the chat, as the protocol writes it."""

@@ -316,6 +316,22 @@ def test_observed_options_are_one_where_the_study_makes_them_one(tiny: Tokenizer
     assert encoded.transcripts[0].option_index.tolist() == [0, 0, 1]
 
 
+@pytest.mark.parametrize("source", ["observed", "observed-experiment"])
+@pytest.mark.parametrize("boundary", ["joint", "split"])
+def test_observed_options_are_one_where_the_tokenizer_makes_them_one(
+    tmp_path: Path, source: Any, boundary: Any
+) -> None:
+    """Qwen's tokenizers compose characters: one person's spelling is not to cost the rows of all others."""
+    composing = build_tiny()
+    composing.normalizer = normalizers.NFC()
+    row = transcript("x <<\u00e9>> y <<e\u0301>> z <<B>>")
+    observed = {(row.study, row.experiment): ("\u00e9", "e\u0301", "B")}
+    settings = Settings(options=source, boundary=boundary, max_options=2)
+    (encoded,) = Encoder(load(composing, tmp_path), settings).encode([row], observed).transcripts
+    assert encoded.options == (("\u00e9", "B"), ("e\u0301", "B"), ("\u00e9", "B"))
+    assert encoded.option_index.tolist() == [0, 0, 1]
+
+
 @pytest.mark.parametrize(
     ("settings", "row"),
     [
