@@ -6,7 +6,8 @@ takes text and spans from :mod:`.protocol` instead.
 
 Flags of a response: ``straddles``; ``empty`` (nothing between the marks); ``no_context`` (no token before the first
 scored one of the response, or of one of its options, so no probability of it, or of them); ``closing_mark`` (appended
-to its options); ``leaks`` (study: the scored run is more than the response). Several are joined by ``;``.
+to its options); ``leaks`` (study: the scored run is more than the response); ``unknown`` (a scored token of the
+response, or of one of its options, stands for all that the vocabulary lacks). Several are joined by ``;``.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ class Encoder:
             if unusable is not None:
                 rejects.append(unusable)
                 continue
-            assembled = _assembled(draft, placed)
+            assembled = _with_unknown(_assembled(draft, placed), self._tokenizer.unknown)
             whole = cut(assembled, len(assembled.responses))
             unknown = self._unknown(whole)
             if unknown is None:
@@ -283,6 +284,21 @@ def _assembled(draft: Draft, placed: Sequence[Placed | None]) -> EncodedTranscri
         branch_token_ids=np.array([token for of in every for token in of.token_ids], dtype=np.int32),
         num_dropped=0,
     )
+
+
+def _with_unknown(encoded: EncodedTranscript, unknown: int | None) -> EncodedTranscript:
+    """Flags the responses that are scored with the token ``unknown``, or have an option that is."""
+    if unknown is None:
+        return encoded
+    first, stop = encoded.spans_tok.T
+    before = np.cumsum([0, *(encoded.token_ids == unknown)])
+    flagged = set(np.flatnonzero(before[stop] > before[first]).tolist())
+    scored_from = encoded.branch_offsets[:-1] + encoded.branch_scored_tok
+    before = np.cumsum([0, *(encoded.branch_token_ids == unknown)])
+    flagged |= set(encoded.branch_response[before[encoded.branch_offsets[1:]] > before[scored_from]].tolist())
+    flags = (f"{flag};unknown" if flag else "unknown" for flag in encoded.flags)
+    own = zip(flags, encoded.flags, strict=True)
+    return replace(encoded, flags=tuple(new if r in flagged else old for r, (new, old) in enumerate(own)))
 
 
 def _with_context(draft: Draft, placed: Sequence[Placed | None]) -> dict[int, Placed]:

@@ -33,6 +33,7 @@ class Tokenizer:
     size: int  # highest token id + 1
     front: tuple[int, ...]  # special tokens that it puts before a text by default
     back: tuple[int, ...]  # and behind
+    unknown: int | None = None  # the token of all that the vocabulary has no token for; None: there is none
     # Characters that are tokenized in one batch; the library's own records take about 100 bytes per token meanwhile.
     batch_chars: int = 4_000_000
 
@@ -50,6 +51,7 @@ class Tokenizer:
             size=max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1,
             front=of.front,
             back=of.back,
+            unknown=_unknown(backend),
         )
 
     def encode_batch(self, texts: Sequence[str], *, inside: bool = False) -> list[tokenizers.Encoding]:
@@ -61,6 +63,14 @@ class Tokenizer:
         if backend is None:
             raise ValueError("inside: this tokenizer puts something in front of every text")
         return backend.encode_batch(list(texts), add_special_tokens=False)
+
+
+def _unknown(backend: tokenizers.Tokenizer) -> int | None:
+    if isinstance(backend.model, tokenizers.models.Unigram):  # which does not tell otherwise
+        number: int | None = json.loads(backend.model.__getstate__())["unk_id"]
+        return number
+    token = backend.model.unk_token
+    return None if token is None else backend.token_to_id(token)
 
 
 def _whole(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:

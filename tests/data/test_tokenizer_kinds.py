@@ -196,3 +196,15 @@ def test_added_tokens_that_are_single_words(tmp_path: Path) -> None:
     check_branches(replace(ours, backend=theirs), row, encode(ours, row))
     with pytest.raises(CheckpointError, match="boundary split"):
         encode(ours, row, boundary="split")
+
+
+@pytest.mark.parametrize("kind", ["WordLevel", "Unigram", "WordPiece, lower case", "Metaspace first", "byte level"])
+@pytest.mark.parametrize("boundary", ["joint", "split"])
+def test_what_the_vocabulary_lacks_is_flagged(case: Callable[[str], Case], kind: str, boundary: str) -> None:
+    """The score is the unknown token's, whatever the person said."""
+    own, lacks = case(kind), kind != "byte level"
+    row = transcript("You press <<J>>, <<\u0416>>, <<F>>.", ((), (), ("F", "\u0416")))
+    encoded = encode(own.ours, row, boundary=boundary)
+    unknown = own.theirs.convert_tokens_to_ids("<unk>")
+    assert (unknown in encoded.token_ids[slice(*encoded.spans_tok[1])]) == lacks
+    assert [flag is not None and "unknown" in flag for flag in encoded.flags] == [False, lacks, lacks]
