@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from psykern.core.errors import CheckpointError
 from psykern.data.pretrained import Pretrained
 
 
@@ -58,11 +59,20 @@ class Tokenizer:
         """Encodings without special tokens, computed on all cores (or as ``TOKENIZERS_PARALLELISM`` says).
 
         ``inside``: the texts are pieces from the middle of others; raises ValueError where :attr:`inside` is None.
+        Raises CheckpointError for a definition that the library breaks down on.
         """
         backend = self.inside if inside else self.backend
         if backend is None:
             raise ValueError("inside: this tokenizer puts something in front of every text")
-        return backend.encode_batch(list(texts), add_special_tokens=False)
+        try:
+            return backend.encode_batch(list(texts), add_special_tokens=False)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # the library's own, which is no Exception
+                raise
+            raise CheckpointError(
+                f"tokenizer.json: the tokenizers library breaks down on one of {len(texts)} texts, of which the first "
+                f"begins {texts[0][:40]!r}: {error}; look at its normalizer and added tokens"
+            ) from error
 
 
 def _unknown(backend: tokenizers.Tokenizer) -> int | None:

@@ -208,3 +208,15 @@ def test_what_the_vocabulary_lacks_is_flagged(case: Callable[[str], Case], kind:
     unknown = own.theirs.convert_tokens_to_ids("<unk>")
     assert (unknown in encoded.token_ids[slice(*encoded.spans_tok[1])]) == lacks
     assert [flag is not None and "unknown" in flag for flag in encoded.flags] == [False, lacks, lacks]
+
+
+def test_a_tokenizer_that_the_library_breaks_down_on_is_named(tmp_path: Path) -> None:
+    """Its panic is no Exception. Here an added token becomes empty under the normalizer."""
+    whole, _ = KINDS["byte level"].build()
+    strips(whole)
+    whole.add_tokens([AddedToken("  ", normalized=True)])
+    tokenizer = Tokenizer.load(save(whole, tmp_path))
+    with pytest.raises(
+        CheckpointError, match=r"tokenizers library breaks down on one of 1 texts, .*normalizer"
+    ):
+        encode(tokenizer, transcript("\u0301a <<\u00e9>>"))
