@@ -216,7 +216,5 @@ def test_a_tokenizer_that_the_library_breaks_down_on_is_named(tmp_path: Path) ->
     strips(whole)
     whole.add_tokens([AddedToken("  ", normalized=True)])
     tokenizer = Tokenizer.load(save(whole, tmp_path))
-    with pytest.raises(
-        CheckpointError, match=r"tokenizers library breaks down on one of 1 texts, .*normalizer"
-    ):
+    with pytest.raises(CheckpointError, match=r"tokenizers library breaks down on one of 1 texts, .*normalizer"):
         encode(tokenizer, transcript("\u0301a <<\u00e9>>"))
