@@ -72,6 +72,11 @@ class ChatTemplate:
         return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
     @property
+    def name(self) -> str:
+        """For messages about rows: a token cache keeps them for all folders that have this template."""
+        return f"{self.hash[:15]}…"
+
+    @property
     def asks_for_date(self) -> bool:
         """Whether what it gives may depend on the date."""
         return asks_for_date(self.source)
@@ -106,7 +111,7 @@ class ChatTemplate:
         return replace(self, date=date)
 
     def render(self, transcript: Transcript) -> Transcript:
-        """The transcript as a chat, its responses located in it. Raises RowError, naming the template's folder."""
+        """The transcript as a chat, its responses located in it. Raises RowError, naming the template."""
         bounds = [0, *transcript.responses_char.ravel().tolist(), len(transcript.text)]
         turns = []
         for i in range(0, len(bounds), 2):
@@ -193,7 +198,7 @@ class ChatTemplate:
         return self._apply([*said, *said])
 
     def _refuse(self, transcript: Transcript, what: str) -> NoReturn:
-        raise RowError(transcript.source, f"the chat template of {self.folder} {what}")
+        raise RowError(transcript.source, f"the chat template {self.name} {what}")
 
 
 @lru_cache(maxsize=4096)

@@ -224,7 +224,7 @@ class Encoder:
             changed = next((i for i, option in enumerate(of) if not self._is_said(option)), None)
             if changed is not None:
                 which = f'option {changed + 1} ("{of[changed]}") of response {options.index(of) + 1}'
-                reason = f"the chat template of {self._chat.folder} strips or changes {which}"
+                reason = f"the chat template {self._chat.name} strips or changes {which}"
                 raise RowError(transcript.source, reason)
 
     def _drafted(self, prepared: Sequence[_Prepared]) -> Iterator[Drafted]:
