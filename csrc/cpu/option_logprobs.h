@@ -1,6 +1,6 @@
 // Log-softmax over the vocabulary of hidden · weightᵀ, gathered, without an array of [R, V].
 //
-//   z[r, v] = Σ_d hidden[r, d] weight[v, d]            fp32, summed over d in order
+//   z[r, v] = Σ_d hidden[r, d] weight[v, d]            fp32, summed by 256 of d in order, then those sums
 //   lse[r] = m + log s, entropy[r] = log s − t / s     m = max z, s = Σ exp(z − m), t = Σ exp(z − m) (z − m)
 //   logits[i] = z[r, token_ids[i]] for token_offsets[r] <= i < token_offsets[r + 1];  argmax[r]: the first maximum
 //

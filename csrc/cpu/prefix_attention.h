@@ -3,7 +3,8 @@
 //   out[i] = Σ_j softmax_j(scale q[i] · k[j]) v[j]    over keys j of i's path with position in (p_i − window, p_i]
 //
 // Segment s has the queries [query_offsets[s], query_offsets[s + 1]) and the keys of its ranges, which concatenated are
-// its path: the key at place j has position j. Softmax is computed online over tiles of keys, in fp32.
+// its path: the key at place j has position j. Softmax is computed online over tiles of keys, in fp32: sums within a
+// tile, then of the tiles.
 #pragma once
 
 #include <cstdint>

@@ -49,14 +49,6 @@ void multiply_rows(const float* const* rows, const Columns& columns, float* cons
     const float* __restrict column = columns.panels + panel * columns.stride;
     const int64_t offset = panel * kColumns, depth = columns.depth;
     Vec sums[kRows][2] = {};
-    if (kAdd) {
-#pragma GCC unroll 12
-      for (int i = 0; i < kRows; ++i) {
-        const Vec factor = broadcast(scale[i]);
-        sums[i][0] = factor * load(out[i] + offset);
-        sums[i][1] = factor * load(out[i] + offset + kLanes);
-      }
-    }
     for (int64_t d = 0; d < depth; ++d) {
       const Vec c0 = load(column + d * kColumns), c1 = load(column + d * kColumns + kLanes);
 #pragma GCC unroll 12
@@ -68,6 +60,11 @@ void multiply_rows(const float* const* rows, const Columns& columns, float* cons
     }
 #pragma GCC unroll 12
     for (int i = 0; i < kRows; ++i) {
+      if (kAdd) {  // now, not before: the rounding of one sum over all tiles grows with the root of their number
+        const Vec factor = broadcast(scale[i]);
+        sums[i][0] += factor * load(out[i] + offset);
+        sums[i][1] += factor * load(out[i] + offset + kLanes);
+      }
       store(out[i] + offset, sums[i][0]);
       store(out[i] + offset + kLanes, sums[i][1]);
     }
@@ -387,7 +384,7 @@ class Task {
     for (int64_t i = 0; i < count; ++i) {
       maxima[rows[i]] = maximum_now[i];
       const Vec shift = broadcast(maximum_now[i]);
-      Vec a = broadcast(scale[i]) * load(totals + rows[i] * kLanes), b = {};
+      Vec a = {}, b = {};
       for (int64_t c = 0; c < columns; c += kColumns) {
         const Vec x = exp_nonpositive(load(z[i] + c) - shift), y = exp_nonpositive(load(z[i] + c + kLanes) - shift);
         store(z[i] + c, x);
@@ -395,7 +392,7 @@ class Task {
         a += x;
         b += y;
       }
-      store(totals + rows[i] * kLanes, a + b);
+      store(totals + rows[i] * kLanes, broadcast(scale[i]) * load(totals + rows[i] * kLanes) + (a + b));
     }
   }
 

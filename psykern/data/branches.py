@@ -85,6 +85,7 @@ class Branches(NamedTuple):
     closing_mark: bool
     blank: int | None  # the first option without tokens
     same: tuple[int, int] | None  # the first two options of the same tokens
+    contained: tuple[int, int] | None  # two options, of which one's tokens, closing mark and all, begin the other's
 
     def unusable(self, options: tuple[str, ...], response: int) -> str | None:
         """What is wrong with one of the ``options``, all counted from 1 as ``response`` is; None: nothing."""
@@ -93,6 +94,12 @@ class Branches(NamedTuple):
         if self.same is not None:
             one, two = (f'{i + 1} ("{options[i]}")' for i in self.same)
             return f"options {one} and {two} of response {response} encode to the same tokens"
+        if self.contained is not None:
+            one, two = (f'{i + 1} ("{options[i]}")' for i in self.contained)
+            return (
+                f"the tokens of option {one} of response {response} begin those of option {two}, and what stands "
+                "behind the response does not tell them apart"
+            )
         return None
 
 
@@ -213,6 +220,7 @@ def _branches(original: list[int], candidates: Sequence[_Candidate]) -> Branches
         closing_mark=closing_mark,
         blank=next((i for i, c in enumerate(candidates) if c.first == c.stop), None),
         same=_same(candidates),
+        contained=_contained(candidates) if closing_mark else None,
     )
 
 
@@ -224,6 +232,15 @@ def _same(candidates: Sequence[_Candidate]) -> tuple[int, int] | None:
         if first != i:
             return first, i
     return None
+
+
+def _contained(candidates: Sequence[_Candidate]) -> tuple[int, int] | None:
+    """Two options of which one would be given the other's probability too: a chat template may put nothing behind the
+    last response, and an option may itself hold what stands there."""
+    base = min(c.begin for c in candidates)
+    paths = sorted((c.ids[base : c.closed], i) for i, c in enumerate(candidates))
+    pairs = ((i, j) for (one, i), (two, j) in pairwise(paths) if len(one) < len(two) and two[: len(one)] == one)
+    return next(pairs, None)
 
 
 def split_branches(options: tuple[str, ...], after: str, snippets: Snippets) -> Branches:

@@ -22,6 +22,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 
@@ -51,7 +52,7 @@ class Rendered(NamedTuple):
 
     text: str
     marks_char: np.ndarray  # [R, 2] int64, characters of each response; second column -1: it was lost
-    stripped: bool  # the template stripped white space from responses
+    stripped: bool  # the template strips white space from responses
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,6 +70,11 @@ class ChatTemplate:
         named = {name: token for name, token in self._special_tokens.items() if name in self.source}
         text = self.source + (json.dumps(named, sort_keys=True, default=str) if named else "")
         return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+    @property
+    def name(self) -> str:
+        """For messages about rows: a token cache keeps them for all folders that have this template."""
+        return f"{self.hash[:15]}…"
 
     @property
     def asks_for_date(self) -> bool:
@@ -105,7 +111,7 @@ class ChatTemplate:
         return replace(self, date=date)
 
     def render(self, transcript: Transcript) -> Transcript:
-        """The transcript as a chat, its responses located in it. Raises RowError, naming the template's folder."""
+        """The transcript as a chat, its responses located in it. Raises RowError, naming the template."""
         bounds = [0, *transcript.responses_char.ravel().tolist(), len(transcript.text)]
         turns = []
         for i in range(0, len(bounds), 2):
@@ -123,7 +129,12 @@ class ChatTemplate:
     def render_study(self, transcript: Transcript) -> Rendered:
         """The text that the study tokenizes, by its own rule for turns."""
         turns, count = _study_turns(f"{study_text(transcript.text)}.")
-        return self._located(transcript, turns, count)
+        return self._located(transcript, turns, count)._replace(stripped=self.as_response(" u ") == "u")
+
+    def as_response(self, option: str) -> str | None:
+        """What the template makes of ``option`` in a response's place: that option, it without white space around it,
+        or None: anything else."""
+        return _as_response(self, option)
 
     def marks(self, tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
         """The study's marks: token ids between the end of a user turn and an assistant content, and those between that
@@ -181,8 +192,23 @@ class ChatTemplate:
                 return Rendered(text, _marks(turns, parts, count), "assistant" in stripped)
         self._refuse(transcript, f"changes a content: {_first_change(between, turns, text)}")
 
+    def _dialogue(self, content: str) -> str:
+        """One in which ``content`` is said in the middle and at the end; a template may treat the two differently."""
+        said = (_Turn("user", "u", -1), _Turn("assistant", content, 0))
+        return self._apply([*said, *said])
+
     def _refuse(self, transcript: Transcript, what: str) -> NoReturn:
-        raise RowError(transcript.source, f"the chat template of {self.folder} {what}")
+        raise RowError(transcript.source, f"the chat template {self.name} {what}")
+
+
+@lru_cache(maxsize=4096)
+def _as_response(chat: ChatTemplate, option: str) -> str | None:
+    stand_in = _STAND_IN.format(0)
+    try:
+        frame, text = chat._dialogue(stand_in), chat._dialogue(option)
+    except Exception:  # the template's own
+        return None
+    return next((said for said in (option, option.strip()) if frame.replace(stand_in, said) == text), None)
 
 
 def _study_turns(text: str) -> tuple[list[_Turn], int]:

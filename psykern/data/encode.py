@@ -6,7 +6,8 @@ takes text and spans from :mod:`.protocol` instead.
 
 Flags of a response: ``straddles``; ``empty`` (nothing between the marks); ``no_context`` (no token before the first
 scored one of the response, or of one of its options, so no probability of it, or of them); ``closing_mark`` (appended
-to its options); ``leaks`` (study: the scored run is more than the response). Several are joined by ``;``.
+to its options); ``leaks`` (study: the scored run is more than the response); ``unknown`` (a scored token of the
+response, or of one of its options, stands for all that the vocabulary lacks). Several are joined by ``;``.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from psykern.data.protocol import (
     distinct_responses,
     keep_responses,
     study_marks,
+    study_response,
     study_spans,
     study_text,
 )
@@ -54,6 +56,7 @@ class _Prepared(NamedTuple):
 
     transcript: Transcript
     study: Rendered | None  # the text that the study tokenizes; None: the transcript's own
+    options: list[Options]  # of each response; None for one that has none
 
 
 class Encoder:
@@ -107,7 +110,7 @@ class Encoder:
         without_metadata = 0
         for transcript in transcripts:
             try:
-                conditioned = self._conditioned(transcript)
+                conditioned = self._conditioned(transcript, observed or {})
             except RowError as error:
                 rejects.append(error)
                 continue
@@ -116,12 +119,12 @@ class Encoder:
             else:
                 prepared.append(conditioned)
         encoded = []
-        for draft, placed in self._drafted(prepared, observed or {}):
+        for draft, placed in self._drafted(prepared):
             unusable = _unusable_option(draft, placed)
             if unusable is not None:
                 rejects.append(unusable)
                 continue
-            assembled = _assembled(draft, placed)
+            assembled = _with_unknown(_assembled(draft, placed), self._tokenizer.unknown)
             whole = cut(assembled, len(assembled.responses))
             unknown = self._unknown(whole)
             if unknown is None:
@@ -146,13 +149,17 @@ class Encoder:
         """Whether ``discrete`` lets a response be scored."""
         return self._discrete is None or self._discrete.fullmatch(response) is not None
 
-    def _conditioned(self, transcript: Transcript) -> _Prepared | None:
+    def _conditioned(
+        self, transcript: Transcript, observed: Mapping[tuple[str, str], tuple[str, ...]]
+    ) -> _Prepared | None:
         """The transcript under condition and protocol; None: its participant's interview would be empty.
 
-        Raises RowError where the chat's template refuses it.
+        Raises RowError where the chat's template refuses it, or changes one of its options, and where the study's rules
+        would find more marks than there are responses.
         """
         if self._discrete is not None:
             transcript = keep_responses(transcript, self._discrete)
+        options = self._options(transcript, observed)
         if self.settings.condition == "persona":
             front = interview(transcript.metadata)
             if not front:
@@ -160,16 +167,21 @@ class Encoder:
             moved = transcript.responses_char + len(front)
             transcript = replace(transcript, text=front + transcript.text, responses_char=moved)
         if self.settings.protocol == "exact":
-            return _Prepared(self._chat.render(transcript) if self._chat else transcript, None)
+            return _Prepared(self._chat.render(transcript) if self._chat else transcript, None, options)
+        if transcript.text.count("<<") != len(options):
+            raise RowError(
+                transcript.source,
+                "the study's rules would take '<<' for a mark where no response is, in what is told of the participant "
+                "or where discrete took marks away; use protocol exact",
+            )
         if self._chat:
-            return _Prepared(transcript, self._chat.render_study(transcript))
+            return _Prepared(transcript, self._chat.render_study(transcript), options)
         text = study_text(transcript.text)
-        return _Prepared(transcript, Rendered(text, study_marks(text), False))
+        return _Prepared(transcript, Rendered(text, study_marks(text), False), options)
 
     def _options(self, transcript: Transcript, observed: Mapping[tuple[str, str], tuple[str, ...]]) -> list[Options]:
-        """The options of each response; None for a response that has none."""
-        count = len(transcript.responses_char)
         if self.settings.options == "given" and transcript.options is not None:
+            self._check_said(transcript, transcript.options)
             return [options or None for options in transcript.options]
         if self.settings.options == "observed":
             seen = tuple(dict.fromkeys(text for text in responses_of(transcript) if text.strip()))
@@ -179,29 +191,58 @@ class Encoder:
             seen = ()
         if self.settings.protocol == "study":
             seen = distinct_responses(seen, stripped=self._chat is not None)
-        return [seen if 2 <= len(seen) <= self.settings.max_options else None] * count
+        # Another row's response, which the template does not let stand: that row is refused, not all with its options.
+        return self._distinct(tuple(filter(self._is_said, seen)), responses_of(transcript))
 
-    def _drafted(
-        self, prepared: Sequence[_Prepared], observed: Mapping[tuple[str, str], tuple[str, ...]]
-    ) -> Iterator[Drafted]:
-        options = [self._options(transcript, observed) for transcript, _ in prepared]
+    def _distinct(self, seen: tuple[str, ...], responses: Sequence[str]) -> list[Options]:
+        """``seen`` as options of each response. Those that the tokenizer's normalizer makes equal (a character composed
+        and not) are one, which each response has in its own spelling."""
+        normalizer = self._tokenizer.backend.normalizer
+        firsts: dict[str, str] = {}
+        for option in seen:
+            firsts.setdefault(normalizer.normalize_str(option) if normalizer else option, option)
+        if not 2 <= len(firsts) <= self.settings.max_options:
+            return [None] * len(responses)
+        if len(firsts) == len(seen):
+            return [seen] * len(responses)
+        keys = map(normalizer.normalize_str, responses)
+        own = (firsts | {key: text} if key in firsts else firsts for key, text in zip(keys, responses, strict=True))
+        return [tuple(of.values()) for of in own]
+
+    def _is_said(self, option: str) -> bool:
+        """Whether an option can be a response of the chat, as the protocol writes it."""
+        if self._chat is None:
+            return True
+        if self.settings.protocol == "study":  # which lets a template strip responses
+            return self._chat.as_response(study_response(option)[0]) is not None
+        return self._chat.as_response(option) == option
+
+    def _check_said(self, transcript: Transcript, options: Sequence[tuple[str, ...]]) -> None:
+        if self._chat is None:
+            return
+        for of in dict.fromkeys(options):
+            changed = next((i for i, option in enumerate(of) if not self._is_said(option)), None)
+            if changed is not None:
+                which = f'option {changed + 1} ("{of[changed]}") of response {options.index(of) + 1}'
+                reason = f"the chat template {self._chat.name} strips or changes {which}"
+                raise RowError(transcript.source, reason)
+
+    def _drafted(self, prepared: Sequence[_Prepared]) -> Iterator[Drafted]:
         if self.settings.boundary == "split":
-            return split_drafts(self._tokenizer, [transcript for transcript, _ in prepared], options)
-        joint = list(self._joint(prepared, options))
+            transcripts = [transcript for transcript, _, _ in prepared]
+            return split_drafts(self._tokenizer, transcripts, [options for _, _, options in prepared])
+        joint = list(self._joint(prepared))
         placed = joint_branches(self._tokenizer, [text for _, text in joint])
         return zip((draft for draft, _ in joint), placed, strict=True)
 
-    def _joint(
-        self, prepared: Sequence[_Prepared], options: Sequence[list[Options]]
-    ) -> Iterator[tuple[Draft, JointText]]:
-        texts = [transcript.text if study is None else study.text for transcript, study in prepared]
-        tokenized = tokenize(self._tokenizer, texts)
-        for (transcript, study), tokens, of in zip(prepared, tokenized, options, strict=True):
+    def _joint(self, prepared: Sequence[_Prepared]) -> Iterator[tuple[Draft, JointText]]:
+        texts = [transcript.text if study is None else study.text for transcript, study, _ in prepared]
+        for (transcript, study, options), tokens in zip(prepared, tokenize(self._tokenizer, texts), strict=True):
             if study is None:
-                yield exact_draft(transcript, tokens, of, "" if self._chat else CLOSE_MARK)
+                yield exact_draft(transcript, tokens, options, "" if self._chat else CLOSE_MARK)
             else:
                 spans = study_spans(tokens.ids, self._open_ids, self._close_ids)
-                yield study_draft(transcript, study, tokens, spans, of, is_chat=self._chat is not None)
+                yield study_draft(transcript, study, tokens, spans, options, is_chat=self._chat is not None)
 
 
 def _plain_marks(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
@@ -243,6 +284,21 @@ def _assembled(draft: Draft, placed: Sequence[Placed | None]) -> EncodedTranscri
         branch_token_ids=np.array([token for of in every for token in of.token_ids], dtype=np.int32),
         num_dropped=0,
     )
+
+
+def _with_unknown(encoded: EncodedTranscript, unknown: int | None) -> EncodedTranscript:
+    """Flags the responses that are scored with the token ``unknown``, or have an option that is."""
+    if unknown is None:
+        return encoded
+    first, stop = encoded.spans_tok.T
+    before = np.cumsum([0, *(encoded.token_ids == unknown)])
+    flagged = set(np.flatnonzero(before[stop] > before[first]).tolist())
+    scored_from = encoded.branch_offsets[:-1] + encoded.branch_scored_tok
+    before = np.cumsum([0, *(encoded.branch_token_ids == unknown)])
+    flagged |= set(encoded.branch_response[before[encoded.branch_offsets[1:]] > before[scored_from]].tolist())
+    flags = (f"{flag};unknown" if flag else "unknown" for flag in encoded.flags)
+    own = zip(flags, encoded.flags, strict=True)
+    return replace(encoded, flags=tuple(new if r in flagged else old for r, (new, old) in enumerate(own)))
 
 
 def _with_context(draft: Draft, placed: Sequence[Placed | None]) -> dict[int, Placed]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,8 @@ class Pretrained:
         config = _object(folder / "tokenizer_config.json")
         around = _with_flags(own, tokenizer, config, folder) if path.is_file() else own
         _check_ids(backend, config, folder)
+        if path.is_file():
+            _check_front(backend, config, folder)
         outside = _outside(backend, definition) | ({"around": around} if around != own else {})
         return cls(tokenizer, backend, *around, _hash(definition, outside))
 
@@ -149,6 +152,18 @@ def _check_ids(backend: tokenizers.Tokenizer, config: Mapping[str, Any], folder:
             raise CheckpointError(
                 f"{folder / source}: expected {content!r} to have the id {number}, but the tokenizer gives it {got}"
             )
+
+
+def _check_front(backend: tokenizers.Tokenizer, config: Mapping[str, Any], folder: Path) -> None:
+    """Raises CheckpointError where ``add_prefix_space`` says something else than tokenizer.json does: which of the two
+    holds depends on the class, and on the version of transformers."""
+    flag, part = config.get("add_prefix_space"), backend.pre_tokenizer
+    own = set() if part is None else set(re.findall(r'"add_prefix_space": ?(true|false)', part.__getstate__().decode()))
+    if isinstance(flag, bool) and own and str(flag).lower() not in own:
+        raise CheckpointError(
+            f"{folder / 'tokenizer_config.json'}: add_prefix_space is {str(flag).lower()}, but in tokenizer.json "
+            f"{'/'.join(own)}; make the two agree"
+        )
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from psykern.core.types import EncodedTranscript, EncodedUnit, UnitInfo
 from psykern.data.dataset import Dataset
 from psykern.version import __version__
 
-VERSION = 2  # of what is written here; another is not read
+VERSION = 3  # of what is written here; another is not read
 _MAGIC = b"psykern tokens\x00\x00"  # 16 bytes
 _HEADER = 64  # bytes before the content: the magic, 32 bytes of SHA-256, zeros; Arrow wants its buffers aligned
 

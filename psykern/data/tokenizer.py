@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from psykern.core.errors import CheckpointError
 from psykern.data.pretrained import Pretrained
 
 
@@ -33,6 +34,7 @@ class Tokenizer:
     size: int  # highest token id + 1
     front: tuple[int, ...]  # special tokens that it puts before a text by default
     back: tuple[int, ...]  # and behind
+    unknown: int | None = None  # the token of all that the vocabulary has no token for; None: there is none
     # Characters that are tokenized in one batch; the library's own records take about 100 bytes per token meanwhile.
     batch_chars: int = 4_000_000
 
@@ -50,17 +52,35 @@ class Tokenizer:
             size=max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1,
             front=of.front,
             back=of.back,
+            unknown=_unknown(backend),
         )
 
     def encode_batch(self, texts: Sequence[str], *, inside: bool = False) -> list[tokenizers.Encoding]:
         """Encodings without special tokens, computed on all cores (or as ``TOKENIZERS_PARALLELISM`` says).
 
         ``inside``: the texts are pieces from the middle of others; raises ValueError where :attr:`inside` is None.
+        Raises CheckpointError for a definition that the library breaks down on.
         """
         backend = self.inside if inside else self.backend
         if backend is None:
             raise ValueError("inside: this tokenizer puts something in front of every text")
-        return backend.encode_batch(list(texts), add_special_tokens=False)
+        try:
+            return backend.encode_batch(list(texts), add_special_tokens=False)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # the library's own, which is no Exception
+                raise
+            raise CheckpointError(
+                f"tokenizer.json: the tokenizers library breaks down on one of {len(texts)} texts, of which the first "
+                f"begins {texts[0][:40]!r}: {error}; look at its normalizer and added tokens"
+            ) from error
+
+
+def _unknown(backend: tokenizers.Tokenizer) -> int | None:
+    if isinstance(backend.model, tokenizers.models.Unigram):  # which does not tell otherwise
+        number: int | None = json.loads(backend.model.__getstate__())["unk_id"]
+        return number
+    token = backend.model.unk_token
+    return None if token is None else backend.token_to_id(token)
 
 
 def _whole(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
@@ -75,10 +95,13 @@ def _whole(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
 
 def _inside(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer | None:
-    """``backend`` with nothing put in front of a text; None where something is put there or lost all the same."""
+    """``backend`` with nothing put in front of a text; None where something is put there or lost all the same, or where
+    nobody can say where it begins anew: whether an added token stands there hangs on the characters around it."""
     normalizer, pre_tokenizer = _part(backend, "normalizer"), _part(backend, "pre_tokenizer")
     kept = _without(normalizer, "Prepend")
     if kept != normalizer or _never_prepends(pre_tokenizer):
+        if any(added.single_word for added in backend.get_added_tokens_decoder().values()):
+            return None
         special = backend.encode_special_tokens
         backend = tokenizers.Tokenizer.from_str(backend.to_str())
         backend.encode_special_tokens = special

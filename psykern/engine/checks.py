@@ -48,7 +48,7 @@ def check_finite(sums: Tensor, model: Model) -> None:
     if not len(broken):
         return
     layer, layers = int(broken[0]) - 1, model.num_layers
-    place = {-1: "the embedding", layers: "the final norm and head"}.get(layer, f"layer {layer}")
+    place = {-1: "the embedding", layers: "the final norm and head"}.get(layer, f"layer {layer} (counted from 0)")
     tensors = model.non_finite_tensors(layer if layer < layers else -1)
     why = f"its weights hold NaN or infinity: {', '.join(tensors)}" if tensors else "all its weights are finite"
-    raise NonFiniteError(f"scores are not finite; this began in {place} (counted from 0); {why}")
+    raise NonFiniteError(f"scores are not finite; this began in {place}; {why}")

@@ -53,7 +53,8 @@ class AttentionSpec:
         if head_dim % 2:
             raise c.error(f"head_dim: expected an even number, as pairs are rotated, got {head_dim}")
         if num_heads % num_kv_heads:
-            raise c.error(f"{num_heads} attention heads are not a multiple of {num_kv_heads} key heads")
+            counts = f"num_attention_heads is {num_heads} and num_key_value_heads is {num_kv_heads}"
+            raise c.error(f"{counts}: expected a multiple of the latter")
         return cls(
             hidden_size=hidden_size,
             num_heads=num_heads,

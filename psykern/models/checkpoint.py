@@ -339,7 +339,9 @@ def _map_file(path: Path) -> dict[str, torch.Tensor]:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, the handle is no mapping
     except (SafetensorError, OSError, ValueError, TypeError, RuntimeError, AttributeError) as error:
         # Beside SafetensorError: no access, sizes that overflow, dtypes that this torch does not have.
-        raise CheckpointError(f"{path}: damaged or not a safetensors file: {error}") from error
+        reason = str(error).partition("\n")[0]  # torch's goes on with frames of C++
+        again = "download it again (`git lfs pull` where the folder was cloned)"
+        raise CheckpointError(f"{path}: damaged or not a safetensors file: {reason}; {again}") from error
 
 
 def _listed(names: list[str]) -> str:

@@ -116,6 +116,8 @@ def decoder(
     if isinstance(types, list) and len(types) != len(mixers):
         raise c.error(f"layer_types has {len(types)} entries and num_hidden_layers is {len(mixers)}")
     hidden_size, eps = c.positive("hidden_size"), c.number("rms_norm_eps")
+    if eps < 0:
+        raise c.error(f"rms_norm_eps: expected no negative number, got {eps}")
     both = NormsSpec(norms, hidden_size, eps)
     return ModelSpec(
         model_type=c.get("model_type"),

@@ -23,7 +23,7 @@ class MlpSpec:
     @classmethod
     def of(cls, c: Fields, *, has_bias: bool = False) -> MlpSpec:
         sizes = c.positive("hidden_size"), c.positive("intermediate_size")
-        if (act := c.get("hidden_act")) != "silu":
+        if (act := c.get("hidden_act")) not in ("silu", "swish"):  # two names of one function
             raise c.error(f"hidden_act: expected 'silu', got {act!r}")
         return cls(*sizes, has_bias)
 

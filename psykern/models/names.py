@@ -31,6 +31,7 @@ class Names:
     expected: Collection[str] = ()
     optional: Collection[str] = ()  # names or patterns of tensors that may be absent, or present and unused
     prefixes: Mapping[str, str] = field(default_factory=dict)
+    twins: Mapping[str, str] = field(default_factory=dict)  # another name of a tensor, under which alone it may stand
 
     def read(self, stored: Iterable[str]) -> Spelling:
         """What the ``stored`` names mean. Raises ValueError that names two tensors which are one, or are named in two
@@ -46,6 +47,9 @@ class Names:
                 other, example = ways.setdefault(of, (way, name))
                 if other != way:
                     raise ValueError(f"{example} and {name} are named in two ways: expected one for all tensors")
+        for name, twin in self.twins.items():
+            if name not in own and twin in own:
+                own[name] = own.pop(twin)
         return Spelling({name: meant for meant, name in own.items()}, {of: way for of, (way, _) in ways.items()})
 
     def _find(self, name: str) -> tuple[str, str, str] | None:
@@ -72,6 +76,8 @@ class Spelling:
 
     def stored(self, own: str) -> str:
         """As the file has it, or would have it."""
+        if (found := next((name for name, meant in self.meaning.items() if meant == own), None)) is not None:
+            return found
         for own_begin, begin in self.begins.items():
             if own.startswith(own_begin):
                 return begin + own.removeprefix(own_begin)

@@ -54,7 +54,11 @@ def _objects(c: Fields, layer_type: str, by_type: bool) -> dict[str, Mapping[str
 
 def _fill(c: Fields, path: str, values: Mapping[str, Any], by_type: bool) -> dict[str, Any]:
     """``values`` with what stands outside of them or is meant where it is absent."""
-    kind = c.agreed({f"{path}.{key}": values[key] for key in ("rope_type", "type") if key in values}, "default")
+    kinds = {f"{path}.{key}": values[key] for key in ("rope_type", "type") if key in values}
+    if by_type and path == "rope_scaling" and "rope_type" not in values:
+        # transformers 4 takes the type then, transformers 5 its default
+        kinds[f"{path}.rope_type (absent, so by default)"] = "default"
+    kind = c.agreed(kinds, "default")
     inside = {f"{path}.rope_theta": values["rope_theta"]} if "rope_theta" in values else {}
     if by_type and path.endswith("sliding_attention") and not inside:
         # transformers gives a rope_theta outside to full attention alone, and its default to the others
@@ -68,10 +72,12 @@ def _fill(c: Fields, path: str, values: Mapping[str, Any], by_type: bool) -> dic
             raise c.error(f"partial_rotary_factor: only 1.0 is supported, got {factor!r:.80}")
     original = "original_max_position_embeddings"
     if original in _ROPE_NEEDS[_known(c, p["rope_type"])]:
-        p[original] = p.get(original) or c.positive("max_position_embeddings")
-        if by_type and c.get(original):
-            c.agreed({original: c.get(original), f"{path}.{original}": p[original]})
-        p[original] = c.get(original) or p[original]  # the one outside goes first in transformers too
+        if p.get(original) is None:
+            p[original] = c.positive("max_position_embeddings")
+        if (length := c.get(original)) is not None:
+            if by_type:
+                c.agreed({original: length, f"{path}.{original}": p[original]})
+            p[original] = length  # the one outside goes first in transformers too
     return p
 
 

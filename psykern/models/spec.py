@@ -44,5 +44,5 @@ class ModelSpec:
         return ["*.rotary_emb.inv_freq", *([HEAD] if self.has_tied_head else [])]
 
     def names(self) -> Names:
-        """How a checkpoint may spell them."""
-        return Names(self.tensors().keys(), self.unused(), PREFIXES)
+        """How a checkpoint may spell them. Of two tensors that are one, safetensors' ``save_model`` keeps the head."""
+        return Names(self.tensors().keys(), self.unused(), PREFIXES, {EMBEDDING: HEAD} if self.has_tied_head else {})

@@ -127,9 +127,11 @@ def test_text_outside_the_marks_may_be_trimmed(chat: Callable[[str], ChatTemplat
     ids=["strips", "drops", "reorders", "replaces", "cuts", "raises"],
 )
 def test_a_template_that_changes_contents_is_refused(
-    chat: Callable[[str], ChatTemplate], tmp_path: Path, template: str, text: str, message: str
+    chat: Callable[[str], ChatTemplate], template: str, text: str, message: str
 ) -> None:
-    with pytest.raises(RowError, match=f"file.jsonl:1: the chat template of {tmp_path} .*{message}"):
+    """By its hash, not by its folder: another folder's run takes the message from a token cache."""
+    digest = hashlib.sha256(template.encode()).hexdigest()[:8]
+    with pytest.raises(RowError, match=f"file.jsonl:1: the chat template sha256:{digest}… .*{message}"):
         chat(template).render(transcript(text))
 
 
@@ -239,6 +241,49 @@ def test_options_stand_in_the_responses_place(tmp_path: Path) -> None:
             assert before[-1] == "<|assistant|>" and first == 0
             assert "".join(words(tokenizer, ids)) in ("1<|end|>", "12<|end|>")
             assert parent == encoded.spans_tok[r, 0]
+
+
+THINKS = PLAIN.replace("m.content", "m.content.split('</think>')[-1]")  # as Qwen 3's and R1's do
+
+
+@pytest.mark.parametrize(
+    ("template", "options", "which"),
+    [
+        (TRIMS, ("J", " F"), r'2 \(" F"\)'),
+        (TRIMS, ("J\n", "F"), r'1 \("J\n"\)'),
+        (THINKS, ("J", "<think></think>F"), r'2 \("<think></think>F"\)'),
+    ],
+)
+def test_an_option_that_the_template_would_change_is_refused(
+    template: str, options: tuple[str, ...], which: str, tmp_path: Path
+) -> None:
+    """The branch would hold characters that no chat of this template has behind an assistant's header."""
+    folder = folder_with(tmp_path, template)
+    tokenizer, chat = Tokenizer.load(folder), ChatTemplate.load(folder)
+    row = transcript("say <<J>> or <<J>>.", (("J", "F"), options))
+    with pytest.raises(RowError, match=f"^file.jsonl:1: the chat template .* strips or changes option {which} of r"):
+        encode(tokenizer, row, chat, condition="chat")
+    assert encode(tokenizer, row).options == (("J", "F"), options)  # in plain text it stands
+    observing = Encoder(tokenizer, Settings(condition="chat", options="observed-experiment"), chat)
+    (encoded,) = observing.encode([transcript("<<J>>")], {("study", "experiment"): ("X", *options)}).transcripts
+    assert encoded.options == (("X", *(option for option in options if option in ("J", "F"))),)
+
+
+def test_the_study_strips_options_as_the_template_does_responses(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, TRIMS)
+    tokenizer, chat = Tokenizer.load(folder), ChatTemplate.load(folder)
+    encoded = encode(tokenizer, transcript("say <<J>>.", (" J", " F")), chat, condition="chat", protocol="study")
+    assert [words(tokenizer, ids[first:]) for _, _, first, ids in branches(encoded)] == [["J"], ["F"]]
+    assert encoded.option_index.tolist() == [0]
+
+
+def test_options_that_nothing_tells_apart_reject_the_row(tmp_path: Path) -> None:
+    """Behind the last response this template puts nothing: P("1") would hold P("12")."""
+    folder = folder_with(tmp_path, "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}")
+    tokenizer, chat = Tokenizer.load(folder), ChatTemplate.load(folder)
+    encode(tokenizer, transcript("say <<1>>.", ("1", "12")), chat, condition="chat")
+    with pytest.raises(RowError, match=r'tokens of option 2 \("1"\) of response 1 begin those of option 1 \("12"\)'):
+        encode(tokenizer, transcript("say <<1>>", ("12", "1")), chat, condition="chat")
 
 
 def test_the_encoder_needs_a_template_for_chat_alone(tmp_path: Path) -> None:

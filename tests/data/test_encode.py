@@ -7,6 +7,7 @@ real tokenizers and transcripts come from the shared data folder.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tokenizers import AddedToken, normalizers
 
 from psykern.core.errors import RowError
 from psykern.core.settings import Boundary, Settings
+from psykern.core.types import Transcript
 from psykern.data.encode import Encoder
 from psykern.data.tokenizer import Tokenizer
 
@@ -312,3 +314,34 @@ def test_observed_options_are_one_where_the_study_makes_them_one(tiny: Tokenizer
         assert encoded.transcripts[0].options == (expected,) * 3
     encoded = Encoder(tiny, Settings(options=source, protocol="study", max_options=2)).encode([row], observed)
     assert encoded.transcripts[0].option_index.tolist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize("source", ["observed", "observed-experiment"])
+@pytest.mark.parametrize("boundary", ["joint", "split"])
+def test_observed_options_are_one_where_the_tokenizer_makes_them_one(
+    tmp_path: Path, source: Any, boundary: Any
+) -> None:
+    """Qwen's tokenizers compose characters: one person's spelling is not to cost the rows of all others."""
+    composing = build_tiny()
+    composing.normalizer = normalizers.NFC()
+    row = transcript("x <<\u00e9>> y <<e\u0301>> z <<B>>")
+    observed = {(row.study, row.experiment): ("\u00e9", "e\u0301", "B")}
+    settings = Settings(options=source, boundary=boundary, max_options=2)
+    (encoded,) = Encoder(load(composing, tmp_path), settings).encode([row], observed).transcripts
+    assert encoded.options == (("\u00e9", "B"), ("e\u0301", "B"), ("\u00e9", "B"))
+    assert encoded.option_index.tolist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "row"),
+    [
+        ({"condition": "persona"}, replace(transcript("x <<A>>", ("A", "B")), metadata=(("education", "<<HS>>"),))),
+        ({"condition": "persona"}, replace(transcript("x <<A>>", ("A", "B")), metadata=(("education", "a << b"),))),
+        ({"discrete": "[A-Z]"}, transcript("x <<a<>><b <<A>>", ("A", "B"))),
+    ],
+)
+def test_the_study_finds_no_mark_that_is_none(tiny: Tokenizer, settings: dict[str, Any], row: Transcript) -> None:
+    """Its runs would be of other responses, with their options."""
+    with pytest.raises(RowError, match="take '<<' for a mark where no response is"):
+        encode(tiny, row, protocol="study", **settings)
+    assert scored(tiny, encode(tiny, row, **settings)) == [["A"]]

@@ -143,6 +143,16 @@ def test_a_flag_against_tokenizer_json_is_refused(bos: bool, does: str, tmp_path
         Pretrained.load(folder_of(tmp_path, bos=bos, tokenizer_config=config))
 
 
+def test_a_prefix_space_against_tokenizer_json_is_refused(tmp_path: Path) -> None:
+    """For some classes transformers takes the one, for others the other."""
+    config = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}
+    folder = folder_of(tmp_path, tokenizer_config=config)
+    assert AutoTokenizer.from_pretrained(folder)("x").input_ids != build_tiny().encode("x").ids
+    with pytest.raises(CheckpointError, match=r"add_prefix_space is true, but in tokenizer.json false; make the two a"):
+        Pretrained.load(folder)
+    Pretrained.load(folder_of(tmp_path, tokenizer_config=config | {"add_prefix_space": False}))
+
+
 def test_a_tokenizer_that_draws_lots_is_refused(tmp_path: Path) -> None:
     folder = folder_of(tmp_path)
     definition = json.loads((folder / "tokenizer.json").read_text())

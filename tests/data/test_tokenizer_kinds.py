@@ -14,7 +14,7 @@ import pytest
 from support.protocol_rules import check_branches, patched_by_the_rules, scored_by_the_rules
 from support.tiny import branches, encode, transcript
 from support.tokenizer_kinds import END, KINDS, NO_MARKS, save
-from tokenizers import Regex, normalizers
+from tokenizers import AddedToken, Regex, normalizers
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
@@ -183,3 +183,38 @@ def test_split_is_refused_where_pieces_would_change(change: Callable[[Backend], 
     encode(tokenizer, transcript(TEXTS["letters"], OPTIONS))
     with pytest.raises(CheckpointError, match=r"boundary split: .*; use boundary joint"):
         encode(tokenizer, transcript(TEXTS["letters"], OPTIONS), boundary="split")
+
+
+def test_added_tokens_that_are_single_words(tmp_path: Path) -> None:
+    """Where one is found the tokenizer puts a space again; where its characters are part of a word it does not, though
+    the vocabulary may have the same token for them."""
+    whole, _ = KINDS["byte level, add_prefix_space"].build()
+    whole.add_tokens([AddedToken("<<", single_word=True), AddedToken("10", single_word=True)])
+    folder = save(whole, tmp_path)
+    ours, theirs = Tokenizer.load(folder), PreTrainedTokenizerFast.from_pretrained(folder).backend_tokenizer
+    row = transcript("You press <<J>>. You press <<.>> and <<a10>>, then <<10>>.", ("J", ".", " 10", "a10", "10."))
+    check_branches(replace(ours, backend=theirs), row, encode(ours, row))
+    with pytest.raises(CheckpointError, match="boundary split"):
+        encode(ours, row, boundary="split")
+
+
+@pytest.mark.parametrize("kind", ["WordLevel", "Unigram", "WordPiece, lower case", "Metaspace first", "byte level"])
+@pytest.mark.parametrize("boundary", ["joint", "split"])
+def test_what_the_vocabulary_lacks_is_flagged(case: Callable[[str], Case], kind: str, boundary: str) -> None:
+    """The score is the unknown token's, whatever the person said."""
+    own, lacks = case(kind), kind != "byte level"
+    row = transcript("You press <<J>>, <<\u0416>>, <<F>>.", ((), (), ("F", "\u0416")))
+    encoded = encode(own.ours, row, boundary=boundary)
+    unknown = own.theirs.convert_tokens_to_ids("<unk>")
+    assert (unknown in encoded.token_ids[slice(*encoded.spans_tok[1])]) == lacks
+    assert [flag is not None and "unknown" in flag for flag in encoded.flags] == [False, lacks, lacks]
+
+
+def test_a_tokenizer_that_the_library_breaks_down_on_is_named(tmp_path: Path) -> None:
+    """Its panic is no Exception. Here an added token becomes empty under the normalizer."""
+    whole, _ = KINDS["byte level"].build()
+    strips(whole)
+    whole.add_tokens([AddedToken("  ", normalized=True)])
+    tokenizer = Tokenizer.load(save(whole, tmp_path))
+    with pytest.raises(CheckpointError, match=r"tokenizers library breaks down on one of 1 texts, .*normalizer"):
+        encode(tokenizer, transcript("\u0301a <<\u00e9>>"))

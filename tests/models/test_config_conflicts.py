@@ -101,6 +101,18 @@ CASES: dict[str, Case] = {
     "original-length-outside-goes-first": Case(
         "llama", {"rope_parameters": OLD_LLAMA3, "original_max_position_embeddings": 32}
     ),
+    "original-length-of-nothing": Case(
+        "llama",
+        {"rope_parameters": OLD_LLAMA3 | {"original_max_position_embeddings": 0}},
+        (),
+        ("original_max_position_embeddings", "positive", "0"),
+    ),
+    "original-length-outside-of-nothing": Case(
+        "llama",
+        {"rope_parameters": OLD_LLAMA3, "original_max_position_embeddings": 0},
+        (),
+        ("original_max_position_embeddings", "positive", "0"),
+    ),
     "factor-goes-before-the-lengths": Case("llama", {"rope_parameters": YARN | {"factor": 3.0}}),
     "not-truncated": Case("llama", {"rope_parameters": YARN | {"truncate": False}}),
     "part-rotated-outside": Case(
@@ -126,6 +138,13 @@ CASES: dict[str, Case] = {
     ),
     "types-and-the-same": Case("olmo3", by_type(YARN, DEFAULT) | {"rope_scaling": YARN, "rope_theta": 5e5}),
     "types-scaling-alone": Case("olmo3", {"rope_scaling": YARN, "rope_theta": 5e5}, ROPE),
+    "types-scaling-by-the-oldest-key": Case(
+        "olmo3",
+        {"rope_scaling": OLD, "rope_theta": 5e5},
+        ROPE,
+        ("rope_scaling.type is 'linear'", "rope_scaling.rope_type (absent, so by default) is 'default'"),
+    ),
+    "types-of-full-by-the-oldest-key": Case("olmo3", by_type(OLD, DEFAULT)),
     "types-theta-of-full-alone": Case(
         "olmo3",
         {"rope_theta": 1e4},
@@ -198,6 +217,7 @@ CASES: dict[str, Case] = {
         },
     ),
     "other-families-keys": Case("qwen2", {"attention_bias": False, "mlp_bias": True, "use_qk_norm": True}),
+    "activation-by-its-other-name": Case("llama", {"hidden_act": "swish"}),
     "activation": Case("qwen2", {"hidden_act": "gelu"}, (), ("hidden_act", "'gelu'")),
     # Against the weights
     "untied": Case("qwen2", {"tie_word_embeddings": False}, (), ("missing", "lm_head.weight")),
@@ -209,6 +229,9 @@ CASES: dict[str, Case] = {
     ),
     "vocabulary": Case("llama", {"vocab_size": 300}, (), ("model.embed_tokens.weight", "300", "320")),
     "heads": Case("llama", {"head_dim": 8}, (), ("self_attn.q_proj.weight",)),
+    "key-heads": Case(
+        "qwen3", {}, ("num_key_value_heads",), ("num_attention_heads is 4", "num_key_value_heads is 32", "multiple")
+    ),
     "biases": Case("llama", {"attention_bias": True}, (), ("missing", "q_proj.bias")),
     "no-biases": Case("llama-rope3-bias", {"mlp_bias": False}, (), ("unused", "mlp.up_proj.bias")),
 }

@@ -164,12 +164,16 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"head_dim": -1}, "head_dim: expected a positive integer, got -1"),
     ({"head_dim": 15}, "head_dim: .*15"),  # a pair of numbers is rotated together
     ({"max_position_embeddings": "4096"}, "max_position_embeddings: expected a positive integer, got '4096'"),
-    ({"num_key_value_heads": 3}, "4 attention heads are not a multiple of 3 key heads"),
+    (
+        {"num_key_value_heads": 3},
+        "num_attention_heads is 4 and num_key_value_heads is 3: expected a multiple of the latter",
+    ),
     ({"hidden_act": "gelu"}, "hidden_act: expected 'silu', got 'gelu'"),
     ({"quantization_config": {"quant_method": "awq"}}, "quantization_config: quantised weights are not supported"),
     ({"rms_norm_eps": None}, "rms_norm_eps: "),
     ({"rms_norm_eps": "1e-6"}, "rms_norm_eps: "),
     ({"rms_norm_eps": float("nan")}, "rms_norm_eps: expected a number, got nan"),
+    ({"rms_norm_eps": -1e-6}, "rms_norm_eps: expected no negative number, got -1e-06"),
     ({"rope_theta": 10**400}, "rope_theta: expected a number, got 1000"),
     ({"tie_word_embeddings": "false"}, "tie_word_embeddings: "),
     ({"rope_theta": "high"}, "rope_theta: "),

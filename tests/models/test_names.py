@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from support.checkpoints import CONFIGS, make_model
 from support.model_folders import EMBEDDING, INDEX, SINGLE
 
 from psykern.core.errors import CheckpointError
@@ -76,6 +77,23 @@ def test_a_decoder_that_transformers_saved_without_its_head(tmp_path: Path) -> N
     whole.model.save_pretrained(tmp_path)
     assert "layers.0.self_attn.q_proj.weight" in load_file(tmp_path / SINGLE)
     assert torch.equal(Model(tmp_path, Compute.resolve("cpu")).head(), whole.lm_head.weight)
+
+
+@each_spelling
+def test_a_tied_embedding_that_is_stored_as_the_head(spelling: str, tmp_path: Path) -> None:
+    """Of two tensors that are one, safetensors' ``save_model`` keeps the first in the alphabet; transformers ties the
+    other to it. Errors have the file's name."""
+    make_model(tmp_path, **CONFIGS["qwen2"])
+    whole = load_file(tmp_path / SINGLE)
+    assert HEAD not in whole
+    tensors = {spelling.format(HEAD if name == EMBEDDING else name): tensor for name, tensor in whole.items()}
+    save_file(tensors, tmp_path / SINGLE)
+    model, ids = Model(tmp_path, Compute.resolve("cpu")), torch.tensor([0, 3])
+    assert torch.equal(model.head(), whole[EMBEDDING])
+    assert torch.equal(model.embed(ids), whole[EMBEDDING][ids])
+    tensors[spelling.format(HEAD)] = torch.zeros(3, 4)
+    save_file(tensors, tmp_path / SINGLE)
+    assert f"wrongly shaped tensors: {spelling.format(HEAD)} (expected [320, 64], got [3, 4])" in refusal(tmp_path)
 
 
 def test_the_hash_is_of_the_bytes(single: Path) -> None:
