@@ -195,7 +195,7 @@ def test_limit_takes_the_first_transcripts_of_each_study(toy: Toy, tmp_path: Pat
 def test_studies_take_only_these(toy: Toy, tmp_path: Path) -> None:
     run = score(toy.model, toy.data, tmp_path, studies=("words", "bandit"))
     assert {own[0]["study"] for own in records(run)} == {"words", "bandit"}
-    assert run.manifest.studies == ("words", "bandit")
+    assert run.manifest.studies == ("bandit", "words")  # in order: how they were named is not what is scored
 
 
 def test_a_function_call_prints_nothing(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
