@@ -17,10 +17,9 @@ from psykern.core.types import TargetScores
 from psykern.data.dataset import Dataset
 from psykern.data.tokenizer import Tokenizer
 from psykern.engine.plan import Plan
-from psykern.kernels.compute import Compute
 from psykern.runs.job import Options
 from psykern.runs.run import score_with
-from psykern.scoring.scorer import Scorer
+from psykern.scoring.scorer import load
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
@@ -52,7 +51,7 @@ def score_instantly(
     """A run whose scores of a plan are what ``scores`` says of it. Its manifest counts loading as ``psykern.score``'s
     does."""
     clock = Clock()
-    scorer = Scorer.load(model, Compute.resolve("cpu"), clock=clock)
+    scorer = load(model, device="cpu", clock=clock)
     with clock("hash"):
         dataset = Dataset.find(data)
     instant = replace(scorer, engine=InstantEngine(scores))

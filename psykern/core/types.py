@@ -9,6 +9,7 @@ Index spaces carry a suffix: ``_char`` counts characters of a text, ``_tok`` tok
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -83,6 +84,48 @@ class EncodedUnit:
     repeated: int = 0  # rows that repeat an earlier one of their participant
 
 
+class Targeted(Protocol):
+    """A sequence of tokens of which some are scored, and branches: what a plan is made of. Fields as
+    :class:`EncodedTranscript` has them."""
+
+    @property
+    def token_ids(self) -> np.ndarray: ...
+    @property
+    def spans_tok(self) -> np.ndarray: ...
+    @property
+    def branch_parent_tok(self) -> np.ndarray: ...
+    @property
+    def branch_scored_tok(self) -> np.ndarray: ...
+    @property
+    def branch_offsets(self) -> np.ndarray: ...
+    @property
+    def branch_token_ids(self) -> np.ndarray: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenTree:
+    """A sequence of tokens and branches of which nothing else is known. Filled by ``scoring``, from texts."""
+
+    token_ids: np.ndarray  # [T] int32
+    spans_tok: np.ndarray  # [R, 2] int32
+    branch_parent_tok: np.ndarray  # [B] int32, tokens of the sequence before the branch; 0: none
+    branch_scored_tok: np.ndarray  # [B] int32, first scored token, counted within the branch
+    branch_offsets: np.ndarray  # [B+1] int64, into branch_token_ids
+    branch_token_ids: np.ndarray  # [branch_offsets[-1]] int32
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What is wanted of a target's distribution beside what :class:`TargetScores` always holds."""
+
+    rank: bool = False
+    top_k: int = 0
+    full: bool = False
+
+
+NOTHING_MORE = Wanted()
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class TargetScores:
     """Scores by target id. First the tokens of all responses (transcripts in order, responses in order, tokens in
@@ -91,3 +134,7 @@ class TargetScores:
     logprob: np.ndarray  # [targets] float32, nats
     is_argmax: np.ndarray  # [targets] bool, the token is the vocabulary's argmax (lowest id on ties)
     entropy: np.ndarray  # [targets] float32, nats, of the distribution that the token was drawn from
+    rank: np.ndarray | None = None  # [targets] int64, 1: no token is likelier; None: not wanted, as of the next three
+    top_ids: np.ndarray | None = None  # [targets, K] int64, the likeliest tokens, the likeliest first
+    top_logprobs: np.ndarray | None = None  # [targets, K] float32, nats
+    full: np.ndarray | None = None  # [targets, V] float32, nats, of every token of the vocabulary

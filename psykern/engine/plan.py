@@ -8,14 +8,15 @@ else: the row at position p - 1 predicts the token at position p.**
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
 from psykern import _cpu
 from psykern.core import csr
 from psykern.core.settings import MIN_SHARE
-from psykern.core.types import EncodedTranscript
+from psykern.core.types import NOTHING_MORE, Targeted, TargetScores, Wanted
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,6 +55,7 @@ class Plan:
     num_computed: int  # rows after sharing, branches included
     num_branches: int  # options of several tokens that are not one token only
     num_targets: int
+    wanted: Wanted
     batch_tokens: int
     _trie: _cpu.PrefixTrie
     _target_rows: np.ndarray  # [targets] int64, ascending
@@ -125,7 +127,7 @@ class _Group:
     branch_token_ids: np.ndarray  # [branch_offsets[-1]] int32
 
     @classmethod
-    def of(cls, transcripts: Sequence[EncodedTranscript]) -> _Group:
+    def of(cls, transcripts: Sequence[Targeted]) -> _Group:
         sequences = np.arange(len(transcripts))
         return cls(
             token_ids=csr.concatenate([t.token_ids for t in transcripts], np.int32),
@@ -159,10 +161,7 @@ class _Group:
 
     def targets(self, trie: _cpu.PrefixTrie) -> tuple[np.ndarray, np.ndarray]:
         """The row that predicts each target, [targets] int64, and the token it is, [targets] int32, in the order of
-        ``TargetScores``: first those of all spans, then those of all branches.
-
-        That order splits what one transcript asks for into two distant slices. Requests of several callers in one plan
-        will need a ``TargetScores.of(transcript)`` that joins them; nothing needs it yet.
+        ``TargetScores``: first those of all spans, then those of all branches. :func:`scores_of_each` takes them apart.
         """
         span, position = csr.members(*self.spans.T)
         sequence = self.span_sequence[span]
@@ -174,16 +173,17 @@ class _Group:
 
 
 def plan(
-    transcripts: Sequence[EncodedTranscript],
+    transcripts: Sequence[Targeted],
     *,
     wave_tokens: int,
     batch_tokens: int,
     min_share: int = MIN_SHARE,
+    wanted: Wanted = NOTHING_MORE,
 ) -> Plan:
     """Plan ``transcripts``, which should be of one study: prefixes are shared among them.
 
     A wave computes at most ``wave_tokens`` rows, a batch at most ``batch_tokens``; a prefix is shared from
-    ``min_share`` tokens on. Raises ``ValueError`` for budgets below 1.
+    ``min_share`` tokens on. ``wanted``: of every target's distribution. Raises ``ValueError`` for budgets below 1.
     """
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens: expected at least 1, got {batch_tokens}")
@@ -198,9 +198,25 @@ def plan(
         num_computed=trie.num_rows,
         num_branches=int((np.diff(group.branch_offsets) > 1).sum()),
         num_targets=len(rows),
+        wanted=wanted,
         batch_tokens=batch_tokens,
         _trie=trie,
         _target_rows=rows[order],
         _target_ids=order,
         _target_token_ids=token_ids[order],
     )
+
+
+def scores_of_each(items: Sequence[Targeted], scores: TargetScores) -> Iterator[TargetScores]:
+    """The scores of each of ``items``, which were planned together: those of its spans, then those of its branches."""
+    spans = [int((t.spans_tok[:, 1] - t.spans_tok[:, 0]).sum()) for t in items]
+    branches = [len(t.branch_token_ids) - int(t.branch_scored_tok.sum()) for t in items]
+    first, behind = 0, sum(spans)
+    for num_spans, num_branches in zip(spans, branches, strict=True):
+        own = (slice(first, first + num_spans), slice(behind, behind + num_branches))
+        yield TargetScores(**{f.name: _joined(getattr(scores, f.name), own) for f in fields(TargetScores)})
+        first, behind = first + num_spans, behind + num_branches
+
+
+def _joined(array: np.ndarray | None, parts: Sequence[slice]) -> Any:
+    return None if array is None else np.concatenate([array[part] for part in parts])

@@ -22,13 +22,12 @@ from psykern.core.settings import Settings
 from psykern.core.stages import ahead
 from psykern.core.types import EncodedUnit
 from psykern.data.dataset import Dataset
-from psykern.kernels.compute import Compute
 from psykern.models.checkpoint import at_revision
 from psykern.runs.job import Options, Run, RunJob, recipe_of
 from psykern.runs.manifest import Counts, Recipe
 from psykern.runs.progress import Progress
 from psykern.runs.run import feed_of, with_unit_tokens
-from psykern.scoring.scorer import Scorer, load_language
+from psykern.scoring.scorer import load, load_language
 
 _READY = 2  # units a worker that are encoded ahead, to choose the longest from
 _QUEUED = 2  # units that a worker has at most: the next is there when one is done
@@ -76,7 +75,7 @@ def score_on_cluster(
         if not ray.is_initialized():
             _connect(ray, workers.address)
             stack.callback(ray.shutdown)
-        _, language = load_language(model, chat=settings.condition == "chat", clock=clock)
+        _, language = load_language(model, clock=clock)
         with clock("hash"):
             dataset = Dataset.find(data)
         pool = _Pool(ray, workers, (str(model), settings, dataset, str(out)))
@@ -117,9 +116,14 @@ class _Worker:
     """An actor: a model, and the parts that it writes."""
 
     def __init__(self, model: str, settings: Settings, dataset: Dataset, out: str) -> None:
-        compute = Compute.resolve(settings.device, settings.dtype, settings.backend)
-        self._scorer = Scorer.load(model, compute, chat=settings.condition == "chat")
-        self._settings = with_unit_tokens(settings, compute)
+        self._scorer = load(
+            model,
+            device=settings.device,
+            dtype=settings.dtype,
+            backend=settings.backend,
+            chat=settings.condition == "chat",
+        )
+        self._settings = with_unit_tokens(settings, self._scorer.model.compute)
         self._dataset = dataset
         self._out = out
 

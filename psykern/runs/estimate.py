@@ -81,7 +81,7 @@ def estimate(
     settings, clock = settings or Settings(), Clock()
     compute = Compute.resolve(settings.device, settings.dtype)
     settings = replace(with_unit_tokens(settings, compute), date=settings.date or clock.day)
-    spec, language = load_language(model, chat=settings.condition == "chat", revision=revision, clock=clock)
+    spec, language = load_language(model, revision=revision, clock=clock)
     chosen = budgets(spec, compute.device, compute.dtype).under(settings)
     feed = Feed(Dataset.find(data, hashed=False), language.encoder(settings), clock=clock)
     units = feed.units()

@@ -23,7 +23,7 @@ from psykern.models.checkpoint import at_revision
 from psykern.runs.job import Options, Run, RunJob, recipe_of
 from psykern.runs.manifest import Recipe, tokens_depend_on
 from psykern.runs.progress import Progress
-from psykern.scoring.scorer import Language, Scorer
+from psykern.scoring.scorer import Language, Scorer, load
 
 # Tokens of a unit. What a stop loses and a machine takes at a time is one unit; what shares prefixes is of one unit.
 _UNIT_TOKENS = {"cpu": 2**17, "cuda": 2**21}
@@ -92,10 +92,17 @@ def _score_each(
 ) -> tuple[Run, ...]:
     """Several runs, each with its folder, under settings that differ in the condition alone."""
     clock, settings = Clock(), runs[0][1]
-    compute = Compute.resolve(settings.device, settings.dtype, settings.backend)  # fails before anything is made
+    Compute.resolve(settings.device, settings.dtype, settings.backend)  # fails before anything is made
     for out, _ in runs:
         Folder.at(out).create()
-    scorer = Scorer.load(model, compute, chat=any(of.condition == "chat" for _, of in runs), clock=clock)
+    scorer = load(
+        model,
+        device=settings.device,
+        dtype=settings.dtype,
+        backend=settings.backend,
+        chat=any(of.condition == "chat" for _, of in runs),
+        clock=clock,
+    )
     with clock("hash"):
         dataset = Dataset.find(data)
     done = []

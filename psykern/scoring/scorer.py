@@ -3,40 +3,46 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 from psykern.core.clock import Clock
 from psykern.core.errors import CheckpointError
-from psykern.core.settings import Settings
+from psykern.core.settings import Backend, Device, Dtype, Settings
 from psykern.data.chat import ChatTemplate
 from psykern.data.encode import Encoder
 from psykern.data.pretrained import Pretrained
 from psykern.data.tokenizer import Tokenizer
 from psykern.engine.budgets import Budgets, budgets
 from psykern.engine.engine import Engine
+from psykern.engine.plan import plan, scores_of_each
 from psykern.kernels.compute import Compute
 from psykern.models.checkpoint import at_revision, hash_model, resolve_model
 from psykern.models.families import read_spec
 from psykern.models.model import Model
 from psykern.models.spec import ModelSpec
+from psykern.scoring.question import Question
+
+A = TypeVar("A")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class Language:
     """What of a model folder makes tokens of a text; it needs no weights."""
 
+    folder: Path
+    pretrained: Pretrained
     tokenizer: Tokenizer
-    chat: ChatTemplate | None  # None: it was not asked for
     beyond: int | None  # token ids from here on have no row in the model's embedding; None: all have
 
     @classmethod
-    def load(cls, folder: Path, vocab_size: int, *, chat: bool) -> Language:
+    def load(cls, folder: Path, vocab_size: int) -> Language:
         """``vocab_size``: rows of the model's embedding.
 
         Raises CheckpointError where something is missing, or no text can be encoded for such a model.
         """
         pretrained = Pretrained.load(folder)
-        template = ChatTemplate.load(folder, pretrained) if chat else None
         tokenizer = Tokenizer.load(folder, pretrained)
         around = max((*tokenizer.front, *tokenizer.back), default=0)
         if around >= vocab_size:
@@ -44,54 +50,87 @@ class Language:
                 f"{folder}: the tokenizer puts token {around:,} around every text and the embedding has {vocab_size:,} "
                 "rows; they are not of one model"
             )
-        return cls(tokenizer, template, vocab_size if tokenizer.size > vocab_size else None)
+        return cls(folder, pretrained, tokenizer, vocab_size if tokenizer.size > vocab_size else None)
+
+    @cached_property
+    def chat(self) -> ChatTemplate:
+        """Raises CheckpointError where the folder has none."""
+        return ChatTemplate.load(self.folder, self.pretrained)
 
     def encoder(self, settings: Settings) -> Encoder:
         """Encodes transcripts as ``settings`` say. Raises CheckpointError for a chat template that cannot be used."""
-        chat = self.chat.at(settings.date) if self.chat and settings.condition == "chat" else None
+        chat = self.chat.at(settings.date) if settings.condition == "chat" else None
         return Encoder(self.tokenizer, settings, chat, beyond=self.beyond)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Scorer:
-    """A loaded model. Filled by :meth:`load`; ``engine`` is all that computes, so another one can stand in for it."""
+    """A loaded model. Made by :func:`load`; ``engine`` is all that computes, so another one can stand in for it."""
 
     name: str  # as the user gave it, with the revision
-    hash: str  # of config and weights
+    folder: Path
     model: Model
     language: Language
     engine: Engine
     budgets: Budgets  # that suit the device, as it was when the model had been loaded and nothing else
 
-    @classmethod
-    def load(
-        cls,
-        model: str | Path,
-        compute: Compute,
-        *,
-        chat: bool = False,
-        revision: str | None = None,
-        clock: Clock | None = None,
-    ) -> Scorer:
-        """``model``: a folder or a hub id; ``chat``: its chat template will be needed; ``revision``: of the hub id.
+    @cached_property
+    def hash(self) -> str:
+        """``sha256:…`` of config and weights, which are read for it."""
+        return hash_model(self.folder)
 
-        Raises CheckpointError for a folder that cannot be used.
-        """
-        model, clock = at_revision(model, revision), clock or Clock()
-        with clock("load"):
-            folder = resolve_model(model)
-            language = Language.load(folder, read_spec(folder).vocab_size, chat=chat)
-            decoder = Model(folder, compute)  # last, as it takes longest
-            suitable = budgets(decoder.spec, compute.device, compute.dtype)
-        with clock("hash"):
-            return cls(str(model), hash_model(folder), decoder, language, Engine(decoder), suitable)
+    def ask(self, question: Question[A]) -> A:
+        """Computes what ``question`` needs, all of it in one plan, and answers it."""
+        planned = plan(
+            question.trees,
+            wave_tokens=self.budgets.wave_tokens,
+            batch_tokens=self.budgets.batch_tokens,
+            wanted=question.wanted,
+        )
+        return question.answer(list(scores_of_each(question.trees, self.engine.run(planned))))
+
+
+def load(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    backend: Backend = "auto",
+    wave_tokens: int | None = None,
+    batch_tokens: int | None = None,
+    chat: bool = False,
+    clock: Clock | None = None,
+) -> Scorer:
+    """A checkpoint, loaded to score whatever it is given, as often as wanted.
+
+    model: a folder or a hub id; ``revision``: a branch, tag or commit of the latter, as ``owner/name@REVISION`` says
+    too. device: ``auto``, ``cpu``, ``cuda`` or one of several, ``cuda:1``. dtype: of the arithmetic, ``float32``,
+    ``bfloat16`` or ``float16``; ``auto``: float32 on a CPU, bfloat16 on a GPU. backend: of the kernels.
+    ``wave_tokens``, ``batch_tokens``: memory against speed, as in :class:`.Settings`. ``chat``: a chat template will be
+    needed, so say at once if there is none.
+
+    Raises CheckpointError for a folder that cannot be used, BackendError for a device or backend that is not there,
+    ValueError for a word that is none of these.
+    """
+    settings = Settings(device=device, dtype=dtype, backend=backend, wave_tokens=wave_tokens, batch_tokens=batch_tokens)
+    compute = Compute.resolve(settings.device, settings.dtype, settings.backend)
+    model, clock = at_revision(model, revision), clock or Clock()
+    with clock("load"):
+        folder = resolve_model(model)
+        language = Language.load(folder, read_spec(folder).vocab_size)
+        if chat:
+            language.chat  # noqa: B018
+        decoder = Model(folder, compute)  # last, as it takes longest
+        suitable = budgets(decoder.spec, compute.device, compute.dtype).under(settings)
+    return Scorer(str(model), folder, decoder, language, Engine(decoder), suitable)
 
 
 def load_language(
-    model: str | Path, *, chat: bool, revision: str | None = None, clock: Clock | None = None
+    model: str | Path, *, revision: str | None = None, clock: Clock | None = None
 ) -> tuple[ModelSpec, Language]:
     """What ``model`` is made of, but for its weights, which are not downloaded either."""
     with (clock or Clock())("load"):
         folder = resolve_model(model, weights=False, revision=revision)
         spec = read_spec(folder)
-        return spec, Language.load(folder, spec.vocab_size, chat=chat)
+        return spec, Language.load(folder, spec.vocab_size)

@@ -15,10 +15,9 @@ from psykern import Settings
 from psykern.core.clock import Clock
 from psykern.core.types import TargetScores
 from psykern.data.dataset import Dataset
-from psykern.kernels.compute import Compute
 from psykern.runs.job import Options, PlannedUnit
 from psykern.runs.run import score_with
-from psykern.scoring.scorer import Scorer
+from psykern.scoring.scorer import Scorer, load
 
 SETTINGS = Settings(device="cpu", unit_tokens=200)
 
@@ -30,7 +29,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
 
 @pytest.fixture(scope="module")
 def scorer(toy: Toy) -> Scorer:
-    return Scorer.load(toy.model, Compute.resolve("cpu"))
+    return load(toy.model, device="cpu")
 
 
 def parts(folder: Path) -> list[tuple[str, bytes]]:
