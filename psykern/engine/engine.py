@@ -17,6 +17,7 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 import torch
 
+from psykern.core.errors import InterruptedRun
 from psykern.core.stages import ahead
 from psykern.core.types import TargetScores
 from psykern.engine.budgets import cost
@@ -61,10 +62,18 @@ class Engine:
         """How much of its time the device waited in the last :meth:`pairs` or :meth:`run`; see ``DeviceClock``."""
         return self._clock.idle_share
 
-    def run(self, plan: Plan, progress: Callable[[float], None] = lambda share: None) -> TargetScores:
-        """The scores of every target of ``plan``; raises what :meth:`pairs` raises."""
-        ((_, scores),) = self.pairs([_Alone(plan, progress)])
-        return scores
+    def run(
+        self,
+        plan: Plan,
+        progress: Callable[[float], None] = lambda share: None,
+        *,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> TargetScores:
+        """The scores of every target of ``plan``; raises what :meth:`pairs` raises, and InterruptedRun where ``stop``
+        held."""
+        for _, scores in self.pairs([_Alone(plan, progress)], stop=stop):
+            return scores
+        raise InterruptedRun("stopped as asked; nothing of it is left")
 
     def pairs(
         self, items: Iterable[T], *, stop: Callable[[], bool] = lambda: False

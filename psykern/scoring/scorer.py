@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
 
 from psykern.core.clock import Clock
-from psykern.core.errors import CheckpointError
+from psykern.core.errors import CheckpointError, PsykernError
 from psykern.core.settings import Backend, Device, Dtype, Settings
+from psykern.core.types import TargetScores, TokenTree, Wanted
 from psykern.data.chat import ChatTemplate
 from psykern.data.encode import Encoder
 from psykern.data.pretrained import Pretrained
@@ -23,6 +30,7 @@ from psykern.models.families import read_spec
 from psykern.models.model import Model
 from psykern.models.spec import ModelSpec
 from psykern.scoring.question import Question
+from psykern.scoring.queue import Queue
 
 A = TypeVar("A")
 
@@ -65,7 +73,11 @@ class Language:
 
 @dataclass(frozen=True, eq=False)
 class Scorer:
-    """A loaded model. Made by :func:`load`; ``engine`` is all that computes, so another one can stand in for it."""
+    """A loaded model. Made by :func:`load`; ``engine`` is all that computes, so another one can stand in for it.
+
+    Threads and asyncio tasks may share one: what they ask at the same time is computed together. Used as a context
+    manager it is closed at the end.
+    """
 
     name: str  # as the user gave it, with the revision
     folder: Path
@@ -73,21 +85,85 @@ class Scorer:
     language: Language
     engine: Engine
     budgets: Budgets  # that suit the device, as it was when the model had been loaded and nothing else
+    _queue: Queue = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_queue", Queue(self.budgets.wave_tokens))
 
     @cached_property
     def hash(self) -> str:
         """``sha256:…`` of config and weights, which are read for it."""
         return hash_model(self.folder)
 
+    def close(self) -> None:
+        """Gives the model's memory back. What is being computed ends first, what waits fails; every later use is
+        refused. May be called twice."""
+        if "_queue" not in self.__dict__:
+            return
+        self._queue.close()
+        is_device = self.model.device.type == "cuda"
+        own = {"name": self.name}
+        self.__dict__.clear()  # a frozen object's fields cannot be set
+        self.__dict__.update(own)
+        gc.collect()
+        if is_device:
+            torch.cuda.empty_cache()
+
+    def __enter__(self) -> Scorer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, attribute: str) -> Any:
+            """Only of what is not there: all but the name, when the scorer is closed."""
+            if attribute in _FIELDS:
+                raise PsykernError(f"the scorer of {self.name} is closed; load the model again")
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {attribute!r}")
+
     def ask(self, question: Question[A]) -> A:
-        """Computes what ``question`` needs, all of it in one plan, and answers it."""
+        """Computes what ``question`` needs, together with what others ask at the same time, and answers it."""
+        return question.answer(
+            self._queue.result(_Asking(self.engine, self.budgets, question.wanted), *_item(question))
+        )
+
+    async def aask(self, question: Question[A]) -> A:
+        """:meth:`ask` for asyncio tasks. A task that is cancelled while it waits takes nobody's time."""
+        kind = _Asking(self.engine, self.budgets, question.wanted)
+        return question.answer(await self._queue.wait(kind, *_item(question)))
+
+
+_FIELDS = frozenset(of.name for of in fields(Scorer))
+
+
+def _item(question: Question[Any]) -> tuple[Sequence[TokenTree], int]:
+    """What is computed, and how many tokens that is at most."""
+    return question.trees, sum(len(tree.token_ids) + len(tree.branch_token_ids) for tree in question.trees)
+
+
+@dataclass(frozen=True)
+class _Asking:
+    """Questions that want the same of each target, as one plan."""
+
+    engine: Engine
+    budgets: Budgets
+    wanted: Wanted
+
+    def compute(self, items: Sequence[Sequence[TokenTree]], stop: Callable[[], bool]) -> list[list[TargetScores]]:
+        """The scores of each tree of each question."""
+        trees = [tree for item in items for tree in item]
         planned = plan(
-            question.trees,
+            trees,
             wave_tokens=self.budgets.wave_tokens,
             batch_tokens=self.budgets.batch_tokens,
-            wanted=question.wanted,
+            wanted=self.wanted,
         )
-        return question.answer(list(scores_of_each(question.trees, self.engine.run(planned))))
+        each = scores_of_each(trees, self.engine.run(planned, stop=stop))
+        return [list(islice(each, len(item))) for item in items]
 
 
 def load(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
+import weakref
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +17,11 @@ from support.toy import Toy, make_toy_data
 import psykern
 from psykern import Settings
 from psykern.core.clock import Clock
-from psykern.core.types import TargetScores
+from psykern.core.types import TargetScores, TokenTree
 from psykern.data.dataset import Dataset
 from psykern.runs.job import Options, PlannedUnit
 from psykern.runs.run import score_with
+from psykern.scoring.question import Question
 from psykern.scoring.scorer import Scorer, load
 
 SETTINGS = Settings(device="cpu", unit_tokens=200)
@@ -69,3 +74,49 @@ def test_another_engine_can_stand_in(toy: Toy, scorer: Scorer, tmp_path: Path) -
             assert record["logprob"] == -tokens.sum()
             expected += record["num_tokens"]
     assert expected > 5
+
+
+def tree(tokens: list[int], *, scored_from: int = 1) -> TokenTree:
+    """The tokens from ``scored_from`` on are scored; no branches."""
+    none = np.empty(0, np.int32)
+    spans = np.array([[scored_from, len(tokens)]], np.int32)
+    return TokenTree(np.array(tokens, np.int32), spans, none, none, np.zeros(1, np.int64), none)
+
+
+def sums(question: list[list[int]]) -> Question[list[float]]:
+    """Of each sequence, the sum of its tokens but the first."""
+    return Question([tree(tokens) for tokens in question], lambda scores: [float(s.logprob.sum()) for s in scores])
+
+
+def test_threads_get_what_they_would_get_alone(scorer: Scorer) -> None:
+    rng = np.random.default_rng(0)
+    questions = [
+        [rng.integers(1, 60, rng.integers(2, 40)).tolist() for _ in range(rng.integers(1, 4))] for _ in range(40)
+    ]
+    alone = [scorer.ask(sums(question)) for question in questions]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda question: scorer.ask(sums(question)), questions))
+
+    async def tasks() -> list[list[float]]:
+        return await asyncio.gather(*(scorer.aask(sums(question)) for question in questions))
+
+    for got in (together, asyncio.run(tasks())):
+        for one, other in zip(got, alone, strict=True):
+            assert one == pytest.approx(other, abs=1e-4)
+
+
+def test_a_closed_scorer_refuses_by_name_and_keeps_nothing(toy: Toy) -> None:
+    with load(toy.model, device="cpu") as scorer:
+        assert scorer.ask(sums([[1, 2, 3]]))[0] < 0
+        model = weakref.ref(scorer.model)
+    assert model() is None
+    message = re.escape(f"the scorer of {toy.model} is closed; load the model again")
+    with pytest.raises(psykern.PsykernError, match=message):
+        scorer.ask(sums([[1, 2, 3]]))
+    with pytest.raises(psykern.PsykernError, match=message):
+        asyncio.run(scorer.aask(sums([[1, 2, 3]])))
+    with pytest.raises(psykern.PsykernError, match=message):
+        _ = scorer.hash
+    scorer.close()  # once more does nothing
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = scorer.nothing  # type: ignore[attr-defined]
