@@ -183,4 +183,5 @@ class Shard:
             raise ValueError(f"shard: expected i/n with 0 <= i < n, got {self.index}/{self.count}")
 
     def takes(self, unit: UnitInfo) -> bool:
+        """Whether ``unit`` is of this shard."""
         return unit.index % self.count == self.index

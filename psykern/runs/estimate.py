@@ -38,6 +38,7 @@ class StudyPlan:
 
     @classmethod
     def of(cls, study: str, plan: Plan, cost: Cost) -> StudyPlan:
+        """Of one plan of the study's transcripts, and its cost."""
         return cls(
             study=study,
             transcripts=plan.num_transcripts,

@@ -114,6 +114,7 @@ class Manifest(Outcome, Recipe):
 
     @classmethod
     def of(cls, recipe: Recipe, outcome: Outcome) -> Manifest:
+        """Both side by side."""
         return cls(**vars(recipe), **vars(outcome))
 
 
