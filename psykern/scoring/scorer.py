@@ -187,11 +187,11 @@ def load(
     needed, so say at once if there is none.
 
     Raises CheckpointError for a folder that cannot be used, BackendError for a device or backend that is not there,
-    ValueError for a word that is none of these.
+    ValueError for a word that is none of these, TypeError for a model in memory: save it to a folder first.
     """
     settings = Settings(device=device, dtype=dtype, backend=backend, wave_tokens=wave_tokens, batch_tokens=batch_tokens)
     compute = Compute.resolve(settings.device, settings.dtype, settings.backend)
-    model, clock = at_revision(model, revision), clock or Clock()
+    model, clock = at_revision(_checked(model), revision), clock or Clock()
     with clock("load"):
         folder = resolve_model(model)
         language = Language.load(folder, read_spec(folder).vocab_size)
@@ -200,6 +200,15 @@ def load(
         decoder = Model(folder, compute)  # last, as it takes longest
         suitable = budgets(decoder.spec, compute.device, compute.dtype).under(settings)
     return Scorer(str(model), folder, decoder, language, Engine(decoder), suitable)
+
+
+def _checked(model: object) -> str | Path:
+    """Raises TypeError for what is no folder's or hub id's name."""
+    if isinstance(model, str | Path):
+        return model
+    advice = "; save it (model.save_pretrained(folder), tokenizer.save_pretrained(folder)) and give the folder"
+    has_own = hasattr(model, "save_pretrained") or hasattr(model, "state_dict")
+    raise TypeError(f"model: expected a folder or a hub id, got a {type(model).__name__}{advice if has_own else ''}")
 
 
 def load_language(

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.toy import Toy, make_toy_data
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import psykern
 from psykern import Settings
@@ -120,3 +121,11 @@ def test_a_closed_scorer_refuses_by_name_and_keeps_nothing(toy: Toy) -> None:
     scorer.close()  # once more does nothing
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = scorer.nothing  # type: ignore[attr-defined]
+
+
+def test_a_model_in_memory_is_refused_with_what_to_do(toy: Toy) -> None:
+    config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=16)
+    with pytest.raises(TypeError, match=r"got a LlamaForCausalLM; save it \(model.save_pretrained\(folder\)"):
+        load(LlamaForCausalLM(config))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="model: expected a folder or a hub id, got a NoneType$"):
+        load(None)  # type: ignore[arg-type]
