@@ -127,5 +127,5 @@ def test_a_model_in_memory_is_refused_with_what_to_do(toy: Toy) -> None:
     config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=16)
     with pytest.raises(TypeError, match=r"got a LlamaForCausalLM; save it \(model.save_pretrained\(folder\)"):
         load(LlamaForCausalLM(config))  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="model: expected a folder or a hub id, got a NoneType$"):
+    with pytest.raises(TypeError, match=r"model: expected a folder or a hub id, got a NoneType$"):
         load(None)  # type: ignore[arg-type]
