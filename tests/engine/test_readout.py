@@ -108,6 +108,12 @@ def ending_in(of: EncodedTranscript, token: int) -> EncodedTranscript:
     return encoded(of.token_ids.tolist(), [(1, 1)], [(0, place, [token], 0) for place in places])
 
 
+def test_a_rank_is_1_where_the_scores_say_so_however_products_round() -> None:
+    table = torch.tensor([[0.3, 0.5, 0.4], [0.3, 0.5, 0.4]])
+    ranks = readout._ranks(table, np.array([0, 0, 1]), torch.tensor([1, 2, 0]), torch.tensor([False, True, False]))
+    assert ranks.tolist() == [2, 1, 3]
+
+
 def test_each_item_is_given_its_own(tmp_path: Path, group: list[EncodedTranscript]) -> None:
     make_model(tmp_path, **CONFIGS["llama"])
     whole = run(tmp_path, group, EVERYTHING)
