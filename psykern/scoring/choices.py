@@ -32,7 +32,11 @@ def choose_question(
     if closing is not None:
         one_text("closing", closing)
     if isinstance(contexts, str):
-        texts, of_each, names = [contexts], [options_of("options", options)], [("contexts", "options")]
+        texts, of_each, names = (
+            [one_text("contexts", contexts)],
+            [options_of("options", options)],
+            [("contexts", "options")],
+        )
     else:
         texts = many("contexts", contexts, "a str or a list of them")
         for i, text in enumerate(texts):

@@ -69,8 +69,10 @@ def logprobs_question(
 def _asked(contexts: Any, continuations: Any) -> list[_Asked]:
     """What is asked of each context. Raises TypeError and ValueError for what is not as it must be."""
     if isinstance(contexts, str):
+        one_text("contexts", contexts)
         if isinstance(continuations, str):
-            return [_Asked(contexts, (continuations,), "contexts", ("continuations",))]
+            text = one_text("continuations", continuations)
+            return [_Asked(contexts, (text,), "contexts", ("continuations",))]
         return [_of_many("contexts", contexts, "continuations", continuations)]
     texts = many("contexts", contexts, "a str or a list of them")
     of_each = many("continuations", continuations, "a list with a str, or a list of them, for each context")
@@ -79,7 +81,8 @@ def _asked(contexts: Any, continuations: Any) -> list[_Asked]:
     for i, (context, own) in enumerate(zip(texts, of_each, strict=True)):
         one_text(f"contexts[{i}]", context)
         if isinstance(own, str):
-            asked.append(_Asked(context, (own,), f"contexts[{i}]", (f"continuations[{i}]",)))
+            text = one_text(f"continuations[{i}]", own)
+            asked.append(_Asked(context, (text,), f"contexts[{i}]", (f"continuations[{i}]",)))
         else:
             asked.append(_of_many(f"contexts[{i}]", context, f"continuations[{i}]", own))
     return asked

@@ -12,16 +12,17 @@ import numpy as np
 from psykern.core.types import TokenTree
 from psykern.data.continuations import Context, contexts
 from psykern.data.tokenizer import Tokenizer
+from psykern.data.values import string
 from psykern.data.word_starts import word_starts
 
 _SHOWN = 40  # characters of a text in a message
 
 
 def one_text(name: str, value: Any) -> str:
-    """Raises TypeError where ``value`` is no text."""
+    """Raises TypeError where ``value`` is no text, ValueError where it holds half of a character."""
     if not isinstance(value, str):
         raise TypeError(f"{name}: expected a str, got {_shown(value)}; a missing text is to be left out beforehand")
-    return value
+    return string(name, value)
 
 
 def many(name: str, value: Any, of: str) -> list[Any]:

@@ -149,6 +149,8 @@ def test_options_at_the_begin_of_all_have_no_probability(real: Reference) -> Non
         (["a", None], ["a"], {}, TypeError, r"contexts\[1\]: expected a str, got None"),
         ("a", "J", {}, TypeError, r"options: expected a list of str, got 'J' \(str\)"),
         ("a", ["J", 1], {}, TypeError, r"options\[1\]: expected a str, got 1 \(int\)"),
+        ("\ud800", ["J"], {}, ValueError, "contexts: lone surrogate"),
+        ("a", ["J", "\ud800"], {}, ValueError, r"options\[1\]: lone surrogate"),
         ("a", [], {}, ValueError, "options: expected at least one option, got none"),
         (["a"], [], {}, ValueError, "options: expected at least one option, got none"),
         (["a", "b"], [["J"]], {}, ValueError, "options: expected 2, one for each context, got 1"),

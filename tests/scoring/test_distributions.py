@@ -76,6 +76,7 @@ def test_likeliest_tokens(toy: Reference, tables: list[np.ndarray]) -> None:
     [
         (1, {}, TypeError, r"contexts: expected a str or a list of them, got 1 \(int\)"),
         (["a", None], {}, TypeError, r"contexts\[1\]: expected a str, got None"),
+        ("\ud800", {}, ValueError, "contexts: lone surrogate"),
         ([], {}, ValueError, "contexts: expected at least one text, got none"),
         ("a", {"token_ids": [1], "top_k": 2}, ValueError, "token_ids, top_k: expected one of them at most, got both"),
         ("a", {"token_ids": []}, ValueError, "token_ids: expected at least one token id, got none"),

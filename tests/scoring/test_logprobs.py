@@ -76,7 +76,7 @@ def test_real_tokens_equal_transformers(real: Reference, shared: Path) -> None:
     with gzip.open(shared / "psych" / "frey2017mpl.jsonl.gz", "rt", encoding="utf-8") as lines:
         text = json.loads(next(lines))["text"]
     rng = np.random.default_rng(2)
-    cuts = [sorted(rng.integers(1, 1200, 2).tolist()) for _ in range(12)]
+    cuts = [sorted(rng.integers(1, 700, 2).tolist()) for _ in range(8)]
     contexts, continuations = [text[:a] for a, _ in cuts], [text[a : max(b, a + 1)] for a, b in cuts]
     got = real.scorer.logprobs(contexts, continuations, tokens=True)
     for context, of, one in zip(contexts, continuations, got, strict=True):
@@ -159,6 +159,8 @@ def test_a_call_is_one_plan_whatever_the_company(toy: Reference) -> None:
         (["a"], "b", {}, TypeError, "continuations: expected a list with a str, or a list of them, for each context"),
         (["a"], [["b", None]], {}, TypeError, r"continuations\[0\]\[1\]: expected a str, got None"),
         (["a", "b"], ["c"], {}, ValueError, "continuations: expected 2, one for each context, got 1"),
+        ("a\ud800", "b", {}, ValueError, r"contexts: lone surrogate U\+D800 at character 1, not Unicode text"),
+        (["a"], ["b\ud800"], {}, ValueError, r"continuations\[0\]: lone surrogate U\+D800 at character 1"),
         ("a", [], {}, ValueError, "continuations: expected at least one continuation, got none"),
         (["a"], [[]], {}, ValueError, r"continuations\[0\]: expected at least one continuation, got none"),
         ("a", ["b", ""], {}, ValueError, r"continuations\[1\]: expected a text, got '', so it has no probability"),

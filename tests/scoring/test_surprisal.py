@@ -178,6 +178,7 @@ def test_corrected_probabilities_of_words_sum_to_one_at_most(toy: Reference) -> 
     [
         (None, {}, TypeError, "texts: expected a str or a list of them, got None"),
         (["a", 2.5], {}, TypeError, r"texts\[1\]: expected a str, got 2.5 \(float\)"),
+        ("\ud800", {}, ValueError, "texts: lone surrogate"),
         ("a", {"start": None}, TypeError, "start: expected a str, got None"),
         ("a", {"first": "eos"}, ValueError, "first: expected one of 'auto', 'bos', 'null', got 'eos'"),
         ("a " * 5000, {}, ValueError, "texts: needs .* tokens of context, the model has 4,096"),
