@@ -121,6 +121,7 @@ class Wanted:
     rank: bool = False
     top_k: int = 0
     full: bool = False
+    mass: tuple[int, ...] = ()  # ids of tokens whose probability together is wanted
 
 
 NOTHING_MORE = Wanted()
@@ -134,7 +135,8 @@ class TargetScores:
     logprob: np.ndarray  # [targets] float32, nats
     is_argmax: np.ndarray  # [targets] bool, the token is the vocabulary's argmax (lowest id on ties)
     entropy: np.ndarray  # [targets] float32, nats, of the distribution that the token was drawn from
-    rank: np.ndarray | None = None  # [targets] int64, 1: no token is likelier; None: not wanted, as of the next three
+    rank: np.ndarray | None = None  # [targets] int64, 1: no token is likelier; None: not wanted, as of the next four
     top_ids: np.ndarray | None = None  # [targets, K] int64, the likeliest tokens, the likeliest first
     top_logprobs: np.ndarray | None = None  # [targets, K] float32, nats
     full: np.ndarray | None = None  # [targets, V] float32, nats, of every token of the vocabulary
+    mass: np.ndarray | None = None  # [targets] float32, nats, of the tokens ``Wanted.mass`` together
