@@ -317,5 +317,14 @@ def scores_of_each(items: Sequence[Targeted], scores: TargetScores) -> Iterator[
         first, behind = first + num_spans, behind + num_branches
 
 
+def joined(scores: Sequence[TargetScores]) -> TargetScores:
+    """The scores of what follows each other, as one."""
+    if len(scores) == 1:
+        return scores[0]
+    columns: dict[str, Any] = {f.name: [getattr(of, f.name) for of in scores] for f in fields(TargetScores)}
+    whole: dict[str, Any] = {name: None if of[0] is None else np.concatenate(of) for name, of in columns.items()}
+    return TargetScores(**whole)
+
+
 def _joined(array: np.ndarray | None, parts: Sequence[slice]) -> Any:
     return None if array is None else np.concatenate([array[part] for part in parts])
