@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from psykern.runs.manifest import Manifest
     from psykern.runs.run import score, score_conditions
     from psykern.runs.summary import StudySummary, Summary, format_summary
+    from psykern.scoring.results import Choice, Logprob, Surprisal, TokenScores, TopTokens
+    from psykern.scoring.scorer import Scorer, load
+    from psykern.scoring.session import Mark, Session, step
     from psykern.study.report import compare_runs
     from psykern.study.results import Comparison
     from psykern.study.tables import format_comparison
@@ -50,6 +53,9 @@ _HOMES = {
     "runs.manifest": "Manifest",
     "runs.run": "score score_conditions",
     "runs.summary": "StudySummary Summary format_summary",
+    "scoring.results": "Choice Logprob Surprisal TokenScores TopTokens",
+    "scoring.scorer": "Scorer load",
+    "scoring.session": "Mark Session step",
     "study.results": "Comparison",
     "study.report": "compare_runs",
     "study.tables": "format_comparison",
@@ -60,34 +66,44 @@ _ROOMS = ("demo", "kernels")  # whose names are used with the room's own before 
 __all__ = [
     "BackendError",
     "CheckpointError",
+    "Choice",
     "Comparison",
     "ComparisonError",
     "DataError",
     "Estimate",
     "InterruptedRun",
+    "Logprob",
     "Manifest",
+    "Mark",
     "NonFiniteError",
     "OutOfMemoryError",
     "PsykernError",
     "RowError",
     "Run",
     "RunFolderError",
+    "Scorer",
+    "Session",
     "Settings",
     "Shard",
     "Source",
     "StudyPlan",
     "StudySummary",
     "Summary",
+    "Surprisal",
+    "TokenScores",
+    "TopTokens",
     "Workers",
     "__version__",
     "compare_runs",
     "estimate",
     "format_comparison",
     "format_summary",
+    "load",
     "read_run",
     "score",
     "score_conditions",
     "score_on_cluster",
+    "step",
 ]
 
 

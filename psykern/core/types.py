@@ -113,6 +113,12 @@ class TokenTree:
     branch_offsets: np.ndarray  # [B+1] int64, into branch_token_ids
     branch_token_ids: np.ndarray  # [branch_offsets[-1]] int32
 
+    @classmethod
+    def bare(cls, token_ids: np.ndarray) -> TokenTree:
+        """A sequence of which nothing is scored."""
+        none = np.empty(0, np.int32)
+        return cls(token_ids, none.reshape(0, 2), none, none, np.zeros(1, np.int64), none)
+
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
@@ -121,6 +127,7 @@ class Wanted:
     rank: bool = False
     top_k: int = 0
     full: bool = False
+    mass: tuple[int, ...] = ()  # ids of tokens whose probability together is wanted
 
 
 NOTHING_MORE = Wanted()
@@ -134,7 +141,8 @@ class TargetScores:
     logprob: np.ndarray  # [targets] float32, nats
     is_argmax: np.ndarray  # [targets] bool, the token is the vocabulary's argmax (lowest id on ties)
     entropy: np.ndarray  # [targets] float32, nats, of the distribution that the token was drawn from
-    rank: np.ndarray | None = None  # [targets] int64, 1: no token is likelier; None: not wanted, as of the next three
+    rank: np.ndarray | None = None  # [targets] int64, 1: no token is likelier; None: not wanted, as of the next four
     top_ids: np.ndarray | None = None  # [targets, K] int64, the likeliest tokens, the likeliest first
     top_logprobs: np.ndarray | None = None  # [targets, K] float32, nats
     full: np.ndarray | None = None  # [targets, V] float32, nats, of every token of the vocabulary
+    mass: np.ndarray | None = None  # [targets] float32, nats, of the tokens ``Wanted.mass`` together

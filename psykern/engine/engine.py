@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -24,6 +24,7 @@ from psykern.engine.checks import check_finite, check_fits, memory_errors
 from psykern.engine.extend import Extension
 from psykern.engine.pages import LANDING_ROWS, Pages, suitable_bytes
 from psykern.engine.plan import Plan, Wave
+from psykern.engine.readout import Readout
 from psykern.engine.store import OneLayer, Store
 from psykern.engine.watch import DeviceClock, Watch
 from psykern.engine.wave import Launched, run_wave
@@ -86,7 +87,7 @@ class Engine:
         begun: deque[_Run[T]] = deque()
         in_flight: deque[tuple[_Run[T], Launched]] = deque()
         self._clock = clock
-        with ahead(_laid_out(items)) as steps:
+        with ahead(_laid_out(items, self.model.spec.vocab_size)) as steps:
             for step in steps:
                 if isinstance(step, Wave):
                     in_flight.append((begun[-1], self._launch(begun[-1], step, store)))
@@ -117,7 +118,7 @@ class Engine:
 
     def _run_with(self, plan: Plan, store: Store | None) -> TargetScores:
         """Wave by wave, each waited for."""
-        run = _Run.of(_Alone(plan, lambda share: None))
+        run = _Run.of(_Alone(plan, lambda share: None), self.model.spec.vocab_size)
         store = OneLayer(self.model) if store is None else store
         for wave in plan.waves():
             launched = self._launch(run, wave, store)
@@ -162,12 +163,16 @@ class _Run(Generic[T]):
 
     item: T
     scores: TargetScores  # zeros where none has come
+    readout: Readout  # its arrays are those of the scores
     rows_done: int = 0
 
     @classmethod
-    def of(cls, item: T) -> _Run[T]:
+    def of(cls, item: T, vocab_size: int) -> _Run[T]:
         n = item.plan.num_targets
-        return cls(item, TargetScores(np.zeros(n, np.float32), np.zeros(n, np.bool_), np.zeros(n, np.float32)))
+        readout = Readout.room(item.plan.wanted, n, vocab_size)
+        more = {field.name: getattr(readout, field.name) for field in fields(Readout)}
+        scores = TargetScores(np.zeros(n, np.float32), np.zeros(n, np.bool_), np.zeros(n, np.float32), **more)
+        return cls(item, scores, readout)
 
     @property
     def is_complete(self) -> bool:
@@ -180,6 +185,7 @@ class _Run(Generic[T]):
         self.scores.logprob[ids] = launched.logprob.numpy()
         self.scores.is_argmax[ids] = launched.is_argmax.numpy()
         self.scores.entropy[ids] = launched.entropy.numpy()
+        self.readout.put(ids, launched.readout)
         self.rows_done += len(launched.wave.token_ids)
         self.tell(0)
 
@@ -188,10 +194,10 @@ class _Run(Generic[T]):
         self.item.progress((self.rows_done + rows) / self.item.plan.num_computed)
 
 
-def _laid_out(items: Iterable[T]) -> Iterator[_Run[T] | Wave]:
+def _laid_out(items: Iterable[T], vocab_size: int) -> Iterator[_Run[T] | Wave]:
     """Each plan, and after it its waves."""
     for item in items:
-        yield _Run.of(item)
+        yield _Run.of(item, vocab_size)
         yield from item.plan.waves()
 
 

@@ -65,7 +65,7 @@ class Extension:
             return [self.run(self._plan([first], None), None)]
         beginning = first.token_ids[: min(begins, past.length + self.pages.landing_rows)]
         if is_too_long and tree.make_room(len(beginning) - past.length):
-            self._compute([_bare(beginning)], [past])
+            self._compute([TokenTree.bare(beginning)], [past])
         else:  # its own path takes a few rows each of many pages: in pages of its own it will fit
             tree.clear()
         return []
@@ -92,7 +92,7 @@ class Extension:
 def _parts(tree: Targeted, most: int) -> Iterator[Targeted]:
     """The tree with its branches in parts of at most ``most`` tokens; a longer branch is one alone."""
     offsets = tree.branch_offsets
-    whole = _bare(tree.token_ids, tree.spans_tok)
+    whole = replace(TokenTree.bare(tree.token_ids), spans_tok=tree.spans_tok)
     if offsets[-1] <= most:
         yield tree
         return
@@ -106,17 +106,5 @@ def _parts(tree: Targeted, most: int) -> Iterator[Targeted]:
             branch_offsets=offsets[begin : end + 1] - offsets[begin],
             branch_token_ids=tree.branch_token_ids[offsets[begin] : offsets[end]],
         )
-        whole = _bare(tree.token_ids)  # its spans are in the first part
+        whole = TokenTree.bare(tree.token_ids)  # its spans are in the first part
         begin = end
-
-
-def _bare(token_ids: np.ndarray, spans_tok: np.ndarray | None = None) -> TokenTree:
-    """A sequence without branches."""
-    return TokenTree(
-        token_ids=token_ids,
-        spans_tok=np.empty((0, 2), np.int32) if spans_tok is None else spans_tok,
-        branch_parent_tok=np.empty(0, np.int32),
-        branch_scored_tok=np.empty(0, np.int32),
-        branch_offsets=np.zeros(1, np.int64),
-        branch_token_ids=np.empty(0, np.int32),
-    )

@@ -46,6 +46,7 @@ class Wave:
     target_offsets: np.ndarray  # [R+1] int64, into target_token_ids
     target_token_ids: np.ndarray  # [nnz] int32
     target_ids: np.ndarray  # [nnz] int64, whose targets these are: indices into TargetScores
+    wanted: Wanted  # of each target's distribution
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +167,7 @@ class Plan:
             target_offsets=csr.offsets_of(counts),
             target_token_ids=self._target_token_ids[first:last],
             target_ids=self._target_ids[first:last],
+            wanted=self.wanted,
             **arrays,
         )
 

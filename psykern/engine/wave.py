@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from psykern.engine.plan import Wave
+from psykern.engine.readout import Readout, read_out
 from psykern.engine.store import Store
 from psykern.engine.upload import upload
 from psykern.engine.watch import Span, Watch, now
@@ -37,6 +38,7 @@ class Launched:
     logprob: Tensor
     is_argmax: Tensor
     entropy: Tensor
+    readout: Readout  # is here already
     sums: Tensor  # [1 + layers + 1] of the hidden states after the embedding and each layer, and of the scores
     spans: list[Span]  # when each layer and the head began and ended; none on a CPU
     arrived: torch.cuda.Event | None  # None: they are here
@@ -50,12 +52,13 @@ def run_wave(model: Model, wave: Wave, store: Store, scratch: Scratch, watch: Wa
     """Launches all of ``wave``; on a device nothing here waits for it. Waves of a store come in their order."""
     out, sums = _layers(model, wave, store, scratch, watch)
     with watch.part():
-        logprob, is_argmax, entropy, total = _head(model, wave, out)
+        logprob, is_argmax, entropy, total, readout = _head(model, wave, out)
     return Launched(
         wave,
         logprob=logprob.to("cpu", non_blocking=True),
         is_argmax=is_argmax.to("cpu", non_blocking=True),
         entropy=entropy.to("cpu", non_blocking=True),
+        readout=readout,
         sums=torch.stack([*sums, total]).to("cpu", non_blocking=True),
         spans=watch.spans,
         arrived=now() if model.device.type == "cuda" else None,
@@ -144,11 +147,13 @@ def _tensor(array: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array))
 
 
-def _head(model: Model, wave: Wave, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _head(model: Model, wave: Wave, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Readout]:
     """Of the response rows [R, D], by target of the wave, its logprob, whether it is the argmax, and the entropy, [nnz]
-    each; and the sum of the rows' lse and entropy."""
+    each; the sum of the rows' lse and entropy; and what else is wanted."""
     offsets, token_ids = upload(wave.target_offsets, model.device), upload(wave.target_token_ids, model.device)
     result = model.score(hidden, offsets, token_ids)
     row = torch.repeat_interleave(offsets.diff(), output_size=len(token_ids))
     logprob = result.logits - result.lse[row]
-    return logprob, result.argmax[row] == token_ids, result.entropy[row], (result.lse + result.entropy).sum()
+    is_argmax, total = result.argmax[row] == token_ids, (result.lse + result.entropy).sum()
+    readout = read_out(model, wave, hidden, result.lse, is_argmax)
+    return logprob, is_argmax, result.entropy[row], total, readout

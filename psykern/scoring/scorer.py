@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from psykern.core.clock import Clock
 from psykern.core.errors import CheckpointError
 from psykern.core.settings import Backend, Device, Dtype, Settings
 from psykern.data.chat import ChatTemplate
+from psykern.data.continuations import Boundary
 from psykern.data.encode import Encoder
 from psykern.data.pretrained import Pretrained
 from psykern.data.tokenizer import Tokenizer
@@ -22,7 +24,13 @@ from psykern.models.checkpoint import at_revision, hash_model, resolve_model
 from psykern.models.families import read_spec
 from psykern.models.model import Model
 from psykern.models.spec import ModelSpec
+from psykern.scoring.choices import choose_question
+from psykern.scoring.distributions import At, distributions_question
+from psykern.scoring.logprobs import logprobs_question
 from psykern.scoring.question import Question
+from psykern.scoring.session import Session
+from psykern.scoring.surprisal import First, surprisal_question
+from psykern.scoring.texts import Reader
 
 A = TypeVar("A")
 
@@ -79,6 +87,133 @@ class Scorer:
         """``sha256:…`` of config and weights, which are read for it."""
         return hash_model(self.folder)
 
+    @cached_property
+    def _reader(self) -> Reader:
+        """Makes tokens of what it is given."""
+        spec, special = self.model.spec, self.language.pretrained.tokenizer
+        bos = special.bos_token_id if special.bos_token_id is not None else special.eos_token_id
+        return Reader(self.language.tokenizer, bos, spec.vocab_size, spec.max_positions)
+
+    def logprobs(
+        self,
+        contexts: str | Sequence[str],
+        continuations: str | Sequence[str] | Sequence[Sequence[str]],
+        *,
+        boundary: Boundary = "joint",
+        tokens: bool = False,
+        ranks: bool = False,
+        pmi_context: str | None = None,
+    ) -> Any:
+        """log P(continuation | context), in nats: the sum over the continuation's tokens.
+
+        One context and one continuation give a :class:`.Logprob`; one context and a list, or n contexts and n
+        continuations, a list of them; n contexts and n lists a list of lists. Nothing is added to a text but the
+        special tokens that the tokenizer puts in front.
+
+        ``boundary``: ``"joint"`` tokenizes context and continuation as one string, and all tokens that overlap the
+        continuation are its own, also one that begins in the context (flag ``straddles``); ``"split"`` tokenizes the
+        continuation alone, as evaluation harnesses do. ``tokens``: each token too, with ``ranks`` its rank.
+        ``pmi_context``: a text such as ``"Answer:"`` after which the same continuations are scored, for
+        :attr:`.Logprob.pmi`; ``""`` where the tokenizer puts a token in front.
+
+        A continuation at the very begin of a text, without a special token in front, has NaN and the flag
+        ``no_context``. Raises TypeError for what is no text, ValueError for lists of different lengths, an empty
+        continuation or one without a token, and a text that the model cannot read.
+        """
+        return self.ask(
+            logprobs_question(
+                self._reader,
+                contexts,
+                continuations,
+                boundary=boundary,
+                tokens=tokens,
+                ranks=ranks,
+                pmi_context=pmi_context,
+            )
+        )
+
+    def choose(
+        self,
+        contexts: str | Sequence[str],
+        options: Sequence[str] | Sequence[Sequence[str]],
+        *,
+        boundary: Boundary = "joint",
+        closing: str | None = None,
+    ) -> Any:
+        """The log-softmax over answer options after a context, as a record has it.
+
+        One context and its options give a :class:`.Choice`; n contexts with one list of options for all, or n lists, a
+        list of them. ``boundary`` as of :meth:`logprobs`. ``closing``: what stands behind an option, such as ``"\\n"``;
+        it is tokenized with it, and scored where one option's tokens begin another's (flag ``closing_mark``). None:
+        ``">>"`` where the context ends inside a response (a ``<<`` without ``>>`` behind it), else nothing.
+
+        Raises TypeError for what is no text, ValueError for lists of different lengths, options that are none, have no
+        token, have the same tokens as another or are not told apart from one that they begin, and a text that the model
+        cannot read.
+        """
+        return self.ask(choose_question(self._reader, contexts, options, boundary=boundary, closing=closing))
+
+    def surprisal(
+        self,
+        texts: str | Sequence[str],
+        *,
+        first: First = "auto",
+        start: str = "",
+        ranks: bool = False,
+        trailing_space: bool = False,
+    ) -> Any:
+        """-log P of every token and every word of a text given all before it, in nats; bits are properties.
+
+        A text gives a :class:`.Surprisal`, a list of texts a list. A word is a run of characters other than white
+        space; a token counts to the word in which its last such character stands.
+
+        ``first``: ``"auto"`` reads the special tokens that the tokenizer puts in front; ``"bos"`` its bos_token, else
+        its eos_token, also where it puts none; ``"null"`` none: the first token has NaN. ``start``: a text in front
+        that is read and not reported. ``ranks``: of every token, 1: none is likelier. ``trailing_space``: words are
+        corrected for the white space that the tokens of the word behind them begin with: with B(c) the probability that
+        the next token begins with white space or is a special one, the surprisal of a word w gains
+        log B(text before w) and loses log B(text with w); :mod:`psykern.scoring.surprisal` says of which words.
+
+        Raises TypeError for what is no text, ValueError for ``"bos"`` without such a token, ``trailing_space`` with a
+        tokenizer whose words do not begin with a space, and a text that the model cannot read.
+        """
+        return self.ask(
+            surprisal_question(
+                self._reader, texts, first=first, start=start, ranks=ranks, trailing_space=trailing_space
+            )
+        )
+
+    def distributions(
+        self,
+        contexts: str | Sequence[str],
+        *,
+        token_ids: Sequence[int] | None = None,
+        top_k: int | None = None,
+        at: At = "end",
+    ) -> Any:
+        """log P of the next token, in nats: [n, V] float32 of all V rows of the model's vocabulary behind n contexts.
+
+        With ``token_ids`` of these K tokens alone, [n, K] float32; with ``top_k`` the likeliest, as :class:`.TopTokens`
+        of [n, K] arrays. One context gives arrays without the first axis. ``at``: ``"end"`` of a context; a list of P
+        numbers of tokens, special ones in front included, behind which to ask: [n, P, …]; ``"all"``, behind every
+        token: a list with an array [T, …] for each context.
+
+        Raises TypeError for what is no text or no token id, ValueError for tokens that the model does not have, places
+        that a context does not have, a context without a token, and a text that the model cannot read.
+        """
+        return self.ask(distributions_question(self._reader, contexts, token_ids=token_ids, top_k=top_k, at=at))
+
+    def session(self, text: str = "") -> Session:
+        """A text that will grow, trial by trial: what is computed of it is kept, so that each step costs what is new.
+
+        Keys and values of all sessions are kept in ``session_bytes`` of memory (see :func:`load`); what was not used
+        for longest is given up, and computed again when it is asked for: answers are the same. Sessions that begin
+        alike, as forks do, share it. Raises what :meth:`.Session.append` raises.
+        """
+        session = Session(self, self._reader, self._reader.contexts([""])[0])
+        session.append(text)
+        return session
+
     def ask(self, question: Question[A]) -> A:
         """Computes what ``question`` needs, all of it in one plan, and answers it."""
         planned = plan(
@@ -99,6 +234,7 @@ def load(
     backend: Backend = "auto",
     wave_tokens: int | None = None,
     batch_tokens: int | None = None,
+    session_bytes: int | None = None,
     chat: bool = False,
     clock: Clock | None = None,
 ) -> Scorer:
@@ -107,12 +243,16 @@ def load(
     model: a folder or a hub id; ``revision``: a branch, tag or commit of the latter, as ``owner/name@REVISION`` says
     too. device: ``auto``, ``cpu``, ``cuda`` or one of several, ``cuda:1``. dtype: of the arithmetic, ``float32``,
     ``bfloat16`` or ``float16``; ``auto``: float32 on a CPU, bfloat16 on a GPU. backend: of the kernels.
-    ``wave_tokens``, ``batch_tokens``: memory against speed, as in :class:`.Settings`. ``chat``: a chat template will be
-    needed, so say at once if there is none.
+    ``wave_tokens``, ``batch_tokens``: memory against speed, as in :class:`.Settings`. ``session_bytes``: memory for the
+    keys and values of sessions, taken when the first one computes; None: a quarter of what is free then, at most what
+    65,536 tokens need. On a CPU a checkpoint that is stored in another dtype is then kept in fp32, too, where that
+    takes no more than 40 % of what is free. ``chat``: a chat template will be needed, so say at once if there is none.
 
     Raises CheckpointError for a folder that cannot be used, BackendError for a device or backend that is not there,
     ValueError for a word that is none of these.
     """
+    if session_bytes is not None and session_bytes < 0:
+        raise ValueError(f"session_bytes: expected a number of bytes, at least 0, got {session_bytes}")
     settings = Settings(device=device, dtype=dtype, backend=backend, wave_tokens=wave_tokens, batch_tokens=batch_tokens)
     compute = Compute.resolve(settings.device, settings.dtype, settings.backend)
     model, clock = at_revision(model, revision), clock or Clock()
@@ -123,7 +263,7 @@ def load(
             language.chat  # noqa: B018
         decoder = Model(folder, compute)  # last, as it takes longest
         suitable = budgets(decoder.spec, compute.device, compute.dtype).under(settings)
-    return Scorer(str(model), folder, decoder, language, Engine(decoder), suitable)
+    return Scorer(str(model), folder, decoder, language, Engine(decoder, session_bytes=session_bytes), suitable)
 
 
 def load_language(
