@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from psykern.runs.summary import StudySummary, Summary, format_summary
     from psykern.scoring.results import Choice, Logprob, Surprisal, TokenScores, TopTokens
     from psykern.scoring.scorer import Scorer, load
+    from psykern.scoring.session import Mark, Session, step
     from psykern.study.report import compare_runs
     from psykern.study.results import Comparison
     from psykern.study.tables import format_comparison
@@ -54,6 +55,7 @@ _HOMES = {
     "runs.summary": "StudySummary Summary format_summary",
     "scoring.results": "Choice Logprob Surprisal TokenScores TopTokens",
     "scoring.scorer": "Scorer load",
+    "scoring.session": "Mark Session step",
     "study.results": "Comparison",
     "study.report": "compare_runs",
     "study.tables": "format_comparison",
@@ -72,6 +74,7 @@ __all__ = [
     "InterruptedRun",
     "Logprob",
     "Manifest",
+    "Mark",
     "NonFiniteError",
     "OutOfMemoryError",
     "PsykernError",
@@ -79,6 +82,7 @@ __all__ = [
     "Run",
     "RunFolderError",
     "Scorer",
+    "Session",
     "Settings",
     "Shard",
     "Source",
@@ -99,6 +103,7 @@ __all__ = [
     "score",
     "score_conditions",
     "score_on_cluster",
+    "step",
 ]
 
 

@@ -9,6 +9,8 @@ class PrefixTrie:
         token_ids: np.ndarray,
         offsets: np.ndarray,
         lengths: np.ndarray,
+        root: np.ndarray,
+        root_base: np.ndarray,
         branch_sequence: np.ndarray,
         branch_parent: np.ndarray,
         branch_scored: np.ndarray,

@@ -46,18 +46,22 @@ void check_offsets(const char* name, const Array<T>& offsets, int64_t values) {
 // Keeps the arrays that the trie borrows alive beside it.
 class BoundTrie {
  public:
-  BoundTrie(Array<int32_t> token_ids, Array<int64_t> offsets, Array<int64_t> lengths, Array<int64_t> branch_sequence,
-            Array<int32_t> branch_parent, Array<int32_t> branch_scored, Array<int64_t> branch_offsets,
-            Array<int32_t> branch_token_ids, int64_t min_share, int64_t wave_tokens)
+  BoundTrie(Array<int32_t> token_ids, Array<int64_t> offsets, Array<int64_t> lengths, Array<int32_t> root,
+            Array<int32_t> root_base, Array<int64_t> branch_sequence, Array<int32_t> branch_parent,
+            Array<int32_t> branch_scored, Array<int64_t> branch_offsets, Array<int32_t> branch_token_ids,
+            int64_t min_share, int64_t wave_tokens)
       : token_ids_(std::move(token_ids)), branch_token_ids_(std::move(branch_token_ids)) {
     check_offsets("offsets", offsets, token_ids_.size());
     check_offsets("branch_offsets", branch_offsets, branch_token_ids_.size());
     check_size("lengths", lengths, offsets.size() - 1);
+    check_size("root", root, offsets.size() - 1);
+    check_size("root_base", root_base, root_base.size());
     const int64_t branches = branch_offsets.size() - 1;
     check_size("branch_sequence", branch_sequence, branches);
     check_size("branch_parent", branch_parent, branches);
     check_size("branch_scored", branch_scored, branches);
-    const psykern::Sequences s{token_ids_.data(), offsets.data(), lengths.data(), offsets.size() - 1};
+    const psykern::Sequences s{token_ids_.data(),  offsets.data(),   lengths.data(),  root.data(),
+                               offsets.size() - 1, root_base.data(), root_base.size()};
     const psykern::Branches b{branch_sequence.data(), branch_parent.data(),     branch_scored.data(),
                               branch_offsets.data(),  branch_token_ids_.data(), branches};
     py::gil_scoped_release release;
@@ -99,6 +103,7 @@ class BoundTrie {
     out["batch_offsets"] = to_numpy(std::move(arrays.batch_offsets));
     out["batch_segments"] = to_numpy(std::move(arrays.batch_segments));
     out["segment_offsets"] = to_numpy(std::move(arrays.segment_offsets));
+    out["segment_roots"] = to_numpy(std::move(arrays.segment_roots));
     out["range_offsets"] = to_numpy(std::move(arrays.range_offsets));
     out["key_ranges"] = to_numpy(std::move(arrays.key_ranges)).attr("reshape")(-1, 2);
     return out;
@@ -114,10 +119,11 @@ class BoundTrie {
 PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.doc() = "psykern's C++ code for the CPU";
   py::class_<BoundTrie>(m, "PrefixTrie", "Sequences and branches as rows and waves; see csrc/cpu/prefix_trie.h.")
-      .def(py::init<Array<int32_t>, Array<int64_t>, Array<int64_t>, Array<int64_t>, Array<int32_t>, Array<int32_t>,
-                    Array<int64_t>, Array<int32_t>, int64_t, int64_t>(),
+      .def(py::init<Array<int32_t>, Array<int64_t>, Array<int64_t>, Array<int32_t>, Array<int32_t>, Array<int64_t>,
+                    Array<int32_t>, Array<int32_t>, Array<int64_t>, Array<int32_t>, int64_t, int64_t>(),
            py::kw_only(), py::arg("token_ids").noconvert(), py::arg("offsets").noconvert(),
-           py::arg("lengths").noconvert(), py::arg("branch_sequence").noconvert(), py::arg("branch_parent").noconvert(),
+           py::arg("lengths").noconvert(), py::arg("root").noconvert(), py::arg("root_base").noconvert(),
+           py::arg("branch_sequence").noconvert(), py::arg("branch_parent").noconvert(),
            py::arg("branch_scored").noconvert(), py::arg("branch_offsets").noconvert(),
            py::arg("branch_token_ids").noconvert(), py::arg("min_share"), py::arg("wave_tokens"))
       .def_property_readonly("num_rows", [](const BoundTrie& t) { return t.trie().num_rows(); })

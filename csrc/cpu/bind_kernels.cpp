@@ -26,6 +26,7 @@ using Isa = std::optional<std::string>;
   throw py::value_error(name + ": expected " + expected + ", got " + got);
 }
 
+// Where a message takes longer than the check, and the check is of each array or segment, write `if (…) fail(…)`.
 void expect(bool holds, const char* name, const std::string& expected, const std::string& got) {
   if (!holds) fail(name, expected, got);
 }
@@ -80,9 +81,11 @@ Rows<T> as_rows(const char* name, const py::array& array) {
   py::ssize_t stride = array.ndim() > 0 && array.shape(0) > 1 ? array.strides(0) : row_bytes;
   if (array.ndim() == 1) dense = stride == row_bytes;
   if (array.size() == 0) dense = true, stride = row_bytes;
-  expect(dense && stride >= row_bytes && stride % kItem == 0, name, "rows that are dense and do not overlap",
+  if (!dense || stride < row_bytes || stride % kItem != 0) {
+    fail(name, "rows that are dense and do not overlap",
          "shape " + shape_text(array) + " with strides of " + py::cast<std::string>(py::str(array.attr("strides"))) +
              " bytes");
+  }
   const bool aligned = reinterpret_cast<uintptr_t>(array.data()) % alignof(T) == 0;
   expect(aligned, name, "an aligned array", "one that is not");
   if constexpr (!std::is_const_v<T>) expect(array.writeable(), name, "an array to write to", "a read-only one");
@@ -93,8 +96,9 @@ Rows<T> as_rows(const char* name, const py::array& array) {
 template <typename T>
 Rows<T> get_rows(const char* name, const py::array& array, std::initializer_list<Size> shape, const char* like = "") {
   using Value = std::remove_const_t<T>;
-  expect(py::isinstance<py::array_t<Value>>(array), name, dtype_text(py::dtype::of<Value>()),
-         dtype_text(array.dtype()));
+  if (!py::isinstance<py::array_t<Value>>(array)) {
+    fail(name, dtype_text(py::dtype::of<Value>()), dtype_text(array.dtype()));
+  }
   check_shape(name, array, shape, like);
   return as_rows<T>(name, array);
 }
@@ -176,9 +180,10 @@ void check_paths(const psykern::PrefixAttention& p) {
   for (int64_t s = 0; s < p.num_segments; ++s) {
     const int32_t *begin = p.positions + p.query_offsets[s], *end = p.positions + p.query_offsets[s + 1];
     if (begin == end) continue;
-    const std::string of = " of segment " + std::to_string(s);
-    expect(begin[0] >= 0 && std::is_sorted(begin, end), "positions", "to ascend from 0 or above",
-           "others for the queries" + of);
+    const auto of = [s] { return " of segment " + std::to_string(s); };
+    if (begin[0] < 0 || !std::is_sorted(begin, end)) {
+      fail("positions", "to ascend from 0 or above", "others for the queries" + of());
+    }
     bool held = false;
     int64_t place = 0;
     for (int64_t r = p.range_offsets[s]; r < p.range_offsets[s + 1]; ++r) {
@@ -186,10 +191,12 @@ void check_paths(const psykern::PrefixAttention& p) {
       held = held || (place <= begin[0] && end[-1] < place + length);
       place += length;
     }
-    expect(
-        held, "key_ranges",
-        "one range with the keys at " + std::to_string(begin[0]) + " to " + std::to_string(end[-1]) + of,
-        std::to_string(p.range_offsets[s + 1] - p.range_offsets[s]) + " ranges of " + std::to_string(place) + " keys");
+    if (!held) {
+      fail("key_ranges",
+           "one range with the keys at " + std::to_string(begin[0]) + " to " + std::to_string(end[-1]) + of(),
+           std::to_string(p.range_offsets[s + 1] - p.range_offsets[s]) + " ranges of " + std::to_string(place) +
+               " keys");
+    }
   }
 }
 
@@ -225,7 +232,8 @@ void prefix_attention(const py::array& q, const py::array& k, const py::array& v
   check_range("key_ranges", p.key_ranges, key_ranges.size(), num_keys + 1);
   for (py::ssize_t r = 0; r < key_ranges.shape(0); ++r) {
     const int32_t begin = p.key_ranges[2 * r], end = p.key_ranges[2 * r + 1];
-    expect(begin <= end, "key_ranges", "ranges from low to high", std::to_string(begin) + " to " + std::to_string(end));
+    if (begin > end)
+      fail("key_ranges", "ranges from low to high", std::to_string(begin) + " to " + std::to_string(end));
   }
   check_paths(p);
   expect(!window || *window >= 1, "window", "at least 1", window ? std::to_string(*window) : "");

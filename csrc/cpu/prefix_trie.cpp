@@ -10,15 +10,15 @@ namespace psykern {
 namespace {
 
 struct EdgeKey {
-  int32_t segment, offset, token;
+  int32_t node, offset, token;  // node: a segment, or a root r as -1 - r
   bool operator==(const EdgeKey& other) const {
-    return segment == other.segment && offset == other.offset && token == other.token;
+    return node == other.node && offset == other.offset && token == other.token;
   }
 };
 
 struct EdgeHash {
   size_t operator()(const EdgeKey& key) const {
-    uint64_t h = (static_cast<uint64_t>(static_cast<uint32_t>(key.segment)) << 32) | static_cast<uint32_t>(key.offset);
+    uint64_t h = (static_cast<uint64_t>(static_cast<uint32_t>(key.node)) << 32) | static_cast<uint32_t>(key.offset);
     h = (h ^ (h >> 31)) * 0x9E3779B97F4A7C15ULL + static_cast<uint32_t>(key.token);
     return static_cast<size_t>((h ^ (h >> 29)) * 0xBF58476D1CE4E5B9ULL);
   }
@@ -50,9 +50,17 @@ void check_arguments(const Sequences& sequences, const Branches& branches, int64
   check(min_share >= 1, "min_share: expected at least 1 token, got " + std::to_string(min_share));
   check(wave_tokens >= 1, "wave_tokens: expected at least 1, got " + std::to_string(wave_tokens));
   check(sequences.count < INT32_MAX, "a group of at most 2^31 - 2 transcripts can be planned");
+  check(sequences.roots < INT32_MAX, "at most 2^31 - 2 roots can be planned");
+  for (int64_t r = 0; r < sequences.roots; ++r) {
+    check(sequences.root_base[r] >= 0, "root_base[" + std::to_string(r) + "]: expected no negative number of tokens");
+  }
   for (int64_t i = 0; i < sequences.count; ++i) {
+    check(sequences.root[i] >= 0 && sequences.root[i] < sequences.roots,
+          "root[" + std::to_string(i) + "]: expected 0 to " + std::to_string(sequences.roots - 1) + ", got " +
+              std::to_string(sequences.root[i]));
     const int64_t own = sequences.offsets[i + 1] - sequences.offsets[i];
-    check(sequences.lengths[i] >= 0 && sequences.lengths[i] <= own && own < INT32_MAX,
+    check(sequences.lengths[i] >= 0 && sequences.lengths[i] <= own &&
+              own + sequences.root_base[sequences.root[i]] < INT32_MAX,
           "lengths[" + std::to_string(i) + "]: expected 0 to " + std::to_string(own) + " tokens, got " +
               std::to_string(sequences.lengths[i]));
   }
@@ -75,6 +83,7 @@ void check_arguments(const Sequences& sequences, const Branches& branches, int64
 
 PrefixTrie::PrefixTrie(const Sequences& sequences, const Branches& branches, int64_t min_share, int64_t wave_tokens) {
   check_arguments(sequences, branches, min_share, wave_tokens);
+  root_base_.assign(sequences.root_base, sequences.root_base + sequences.roots);
   add_sequences(sequences, min_share);
   add_branches(sequences, branches);
   lay_out_rows();
@@ -82,12 +91,16 @@ PrefixTrie::PrefixTrie(const Sequences& sequences, const Branches& branches, int
   find_carried();
 }
 
+// Tokens of the segment's root.
+int32_t PrefixTrie::base(const Segment& segment) const { return root_base_[static_cast<size_t>(segment.root)]; }
+
 // Sorted, each sequence attaches to the path of its predecessor (kept as a stack) where the two part.
 void PrefixTrie::add_sequences(const Sequences& sequences, int64_t min_share) {
   auto tokens = [&](int64_t i) { return sequences.token_ids + sequences.offsets[i]; };
   order_.resize(static_cast<size_t>(sequences.count));
   std::iota(order_.begin(), order_.end(), 0);
   std::sort(order_.begin(), order_.end(), [&](int32_t a, int32_t b) {
+    if (sequences.root[a] != sequences.root[b]) return sequences.root[a] < sequences.root[b];
     const int64_t length_a = sequences.lengths[a], length_b = sequences.lengths[b];
     const int64_t shared = common_prefix(tokens(a), length_a, tokens(b), length_b);
     if (shared < length_a && shared < length_b) return tokens(a)[shared] < tokens(b)[shared];
@@ -99,7 +112,9 @@ void PrefixTrie::add_sequences(const Sequences& sequences, int64_t min_share) {
   for (size_t k = 0; k < order_.size(); ++k) {
     const int64_t i = order_[k], length = sequences.lengths[i];
     int64_t shared = 0;
-    if (k > 0) shared = common_prefix(tokens(order_[k - 1]), sequences.lengths[order_[k - 1]], tokens(i), length);
+    if (k > 0 && sequences.root[order_[k - 1]] == sequences.root[i]) {
+      shared = common_prefix(tokens(order_[k - 1]), sequences.lengths[order_[k - 1]], tokens(i), length);
+    }
     const bool is_prefix = shared == length;  // it needs no tokens of its own, so any share is free
     while (!stack.empty()) {
       const int32_t top = segments_[static_cast<size_t>(stack.back())].position;
@@ -109,7 +124,7 @@ void PrefixTrie::add_sequences(const Sequences& sequences, int64_t min_share) {
     }
     if (shared < length) {
       segments_.push_back({tokens(i) + shared, static_cast<int32_t>(length - shared), static_cast<int32_t>(shared),
-                           stack.empty() ? -1 : stack.back(), 0});
+                           stack.empty() ? -1 : stack.back(), sequences.root[i], 0});
       stack.push_back(static_cast<int32_t>(segments_.size()) - 1);
     }
     leaf_[static_cast<size_t>(i)] = stack.empty() ? -1 : stack.back();
@@ -126,23 +141,23 @@ std::vector<int32_t> PrefixTrie::path_of(int64_t sequence) const {
 }
 
 // Follows each branch from its parent token along whatever the trie already holds, then adds the rest.
-void PrefixTrie::add_branches(const Sequences&, const Branches& branches) {
+void PrefixTrie::add_branches(const Sequences& sequences, const Branches& branches) {
   if (branches.count == 0) return;
   Edges edges;
   auto add_edge = [&](int32_t child) {
     const Segment& s = segments_[static_cast<size_t>(child)];
     const int32_t offset = s.parent < 0 ? -1 : s.position - 1 - segments_[static_cast<size_t>(s.parent)].position;
-    edges.emplace(EdgeKey{s.parent, offset, s.token_ids[0]}, child);
+    edges.emplace(EdgeKey{s.parent < 0 ? -1 - s.root : s.parent, offset, s.token_ids[0]}, child);
   };
   for (int32_t s = 0; s < static_cast<int32_t>(segments_.size()); ++s) add_edge(s);
 
-  // The child of `at` by `token`, or segment -1, which as `at` is the root.
-  auto step = [&](Place at, int32_t token) -> Place {
+  // The child of `at` by `token`, or segment -1, which as `at` is the root `root`.
+  auto step = [&](Place at, int32_t root, int32_t token) -> Place {
     if (at.segment >= 0) {
       const Segment& s = segments_[static_cast<size_t>(at.segment)];
       if (at.offset + 1 < s.length && s.token_ids[at.offset + 1] == token) return {at.segment, at.offset + 1};
     }
-    const auto found = edges.find(EdgeKey{at.segment, at.offset, token});
+    const auto found = edges.find(EdgeKey{at.segment < 0 ? -1 - root : at.segment, at.offset, token});
     return found == edges.end() ? Place{-1, 0} : Place{found->second, 0};
   };
 
@@ -153,7 +168,7 @@ void PrefixTrie::add_branches(const Sequences&, const Branches& branches) {
     if (branches.sequence[b] != path_sequence) path = path_of(path_sequence = branches.sequence[b]);
     const int32_t* token_ids = branches.token_ids + branches.offsets[b];
     const int64_t inputs = branches.offsets[b + 1] - branches.offsets[b] - 1;
-    const int32_t parent_tok = branches.parent[b] - 1;
+    const int32_t parent_tok = branches.parent[b] - 1, root = sequences.root[branches.sequence[b]];
     const auto holder = std::partition_point(
         path.begin(), path.end(), [&](int32_t s) { return segments_[static_cast<size_t>(s)].position <= parent_tok; });
     places.assign(1, Place{-1, -1});
@@ -162,10 +177,10 @@ void PrefixTrie::add_branches(const Sequences&, const Branches& branches) {
       places[0] = {segment, parent_tok - segments_[static_cast<size_t>(segment)].position};
     }
     for (int64_t k = 0; k < inputs; ++k) {
-      Place next = step(places.back(), token_ids[k]);
+      Place next = step(places.back(), root, token_ids[k]);
       if (next.segment < 0) {
         segments_.push_back({token_ids + k, static_cast<int32_t>(inputs - k),
-                             static_cast<int32_t>(branches.parent[b] + k), places.back().segment, 0});
+                             static_cast<int32_t>(branches.parent[b] + k), places.back().segment, root, 0});
         next = {static_cast<int32_t>(segments_.size()) - 1, 0};
         add_edge(next.segment);
       }
@@ -313,7 +328,7 @@ void PrefixTrie::positions_of(const int64_t* rows, int64_t count, int32_t* posit
   for (int64_t i = 0; i < count; ++i) {
     check(rows[i] >= 0 && rows[i] < num_rows_, "row " + std::to_string(rows[i]) + " is not a row of this plan");
     const Segment& s = segments_[static_cast<size_t>(layout_[static_cast<size_t>(segment_at(rows[i]))])];
-    positions[i] = static_cast<int32_t>(s.position + rows[i] - s.row);
+    positions[i] = static_cast<int32_t>(base(s) + s.position + rows[i] - s.row);
   }
 }
 
@@ -324,7 +339,10 @@ int64_t PrefixTrie::visible_keys(int64_t window) const {
     return inside * (inside + 1) / 2 + (n - inside) * window;
   };
   int64_t total = 0;
-  for (const Segment& s : segments_) total += keys_up_to(s.position + s.length) - keys_up_to(s.position);
+  for (const Segment& s : segments_) {
+    const int64_t before = int64_t{base(s)} + s.position;
+    total += keys_up_to(before + s.length) - keys_up_to(before);
+  }
   return total;
 }
 
@@ -386,7 +404,7 @@ WaveArrays PrefixTrie::wave(int64_t index, int64_t batch_tokens) const {
       const int64_t piece_end = std::min(batch_end, s.row + s.length);
       for (int64_t r = row; r < piece_end; ++r) {
         out.token_ids.push_back(s.token_ids[r - s.row]);
-        out.positions.push_back(static_cast<int32_t>(s.position + r - s.row));
+        out.positions.push_back(static_cast<int32_t>(base(s) + s.position + r - s.row));
       }
       ranges.clear();
       for (const Interval& path : path_rows(segment, piece_end)) {
@@ -399,6 +417,7 @@ WaveArrays PrefixTrie::wave(int64_t index, int64_t batch_tokens) const {
       }
       out.range_offsets.push_back(static_cast<int32_t>(out.key_ranges.size() / 2));
       out.segment_offsets.push_back(static_cast<int32_t>(piece_end - begin));
+      out.segment_roots.push_back(s.root);
       row = piece_end;
       if (row == s.row + s.length) ++at;
     }

@@ -8,6 +8,10 @@
 // Rows are laid out depth first, parents before children, and children that attach late first, so that what later
 // rows still need of a segment is always a prefix of it. A wave is a run of rows within a budget. What later waves
 // need of earlier ones is carried: `carried` holds those rows as intervals.
+//
+// A sequence may go on from a *root*: tokens that are known, of which only the number matters here (`root_base`).
+// Sequences of different roots share nothing. Positions count a root's tokens in; places in a sequence and `parent` do
+// not.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +23,10 @@ struct Sequences {
   const int32_t* token_ids;  // [offsets[count]]
   const int64_t* offsets;    // [count + 1]
   const int64_t* lengths;    // [count] tokens that need a row, at most the sequence's own length
+  const int32_t* root;       // [count] what each sequence goes on from
   int64_t count;
+  const int32_t* root_base;  // [roots] tokens of each root; 0: nothing comes before
+  int64_t roots;
 };
 
 struct Branches {
@@ -34,9 +41,10 @@ struct Branches {
 struct Segment {
   const int32_t* token_ids;  // [length] borrowed from the sequences or branches
   int32_t length;            // tokens, at least 1
-  int32_t position;          // tokens before its first one on its path
+  int32_t position;          // tokens before its first one on its path, without those of its root
   int32_t parent;            // segment, -1 at the root; it attaches after parent's token `position - 1`
-  int64_t row;               // first row
+  int32_t root;
+  int64_t row;  // first row
 };
 
 struct Interval {
@@ -45,7 +53,8 @@ struct Interval {
 
 // The arrays of psykern.core.types.Wave that depend on the trie.
 struct WaveArrays {
-  std::vector<int32_t> token_ids, positions, batch_offsets, batch_segments, segment_offsets, range_offsets, key_ranges;
+  std::vector<int32_t> token_ids, positions, batch_offsets, batch_segments, segment_offsets, segment_roots,
+      range_offsets, key_ranges;
   std::vector<int64_t> keep_rows;
   int64_t num_carried = 0;
 };
@@ -79,6 +88,7 @@ class PrefixTrie {
     int32_t segment, offset;
   };
 
+  int32_t base(const Segment& segment) const;
   void add_sequences(const Sequences& sequences, int64_t min_share);
   void add_branches(const Sequences& sequences, const Branches& branches);
   void lay_out_rows();
@@ -88,6 +98,7 @@ class PrefixTrie {
   int64_t segment_at(int64_t row) const;
   std::vector<Interval> path_rows(int32_t segment, int64_t end) const;
 
+  std::vector<int32_t> root_base_;
   std::vector<Segment> segments_;
   std::vector<int32_t> leaf_;          // [sequences] last segment of each path, -1 for an empty sequence
   std::vector<int32_t> order_;         // [sequences] sorted

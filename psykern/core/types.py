@@ -113,6 +113,12 @@ class TokenTree:
     branch_offsets: np.ndarray  # [B+1] int64, into branch_token_ids
     branch_token_ids: np.ndarray  # [branch_offsets[-1]] int32
 
+    @classmethod
+    def bare(cls, token_ids: np.ndarray) -> TokenTree:
+        """A sequence of which nothing is scored."""
+        none = np.empty(0, np.int32)
+        return cls(token_ids, none.reshape(0, 2), none, none, np.zeros(1, np.int64), none)
+
 
 @dataclass(frozen=True, slots=True)
 class Wanted:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Generic, Protocol, TypeVar
 
@@ -19,9 +19,11 @@ import torch
 
 from psykern.core.errors import InterruptedRun
 from psykern.core.stages import ahead
-from psykern.core.types import TargetScores
-from psykern.engine.budgets import cost
+from psykern.core.types import NOTHING_MORE, Targeted, TargetScores, Wanted
+from psykern.engine.budgets import Budgets, cost
 from psykern.engine.checks import check_finite, check_fits, memory_errors
+from psykern.engine.extend import Extension
+from psykern.engine.pages import LANDING_ROWS, Pages, suitable_bytes
 from psykern.engine.plan import Plan, Wave
 from psykern.engine.readout import Readout
 from psykern.engine.store import OneLayer, Store
@@ -51,12 +53,15 @@ class Engine:
     Several threads may use it: their waves take turns, as a layer's weights and those arrays serve one wave at a time.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, *, session_bytes: int | None = None) -> None:
+        """``session_bytes``: for the keys and values that :meth:`extend` keeps; None: what ``pages`` finds suitable."""
         self.model = model
         self.most_in_flight = 0 if model.device.type == "cpu" else 1  # waves computed while the host goes on
         self._scratch: Scratch | None = None
         self._clock = DeviceClock()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._session_bytes = session_bytes
+        self._pages: Pages | None = None  # of the first extension on
 
     @property
     def idle_share(self) -> float | None:
@@ -103,6 +108,33 @@ class Engine:
                 yield from _complete(begun)
         self._collect(in_flight, clock, 0)
         yield from _complete(begun)
+
+    def extend(
+        self, trees: Sequence[Targeted], budgets: Budgets, *, wanted: Wanted = NOTHING_MORE
+    ) -> list[TargetScores]:
+        """The scores of each of ``trees``. Keys and values of their sequences are kept, as far as there is memory, and
+        used where a sequence begins like one of before. Several threads take turns. Raises what :meth:`pairs` raises.
+        """
+        with self._lock:
+            if self._pages is None:
+                self._pages = self._make_pages(budgets)
+            return Extension(self._pages, self._run_with, budgets.batch_tokens, wanted).of(trees)
+
+    def _make_pages(self, budgets: Budgets) -> Pages:
+        self.model.keep_layers()  # first, as it makes each wave faster
+        num_bytes = suitable_bytes(self.model) if self._session_bytes is None else self._session_bytes
+        return Pages(self.model, num_bytes, min(LANDING_ROWS, budgets.wave_tokens))
+
+    def _run_with(self, plan: Plan, store: Store | None) -> TargetScores:
+        """Wave by wave, each waited for."""
+        run = _Run.of(_Alone(plan, lambda share: None), self.model.spec.vocab_size)
+        store = OneLayer(self.model) if store is None else store
+        for wave in plan.waves():
+            launched = self._launch(run, wave, store)
+            launched.wait()
+            check_finite(launched.sums, self.model)
+            run.put(launched)
+        return run.scores
 
     def _launch(self, run: _Run[T], wave: Wave, store: Store) -> Launched:
         plan = run.item.plan

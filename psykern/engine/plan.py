@@ -3,11 +3,14 @@
 The trie itself (sorting, common prefixes, rows, waves, carried prefixes) is C++: ``csrc/cpu/prefix_trie.h`` says how it
 works. This module gives it the transcripts, and finds the row of every target. **The shift happens here and nowhere
 else: the row at position p - 1 predicts the token at position p.**
+
+A transcript may begin with tokens whose keys and values a store has already, its *past*: they need no rows, and what
+does sees them where the store has them. Those of equal pasts share what comes behind.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -16,7 +19,7 @@ import numpy as np
 from psykern import _cpu
 from psykern.core import csr
 from psykern.core.settings import MIN_SHARE
-from psykern.core.types import NOTHING_MORE, Targeted, TargetScores, Wanted
+from psykern.core.types import NOTHING_MORE, Targeted, TargetScores, TokenTree, Wanted
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,6 +49,60 @@ class Wave:
     wanted: Wanted  # of each target's distribution
 
 
+@dataclass(frozen=True, slots=True)
+class Past:
+    """The first tokens of a transcript, whose keys and values are in the store."""
+
+    length: int  # tokens
+    key_ranges: tuple[tuple[int, int], ...]  # rows of the store, half open, in order; ``length`` of them in all
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pasts:
+    """The past of each transcript, and the rows of the store before a wave's own."""
+
+    each: Sequence[Past]
+    store_rows: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Roots:
+    """Distinct pasts, as what the trie's sequences go on from."""
+
+    of: np.ndarray  # [T] int32, the root of each transcript
+    lengths: np.ndarray  # [roots] int32, tokens
+    range_offsets: np.ndarray  # [roots+1] int64, into key_ranges
+    key_ranges: np.ndarray  # [range_offsets[-1], 2] int32
+    store_rows: int
+
+    @classmethod
+    def distinct(cls, pasts: Pasts) -> _Roots:
+        roots = {past: root for root, past in enumerate(dict.fromkeys(pasts.each))}
+        return cls(
+            of=np.array([roots[past] for past in pasts.each], np.int32),
+            lengths=np.array([past.length for past in roots], np.int32),
+            range_offsets=csr.offsets_of(np.array([len(past.key_ranges) for past in roots], np.int64)),
+            key_ranges=np.array([of for past in roots for of in past.key_ranges], np.int32).reshape(-1, 2),
+            store_rows=pasts.store_rows,
+        )
+
+    def lead(self, segment_roots: np.ndarray, arrays: Mapping[str, Any]) -> dict[str, Any]:
+        """What of a wave's ``arrays`` names rows of the store, with each segment's path behind that of its root."""
+        before, before_offsets = csr.take(self.key_ranges, self.range_offsets, segment_roots)
+        range_offsets = before_offsets + arrays["range_offsets"]
+        own = np.arange(len(arrays["key_ranges"])) + np.repeat(before_offsets[1:], np.diff(arrays["range_offsets"]))
+        is_own = np.zeros(range_offsets[-1], np.bool_)
+        is_own[own] = True
+        key_ranges = np.empty((len(is_own), 2), np.int32)
+        key_ranges[is_own], key_ranges[~is_own] = arrays["key_ranges"] + np.int32(self.store_rows), before
+        return {
+            "num_carried": self.store_rows + arrays["num_carried"],
+            "keep_rows": self.store_rows + arrays["keep_rows"],
+            "range_offsets": range_offsets.astype(np.int32),
+            "key_ranges": key_ranges,
+        }
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
     """The waves of a group of transcripts. ``wave(i)`` builds one wave's arrays on demand, so a plan stays small."""
@@ -58,6 +115,7 @@ class Plan:
     num_targets: int
     wanted: Wanted
     batch_tokens: int
+    _roots: _Roots | None  # None: no transcript has a past
     _trie: _cpu.PrefixTrie
     _target_rows: np.ndarray  # [targets] int64, ascending
     _target_ids: np.ndarray  # [targets] int64, in order of their rows
@@ -97,6 +155,9 @@ class Plan:
 
     def wave(self, index: int) -> Wave:
         arrays = self._trie.wave(index, self.batch_tokens)
+        segment_roots = arrays.pop("segment_roots")
+        if self._roots is not None:
+            arrays |= self._roots.lead(segment_roots, arrays)
         start, end = self._trie.wave_starts[index : index + 2]
         first, last = np.searchsorted(self._target_rows, [start, end])
         rows, counts = np.unique(self._target_rows[first:last], return_counts=True)
@@ -109,6 +170,11 @@ class Plan:
             wanted=self.wanted,
             **arrays,
         )
+
+    def rows_of(self, transcript: int, num_tokens: int) -> np.ndarray:
+        """The rows of the first ``num_tokens`` tokens behind the past of a transcript, [num_tokens] int64."""
+        positions = np.arange(1, num_tokens + 1, dtype=np.int32)
+        return self._trie.locate(np.full(num_tokens, transcript, np.int64), positions)
 
     def waves(self) -> Iterator[Wave]:
         return (self.wave(index) for index in range(self.num_waves))
@@ -143,15 +209,21 @@ class _Group:
             branch_token_ids=csr.concatenate([t.branch_token_ids for t in transcripts], np.int32),
         )
 
-    def trie(self, *, wave_tokens: int, min_share: int) -> _cpu.PrefixTrie:
-        lengths = np.zeros(len(self.offsets) - 1, np.int64)  # tokens that something scored comes after
+    def lengths(self) -> np.ndarray:
+        """[T] int64, tokens that something scored comes after."""
+        lengths = np.zeros(len(self.offsets) - 1, np.int64)
         starts, ends = self.spans.T
         np.maximum.at(lengths, self.span_sequence, np.where(ends > starts, ends - 1, 0))
         np.maximum.at(lengths, self.branch_sequence, self.branch_parent)
+        return lengths
+
+    def trie(self, roots: _Roots | None, *, wave_tokens: int, min_share: int) -> _cpu.PrefixTrie:
         return _cpu.PrefixTrie(
             token_ids=self.token_ids,
             offsets=self.offsets,
-            lengths=lengths,
+            lengths=self.lengths() if roots is None else np.diff(self.offsets),
+            root=np.zeros(len(self.offsets) - 1, np.int32) if roots is None else roots.of,
+            root_base=np.zeros(1, np.int32) if roots is None else roots.lengths,
             branch_sequence=self.branch_sequence,
             branch_parent=self.branch_parent,
             branch_scored=self.branch_scored,
@@ -181,16 +253,23 @@ def plan(
     batch_tokens: int,
     min_share: int = MIN_SHARE,
     wanted: Wanted = NOTHING_MORE,
+    pasts: Pasts | None = None,
 ) -> Plan:
     """Plan ``transcripts``, which should be of one study: prefixes are shared among them.
 
     A wave computes at most ``wave_tokens`` rows, a batch at most ``batch_tokens``; a prefix is shared from
-    ``min_share`` tokens on. ``wanted``: of every target's distribution. Raises ``ValueError`` for budgets below 1.
+    ``min_share`` tokens on. ``wanted``: of every target's distribution. ``pasts``: of each transcript, of no more
+    than its :func:`most_past`; then all tokens behind get rows, whether something scored comes after them or not, for
+    they will be a past. Raises ``ValueError`` for budgets below 1.
     """
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens: expected at least 1, got {batch_tokens}")
+    roots = None
+    if pasts is not None:
+        roots = _Roots.distinct(pasts)
+        transcripts = [_behind(t, past.length) for t, past in zip(transcripts, pasts.each, strict=True)]
     group = _Group.of(transcripts)
-    trie = group.trie(wave_tokens=wave_tokens, min_share=min_share)
+    trie = group.trie(roots, wave_tokens=wave_tokens, min_share=min_share)
     rows, token_ids = group.targets(trie)
     order = np.argsort(rows, kind="stable")
     return Plan(
@@ -202,10 +281,30 @@ def plan(
         num_targets=len(rows),
         wanted=wanted,
         batch_tokens=batch_tokens,
+        _roots=roots,
         _trie=trie,
         _target_rows=rows[order],
         _target_ids=order,
         _target_token_ids=token_ids[order],
+    )
+
+
+def most_past(t: Targeted) -> int:
+    """Tokens of ``t`` that need no row if the store has them: the first target is predicted by a row behind them."""
+    starts, ends = t.spans_tok.T
+    rows = [starts[ends > starts] - 1, t.branch_parent_tok + np.minimum(t.branch_scored_tok - 1, 0)]
+    return int(np.concatenate(rows).min(initial=len(t.token_ids)))
+
+
+def _behind(t: Targeted, length: int) -> TokenTree:
+    """``t`` without its first ``length`` tokens."""
+    return TokenTree(
+        token_ids=t.token_ids[length:],
+        spans_tok=t.spans_tok - length,
+        branch_parent_tok=t.branch_parent_tok - length,
+        branch_scored_tok=t.branch_scored_tok,
+        branch_offsets=t.branch_offsets,
+        branch_token_ids=t.branch_token_ids,
     )
 
 
@@ -218,6 +317,15 @@ def scores_of_each(items: Sequence[Targeted], scores: TargetScores) -> Iterator[
         own = (slice(first, first + num_spans), slice(behind, behind + num_branches))
         yield TargetScores(**{f.name: _joined(getattr(scores, f.name), own) for f in fields(TargetScores)})
         first, behind = first + num_spans, behind + num_branches
+
+
+def joined(scores: Sequence[TargetScores]) -> TargetScores:
+    """The scores of what follows each other, as one."""
+    if len(scores) == 1:
+        return scores[0]
+    columns: dict[str, Any] = {f.name: [getattr(of, f.name) for of in scores] for f in fields(TargetScores)}
+    whole: dict[str, Any] = {name: None if of[0] is None else np.concatenate(of) for name, of in columns.items()}
+    return TargetScores(**whole)
 
 
 def _joined(array: np.ndarray | None, parts: Sequence[slice]) -> Any:

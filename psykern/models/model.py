@@ -24,6 +24,7 @@ from psykern.models.slots import Slots, free_bytes, share_layouts
 from psykern.models.spec import EMBEDDING, FINAL_NORM, HEAD
 
 _RESIDENT_SHARE = 0.7  # of the free memory: weights beyond that are streamed, the rest is for waves
+_KEPT_SHARE = 0.4  # of a CPU's free memory: layers beyond that are widened anew for each wave
 _STREAMED_SLOTS = 2  # one is computed with while the other is filled
 
 
@@ -70,6 +71,15 @@ class Model:
     def is_resident(self) -> bool:
         """All layers stay where they are computed with: nothing is copied for a further wave."""
         return self._slots is None or self._slots.is_resident
+
+    def keep_layers(self) -> None:
+        """Keeps on a CPU all layers as they are computed with, where they are stored in another dtype and that takes no
+        more than 40 % of the free memory: widened for each wave they take longer than a small wave itself. Not while
+        a layer is computed with."""
+        if self.device.type != "cpu" or self._slots is None or self._slots.is_resident:
+            return
+        if self._slots.whole_bytes <= _KEPT_SHARE * (free_bytes(self.device) or 0):
+            self._slots = self._cpu_slots(self.num_layers)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """[N] token ids on the model's device to [N, D] in the compute dtype."""
@@ -122,14 +132,18 @@ class Model:
             names = (layer.prefix + name for layer in layers for name in layer.tensors())
             if all(self._checkpoint.dtype(name) == self.dtype for name in names):
                 return None
-            num_slots = 1
-            layouts = share_layouts((layer.tensors(), {}) for layer in layers)  # two products are as fast as one here
-        else:
-            layouts = share_layouts((layer.tensors(), layer.fused()) for layer in layers)
+            return self._cpu_slots(1)
+        layouts = share_layouts((layer.tensors(), layer.fused()) for layer in layers)
         if num_slots is None:
             needed = max(layout.size for layout in layouts) * self.dtype.itemsize * len(layers) + self._outside_bytes()
             num_slots = len(layers) if needed <= _RESIDENT_SHARE * (free_bytes(self.device) or 0) else _STREAMED_SLOTS
         # No method as the source: slots that hold their model keep a device's memory until a garbage collection.
+        return Slots(self._read, layouts, num_slots=num_slots, device=self.device, dtype=self.dtype)
+
+    def _cpu_slots(self, num_slots: int) -> Slots:
+        layouts = share_layouts(
+            (layer.tensors(), {}) for layer in self.spec.layers
+        )  # two products are as fast as one here
         return Slots(self._read, layouts, num_slots=num_slots, device=self.device, dtype=self.dtype)
 
     def _outside_bytes(self) -> int:

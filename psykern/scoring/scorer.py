@@ -36,6 +36,7 @@ from psykern.scoring.logprobs import logprobs_question
 from psykern.scoring.question import Question
 from psykern.scoring.queue import Queue
 from psykern.scoring.results import Choice, Logprob, Surprisal
+from psykern.scoring.session import Session
 from psykern.scoring.surprisal import First, surprisal_question
 from psykern.scoring.texts import Reader
 
@@ -134,6 +135,7 @@ class Scorer:
 
     @cached_property
     def _reader(self) -> Reader:
+        """Makes tokens of what it is given."""
         spec, special = self.model.spec, self.language.pretrained.tokenizer
         bos = special.bos_token_id if special.bos_token_id is not None else special.eos_token_id
         return Reader(self.language.tokenizer, bos, spec.vocab_size, spec.max_positions)
@@ -312,6 +314,17 @@ class Scorer:
         """
         return self.ask(distributions_question(self._reader, contexts, token_ids=token_ids, top_k=top_k, at=at))
 
+    def session(self, text: str = "") -> Session:
+        """A text that will grow, trial by trial: what is computed of it is kept, so that each step costs what is new.
+
+        Keys and values of all sessions are kept in ``session_bytes`` of memory (see :func:`load`); what was not used
+        for longest is given up, and computed again when it is asked for: answers are the same. Sessions that begin
+        alike, as forks do, share it. Raises what :meth:`.Session.append` raises.
+        """
+        session = Session(self, self._reader, self._reader.contexts([""])[0])
+        session.append(text)
+        return session
+
     def ask(self, question: Question[A]) -> A:
         """Computes what ``question`` needs, together with what others ask at the same time, and answers it."""
         return question.answer(
@@ -362,6 +375,7 @@ def load(
     backend: Backend = "auto",
     wave_tokens: int | None = None,
     batch_tokens: int | None = None,
+    session_bytes: int | None = None,
     chat: bool = False,
     clock: Clock | None = None,
 ) -> Scorer:
@@ -370,12 +384,16 @@ def load(
     model: a folder or a hub id; ``revision``: a branch, tag or commit of the latter, as ``owner/name@REVISION`` says
     too. device: ``auto``, ``cpu``, ``cuda`` or one of several, ``cuda:1``. dtype: of the arithmetic, ``float32``,
     ``bfloat16`` or ``float16``; ``auto``: float32 on a CPU, bfloat16 on a GPU. backend: of the kernels.
-    ``wave_tokens``, ``batch_tokens``: memory against speed, as in :class:`.Settings`. ``chat``: a chat template will be
-    needed, so say at once if there is none.
+    ``wave_tokens``, ``batch_tokens``: memory against speed, as in :class:`.Settings`. ``session_bytes``: memory for the
+    keys and values of sessions, taken when the first one computes; None: a quarter of what is free then, at most what
+    65,536 tokens need. On a CPU a checkpoint that is stored in another dtype is then kept in fp32, too, where that
+    takes no more than 40 % of what is free. ``chat``: a chat template will be needed, so say at once if there is none.
 
     Raises CheckpointError for a folder that cannot be used, BackendError for a device or backend that is not there,
     ValueError for a word that is none of these, TypeError for a model in memory: save it to a folder first.
     """
+    if session_bytes is not None and session_bytes < 0:
+        raise ValueError(f"session_bytes: expected a number of bytes, at least 0, got {session_bytes}")
     settings = Settings(device=device, dtype=dtype, backend=backend, wave_tokens=wave_tokens, batch_tokens=batch_tokens)
     compute = Compute.resolve(settings.device, settings.dtype, settings.backend)
     model, clock = at_revision(_checked(model), revision), clock or Clock()
@@ -386,7 +404,7 @@ def load(
             language.chat  # noqa: B018
         decoder = Model(folder, compute)  # last, as it takes longest
         suitable = budgets(decoder.spec, compute.device, compute.dtype).under(settings)
-    return Scorer(str(model), folder, decoder, language, Engine(decoder), suitable)
+    return Scorer(str(model), folder, decoder, language, Engine(decoder, session_bytes=session_bytes), suitable)
 
 
 def _checked(model: object) -> str | Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -57,6 +57,7 @@ class Reader:
     bos: int | None  # the tokenizer's bos_token, else its eos_token; None: it has neither
     vocab_size: int  # rows of the model's embedding
     max_positions: int  # tokens of its context
+    known: Mapping[str, Context] = field(default_factory=dict)  # texts that are tokens already
 
     @cached_property
     def word_starts(self) -> tuple[int, ...]:
@@ -65,9 +66,23 @@ class Reader:
 
     def contexts(self, texts: Sequence[str]) -> list[Context]:
         """Each of ``texts`` as tokens; equal ones are tokenized once."""
-        distinct = list(dict.fromkeys(texts))
-        known = dict(zip(distinct, contexts(self.tokenizer, distinct), strict=True))
-        return [known[text] for text in texts]
+        distinct = [text for text in dict.fromkeys(texts) if text not in self.known]
+        new = dict(zip(distinct, contexts(self.tokenizer, distinct), strict=True))
+        return [self.known[text] if text in self.known else new[text] for text in texts]
+
+    def knowing(self, contexts: Iterable[Context]) -> Reader:
+        """The same, which does not tokenize these again."""
+        return replace(self, known={context.text: context for context in contexts})
+
+    def check_whole(self, name: str, context: Context) -> None:
+        """Raises ValueError where the model cannot read all of ``context``, to which ``name`` was appended."""
+        ids = context.tokens.ids
+        if len(ids) > self.max_positions:
+            raise ValueError(
+                f"{name}: the session would have {len(ids):,} tokens, the model reads {self.max_positions:,}; nothing "
+                "is appended"
+            )
+        self.check(name, TokenTree.bare(ids))
 
     def check(self, name: str, tree: TokenTree) -> None:
         """Raises ValueError where the model cannot compute what ``name`` comes to."""

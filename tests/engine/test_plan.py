@@ -13,16 +13,17 @@ import pytest
 from support.groups import encoded, random_group, wanted
 
 from psykern.core.types import EncodedTranscript
-from psykern.engine.plan import Plan, plan
+from psykern.engine.plan import Past, Pasts, Plan, most_past, plan
 
 
-def predicted(p: Plan) -> dict[int, tuple[list[int], int]]:
-    """The same as the waves say it, following their key ranges through a store that only carries what they name."""
+def predicted(p: Plan, known: Sequence[int] = ()) -> dict[int, tuple[list[int], int]]:
+    """The same as the waves say it, following their key ranges through a store that only carries what they name, behind
+    rows of ``known`` tokens."""
     out: dict[int, tuple[list[int], int]] = {}
     carried: list[int] = []
     for wave in p.waves():
-        assert wave.num_carried == len(carried)
-        store = carried + wave.token_ids.tolist()
+        assert wave.num_carried == len(known) + len(carried)
+        store = [*known, *carried, *wave.token_ids.tolist()]
         assert wave.batch_offsets[0] == 0
         assert wave.batch_offsets[-1] == len(wave.token_ids)
         assert (wave.segment_offsets[wave.batch_segments] == wave.batch_offsets).all()
@@ -30,7 +31,7 @@ def predicted(p: Plan) -> dict[int, tuple[list[int], int]]:
         paths: list[list[int]] = []
         for s in range(len(wave.segment_offsets) - 1):
             ranges = wave.key_ranges[wave.range_offsets[s] : wave.range_offsets[s + 1]].tolist()
-            assert all(a[1] != b[0] for a, b in pairwise(ranges)), "adjacent ranges are merged"
+            assert all(a[1] != b[0] for a, b in pairwise(ranges) if a[0] >= len(known)), "adjacent ranges are merged"
             path = [row for begin, end in ranges for row in range(begin, end)]
             first, last = wave.segment_offsets[s : s + 2].tolist()
             assert path[-(last - first) :] == [wave.num_carried + r for r in range(first, last)]
@@ -76,6 +77,76 @@ def test_random_groups_mean_what_was_asked(
         p = check(group, wave_tokens=wave_tokens, batch_tokens=batch_tokens, min_share=min_share)
         if min_share == 1:
             assert p.num_computed == trie_nodes(group)
+
+
+def stored(
+    rng: np.random.Generator, transcripts: Sequence[EncodedTranscript], most_rows: int
+) -> tuple[Pasts, list[int]]:
+    """A past of a random length for each transcript, and the tokens of a store that has them in random pieces."""
+    known = rng.integers(1000, 2000, size=most_rows).tolist()  # what no transcript holds
+    places: dict[tuple[int, ...], Past] = {}
+    at, each = 0, []
+    for t in transcripts:
+        tokens = t.token_ids[: rng.integers(most_past(t) + 1)].tolist()
+        ranges = []
+        for cut in np.split(np.array(tokens), np.sort(rng.integers(len(tokens) + 1, size=2))):
+            at += int(rng.integers(1, 4))
+            known[at : at + len(cut)] = cut.tolist()
+            ranges += [(at, at + len(cut))] if len(cut) else []
+            at += len(cut)
+        each.append(places.setdefault(tuple(tokens), Past(len(tokens), tuple(ranges))))
+    return Pasts(each, len(known)), known
+
+
+@pytest.mark.parametrize("options", [0, 3], ids=["no-options", "options"])
+@pytest.mark.parametrize(("wave_tokens", "batch_tokens"), [(7, 3), (10_000, 16)])
+@pytest.mark.parametrize("vocabulary", [2, 1000])
+def test_a_past_is_seen_and_not_computed(options: int, wave_tokens: int, batch_tokens: int, vocabulary: int) -> None:
+    rng = np.random.default_rng([options, wave_tokens, vocabulary])
+    for _ in range(20):
+        group = random_group(rng, int(rng.integers(1, 9)), vocabulary, options)
+        pasts, known = stored(rng, group, 4000)
+        p = plan(group, wave_tokens=wave_tokens, batch_tokens=batch_tokens, min_share=1, pasts=pasts)
+        got, expected = predicted(p, known), wanted(group)
+        assert [got[i] for i in range(len(expected))] == expected
+        needed = [(t, t.token_ids.tolist()) for t in group] + [
+            (t, context) for t in group for context, _ in wanted([t])
+        ]
+        past_of = {id(t): past for t, past in zip(group, pasts.each, strict=True)}
+        computed = {
+            (past_of[id(t)], *tokens[:k])
+            for t, tokens in needed
+            for k in range(past_of[id(t)].length + 1, len(tokens) + 1)
+        }
+        assert p.num_computed == len(computed)
+        positions = np.concatenate([w.positions for w in p.waves()] or [np.empty(0)]) + 1
+        assert p.visible_keys(5) == np.minimum(positions, 5).sum()
+        responses = np.concatenate([w.positions[w.response_rows] for w in p.waves()] or [np.empty(0)]) + 1
+        assert p.visible_keys_of_responses(None) == responses.sum()
+
+
+def test_the_rows_of_a_transcript_are_those_of_its_tokens() -> None:
+    group = [encoded(range(30), [(20, 21)]), encoded([*range(12), *range(50, 60)], [])]
+    pasts = Pasts([Past(10, ((5, 15),)), Past(10, ((5, 15),))], 100)
+    p = plan(group, wave_tokens=64, batch_tokens=8, min_share=1, pasts=pasts)
+    (wave,) = p.waves()
+    assert p.num_computed == 20 + 10
+    for t, count in ((0, 20), (1, 12)):
+        rows = p.rows_of(t, count)
+        assert wave.token_ids[rows].tolist() == group[t].token_ids[10:].tolist()
+        assert wave.positions[rows].tolist() == list(range(10, 10 + count))
+
+
+def test_a_past_that_holds_the_row_before_a_target_is_refused() -> None:
+    group = [encoded(range(30), [(20, 21)])]
+    assert most_past(group[0]) == 19
+    with pytest.raises(ValueError, match="position 0 has no row before it"):
+        plan(group, wave_tokens=64, batch_tokens=8, pasts=Pasts([Past(20, ((0, 20),))], 20))
+    branch = [encoded(range(30), [], [(0, 7, [1, 2], 0)])]
+    assert most_past(branch[0]) == 6
+    with pytest.raises(ValueError, match="scored: expected 1 to 1, got 0"):
+        plan(branch, wave_tokens=64, batch_tokens=8, pasts=Pasts([Past(7, ((0, 7),))], 20))
+    assert most_past(encoded(range(30), [(4, 4)], [(0, 7, [1, 2], 1)])) == 7
 
 
 def test_equal_transcripts_cost_one() -> None:
