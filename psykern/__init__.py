@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         NonFiniteError,
         OutOfMemoryError,
         PsykernError,
+        RejectedRowsWarning,
         RowError,
         RunFolderError,
         Source,
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from psykern.runs.manifest import Manifest
     from psykern.runs.run import score, score_conditions
     from psykern.runs.summary import StudySummary, Summary, format_summary
+    from psykern.scoring.results import Reject
+    from psykern.scoring.scorer import Scorer, load
     from psykern.study.report import compare_runs
     from psykern.study.results import Comparison
     from psykern.study.tables import format_comparison
@@ -41,7 +44,7 @@ if TYPE_CHECKING:
 # Where the public names are. A name is loaded when it is first asked for: torch alone takes a second.
 _HOMES = {
     "core.errors": "BackendError CheckpointError ComparisonError DataError InterruptedRun NonFiniteError "
-    "OutOfMemoryError PsykernError RowError RunFolderError Source",
+    "OutOfMemoryError PsykernError RejectedRowsWarning RowError RunFolderError Source",
     "core.settings": "Settings Shard",
     "runs.cluster": "Workers score_on_cluster",
     "runs.estimate": "Estimate StudyPlan estimate",
@@ -50,6 +53,8 @@ _HOMES = {
     "runs.manifest": "Manifest",
     "runs.run": "score score_conditions",
     "runs.summary": "StudySummary Summary format_summary",
+    "scoring.results": "Reject",
+    "scoring.scorer": "Scorer load",
     "study.results": "Comparison",
     "study.report": "compare_runs",
     "study.tables": "format_comparison",
@@ -69,9 +74,12 @@ __all__ = [
     "NonFiniteError",
     "OutOfMemoryError",
     "PsykernError",
+    "Reject",
+    "RejectedRowsWarning",
     "RowError",
     "Run",
     "RunFolderError",
+    "Scorer",
     "Settings",
     "Shard",
     "Source",
@@ -84,6 +92,7 @@ __all__ = [
     "estimate",
     "format_comparison",
     "format_summary",
+    "load",
     "read_run",
     "score",
     "score_conditions",

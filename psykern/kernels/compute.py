@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from psykern.core.errors import BackendError
-from psykern.core.settings import Backend, Device, Dtype
+from psykern.core.settings import Backend, Device, Dtype, Settings
 from psykern.kernels import resolve
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -20,6 +20,19 @@ class Compute:
     device: torch.device
     dtype: torch.dtype
     backend: Backend  # never "auto"
+
+    def check(self, settings: Settings) -> None:
+        """Raises ValueError where ``settings`` name another device, dtype or kernels."""
+        for name, asked, have in (
+            ("device", settings.device, str(self.device)),
+            ("dtype", settings.dtype, str(self.dtype).removeprefix("torch.")),
+            ("backend", settings.backend, self.backend),
+        ):
+            if asked not in ("auto", have):
+                raise ValueError(
+                    f"{name}: expected 'auto' or {have!r}, as the model is loaded, got {asked!r}; load it so, or leave "
+                    f"{name} out of the settings"
+                )
 
     @classmethod
     def resolve(cls, device: Device = "auto", dtype: Dtype = "auto", backend: Backend = "auto") -> Compute:

@@ -26,8 +26,9 @@ from psykern.models.checkpoint import at_revision
 from psykern.runs.job import Options, Run, RunJob, recipe_of
 from psykern.runs.manifest import Counts, Recipe
 from psykern.runs.progress import Progress
-from psykern.runs.run import feed_of, with_unit_tokens
+from psykern.runs.run import feed_of
 from psykern.scoring.scorer import load, load_language
+from psykern.scoring.units import with_unit_tokens
 
 _READY = 2  # units a worker that are encoded ahead, to choose the longest from
 _QUEUED = 2  # units that a worker has at most: the next is there when one is done

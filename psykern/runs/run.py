@@ -24,9 +24,7 @@ from psykern.runs.job import Options, Run, RunJob, recipe_of
 from psykern.runs.manifest import Recipe, tokens_depend_on
 from psykern.runs.progress import Progress
 from psykern.scoring.scorer import Language, Scorer, load
-
-# Tokens of a unit. What a stop loses and a machine takes at a time is one unit; what shares prefixes is of one unit.
-_UNIT_TOKENS = {"cpu": 2**17, "cuda": 2**21}
+from psykern.scoring.units import with_unit_tokens
 
 
 def score(
@@ -130,11 +128,6 @@ def score_with(
         done = job.score(scorer, feed.encoded(wanted), progress, clock, options.stop)
     job.check_stopped(units, wanted, options.stop)
     return job.finish(units, done, clock, scorer.engine.idle_share)
-
-
-def with_unit_tokens(settings: Settings, compute: Compute) -> Settings:
-    """``settings`` with the unit's size, where they name none, that suits the device."""
-    return replace(settings, unit_tokens=settings.unit_tokens or _UNIT_TOKENS[compute.device.type])
 
 
 def feed_of(

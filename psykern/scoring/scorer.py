@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar, overload
+
+import pyarrow as pa
 
 from psykern.core.clock import Clock
 from psykern.core.errors import CheckpointError
@@ -23,6 +26,8 @@ from psykern.models.families import read_spec
 from psykern.models.model import Model
 from psykern.models.spec import ModelSpec
 from psykern.scoring.question import Question
+from psykern.scoring.records import to_score
+from psykern.scoring.results import Reject
 
 A = TypeVar("A")
 
@@ -78,6 +83,57 @@ class Scorer:
     def hash(self) -> str:
         """``sha256:…`` of config and weights, which are read for it."""
         return hash_model(self.folder)
+
+    @overload
+    def score(
+        self,
+        rows: object,
+        settings: Settings | None = None,
+        *,
+        stream: Literal[False] = False,
+        rejects: list[Reject] | None = None,
+        study: str = "rows",
+    ) -> pa.Table: ...
+    @overload
+    def score(
+        self,
+        rows: object,
+        settings: Settings | None = None,
+        *,
+        stream: Literal[True],
+        rejects: list[Reject] | None = None,
+        study: str = "rows",
+    ) -> Generator[pa.RecordBatch, None, None]: ...
+    def score(
+        self,
+        rows: object,
+        settings: Settings | None = None,
+        *,
+        stream: bool = False,
+        rejects: list[Reject] | None = None,
+        study: str = "rows",
+    ) -> pa.Table | Generator[pa.RecordBatch, None, None]:
+        """The records of transcripts in memory, as :func:`psykern.score` writes those of files: a row per response.
+
+        rows: dicts with the fields that a row of data has, or texts, in any iterable; a pandas or polars frame, an
+        Arrow table, batch or reader, whatever else gives an Arrow stream, a ``datasets.Dataset``. They are read in a
+        thread. settings: as of a run; a device, dtype or backend in them must be the loaded model's. study: of rows
+        that do not name theirs. A row without participant is a person of its own, ``row:<index>``.
+
+        Gives a table with the columns of a run's records; log-probabilities in nats. ``stream``: an iterator of record
+        batches instead, in the memory of one unit (``settings.unit_tokens``); closing it stops the work. To
+        ``rejects`` each row that cannot be used is added, index (from 0) and reason; without it a
+        :class:`RejectedRowsWarning` says how many there were.
+
+        Raises TypeError for what holds no rows, or one row alone; ValueError for a table without a column ``text``, for
+        settings that contradict the model, and for a stream of rows that can be read once with
+        ``options="observed-experiment"``, which reads them twice. While it scores: RowError for the first row that
+        cannot be used where ``settings.strict``, DataError where one of ``settings.studies`` is not there,
+        PsykernError for a transcript that is longer than the model's context where ``settings.over_length`` is "error",
+        OutOfMemoryError, NonFiniteError.
+        """
+        records = to_score(self, rows, settings, study, stream=stream)
+        return records.batches(rejects) if stream else records.table(rejects)
 
     def ask(self, question: Question[A]) -> A:
         """Computes what ``question`` needs, all of it in one plan, and answers it."""

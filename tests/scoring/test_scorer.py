@@ -15,9 +15,10 @@ from psykern import Settings
 from psykern.core.clock import Clock
 from psykern.core.types import TargetScores
 from psykern.data.dataset import Dataset
-from psykern.runs.job import Options, PlannedUnit
+from psykern.runs.job import Options
 from psykern.runs.run import score_with
 from psykern.scoring.scorer import Scorer, load
+from psykern.scoring.units import PlannedUnit
 
 SETTINGS = Settings(device="cpu", unit_tokens=200)
 
