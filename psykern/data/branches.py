@@ -41,6 +41,8 @@ class JointText:
     marks_char: np.ndarray  # [R, 2] int64, the characters that an option replaces
     closes: list[str]  # [R] the closing mark behind them, with what a patch put behind it
     inserts: list[tuple[Insert, ...] | None]  # [R] what each option puts in the place of both
+    close_chars: int = len(CLOSE_MARK)  # behind an option: what tells it from one that it begins
+    reach_chars: int = 0  # in front of the marks: a window begins there at the latest
 
 
 class _Site(NamedTuple):
@@ -50,6 +52,7 @@ class _Site(NamedTuple):
     response: Insert
     right: str
     options: tuple[Insert, ...]
+    close_chars: int
     starts_text: bool
     ends_text: bool
 
@@ -68,6 +71,7 @@ class _Candidate(NamedTuple):
     """An option's tokens. The numbers are indices into ``ids``."""
 
     ids: list[int]
+    offsets: list[tuple[int, int]]  # characters of each
     begin: int  # where its branch begins
     first: int  # its first scored token
     stop: int  # past its last token
@@ -82,6 +86,8 @@ class Branches(NamedTuple):
     scored: list[int]  # [O] first scored token, within the branch
     lengths: list[int]  # [O]
     token_ids: list[int]  # all branches, end to end
+    chars: list[list[tuple[int, int]]]  # [O] first and one-past-last character of each of an option's own tokens
+    option_char: int  # where an option begins among those characters
     closing_mark: bool
     blank: int | None  # the first option without tokens
     same: tuple[int, int] | None  # the first two options of the same tokens
@@ -140,6 +146,7 @@ def _sites(tokenizer: Tokenizer, joint: JointText) -> dict[int, tuple[_Site, int
             response=(joint.text[a:b], joint.closes[r]),
             right=joint.text[b + len(joint.closes[r]) : right],
             options=joint.inserts[r] or (),
+            close_chars=joint.close_chars,
             starts_text=left == 0,
             ends_text=right == len(joint.text),
         )
@@ -150,11 +157,14 @@ def _sites(tokenizer: Tokenizer, joint: JointText) -> dict[int, tuple[_Site, int
 def _windows(tokenizer: Tokenizer, joint: JointText, responses: list[int]) -> np.ndarray:
     """[n, 4] int64, the first and one-past-last token, then character, of the window around each response."""
     tokens = joint.tokens
+    own_first, own_stop = len(tokenizer.front), len(tokens.ids) - len(tokenizer.back)
+    if own_first == own_stop:
+        return np.array([[own_first, own_stop, 0, len(joint.text)]] * len(responses))
     a, b = joint.marks_char[responses].T
     after = b + [len(joint.closes[r]) for r in responses]
-    opening = np.searchsorted(tokens.end_char, a - len("<<"), side="right")
+    opening = np.searchsorted(tokens.end_char, a - max(len("<<"), joint.reach_chars), side="right")
+    opening = np.minimum(opening, own_stop - 1)  # the last characters of a text may be in no token
     closing = np.searchsorted(tokens.start_char, after, side="left") - 1
-    own_first, own_stop = len(tokenizer.front), len(tokens.ids) - len(tokenizer.back)
     begin = np.searchsorted(tokens.word, tokens.word[opening] - _WINDOW_WORDS, side="left")
     end = np.searchsorted(tokens.word, tokens.word[closing] + _WINDOW_WORDS, side="right")
     begin, end = np.maximum(begin, own_first), np.minimum(end, own_stop)
@@ -176,19 +186,20 @@ def _whole_branches(tokenizer: Tokenizer, joint: JointText, r: int, site: _Site)
 
 def _site_branches(site: _Site, snippets: Snippets) -> Branches | None:
     """The branches in one window. None: an option changes a token at an end of the window, so it is too narrow."""
-    original, offsets = snippets[site.text(site.response)]
-    from_end = len(site.text(site.response)) - offsets[-1][0]
+    original, known = snippets[site.text(site.response)]
     candidates = []
     for insert in site.options:
         ids, offsets = snippets[site.text(insert)]
         candidate = _candidate(site, insert, original, ids, offsets)
         if not site.starts_text and candidate.begin == 0:
             return None
-        resumed = ids[-1] == original[-1] and len(site.text(insert)) - offsets[-1][0] == from_end
-        if not site.ends_text and not (resumed and candidate.closed < len(ids)):
-            return None
+        if not site.ends_text:
+            grown = len(site.text(insert)) - len(site.text(site.response))
+            resumed = ids[-1] == original[-1] and offsets[-1][0] == known[-1][0] + grown
+            if not (resumed and candidate.closed < len(ids)):
+                return None
         candidates.append(candidate)
-    return _branches(original, candidates)
+    return _branches(original, candidates, len(site.left))
 
 
 def _candidate(
@@ -201,11 +212,11 @@ def _candidate(
     first = bisect_right(offsets, a, key=_END)
     stop = max(first, bisect_left(offsets, b, key=_START)) if insert[0] else first
     changed = next((i for i, (new, old) in enumerate(zip(ids, original, strict=False)) if new != old), first)
-    closed = bisect_left(offsets, b + len(CLOSE_MARK), key=_START)
-    return _Candidate(ids, begin=min(first, changed), first=first, stop=stop, closed=closed)
+    closed = max(stop, bisect_left(offsets, b + site.close_chars, key=_START))
+    return _Candidate(ids, offsets, begin=min(first, changed), first=first, stop=stop, closed=closed)
 
 
-def _branches(original: list[int], candidates: Sequence[_Candidate]) -> Branches:
+def _branches(original: list[int], candidates: Sequence[_Candidate], option_char: int) -> Branches:
     """The branches of a response's options, with the closing mark's tokens where the options need them."""
     options = sorted(c.ids[c.first : c.stop] for c in candidates)
     # In sorted order, a list that begins any other begins the next one that differs from it.
@@ -217,6 +228,8 @@ def _branches(original: list[int], candidates: Sequence[_Candidate]) -> Branches
         scored=[c.first - c.begin for c in candidates],
         lengths=[stop - c.begin for c, stop in zip(candidates, stops, strict=True)],
         token_ids=[token for c, stop in zip(candidates, stops, strict=True) for token in c.ids[c.begin : stop]],
+        chars=[c.offsets[c.first : c.stop] for c in candidates],
+        option_char=option_char,
         closing_mark=closing_mark,
         blank=next((i for i, c in enumerate(candidates) if c.first == c.stop), None),
         same=_same(candidates),
@@ -243,12 +256,14 @@ def _contained(candidates: Sequence[_Candidate]) -> tuple[int, int] | None:
     return next(pairs, None)
 
 
-def split_branches(options: tuple[str, ...], after: str, snippets: Snippets) -> Branches:
-    """``after`` is the piece that begins with the closing mark."""
+def split_branches(
+    options: tuple[str, ...], after: str, snippets: Snippets, close_chars: int = len(CLOSE_MARK)
+) -> Branches:
+    """``after`` is the piece behind an option; its first ``close_chars`` characters are the closing mark."""
     ids, offsets = snippets[after]
-    closing = ids[: bisect_left(offsets, len(CLOSE_MARK), key=_START)]
+    closing = ids[: bisect_left(offsets, close_chars, key=_START)]
     candidates = []
     for option in options:
-        own = snippets[option][0]
-        candidates.append(_Candidate(own + closing, 0, 0, len(own), len(own) + len(closing)))
-    return _branches([], candidates)
+        own, chars = snippets[option]
+        candidates.append(_Candidate(own + closing, chars, 0, 0, len(own), len(own) + len(closing)))
+    return _branches([], candidates, 0)

@@ -35,6 +35,7 @@ class Tokenizer:
     front: tuple[int, ...]  # special tokens that it puts before a text by default
     back: tuple[int, ...]  # and behind
     unknown: int | None = None  # the token of all that the vocabulary has no token for; None: there is none
+    longest_added: int = 0  # characters of the longest added token, which may reach over several words
     # Characters that are tokenized in one batch; the library's own records take about 100 bytes per token meanwhile.
     batch_chars: int = 4_000_000
 
@@ -53,6 +54,7 @@ class Tokenizer:
             front=of.front,
             back=of.back,
             unknown=_unknown(backend),
+            longest_added=max((len(of.content) for of in backend.get_added_tokens_decoder().values()), default=0),
         )
 
     def encode_batch(self, texts: Sequence[str], *, inside: bool = False) -> list[tokenizers.Encoding]:
