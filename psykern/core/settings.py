@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Protocol = Literal["exact", "study"]
 Condition = Literal["plain", "chat", "persona"]
 Boundary = Literal["joint", "split"]
+Marks = Literal["keep", "drop"]
 OptionSource = Literal["none", "given", "observed", "observed-experiment"]
 OverLength = Literal["error", "skip", "truncate"]
 SameParticipants = Literal["merge", "separate", "error"]
@@ -71,6 +72,10 @@ class Settings:
         Boundary,
         About("joint: a text is tokenized as one string; split: around the marks, so that no token straddles", _DATA),
     ] = "joint"
+    marks: Annotated[
+        Marks,
+        About("whether << and >> are part of what the model reads; a chat has none either way", _DATA),
+    ] = "keep"
     options: Annotated[
         OptionSource,
         About(
@@ -119,6 +124,8 @@ class Settings:
                 object.__setattr__(self, name, _whole_number(name, value))
         if self.protocol == "study" and self.boundary != "joint":
             raise ValueError("boundary: the study's protocol tokenizes a text as one string; use boundary='joint'")
+        if self.protocol == "study" and self.marks != "keep":
+            raise ValueError("marks: the study's protocol finds responses by their marks; use marks='keep'")
         if self.studies is not None:
             object.__setattr__(self, "studies", _study_names(self.studies))
         if self.discrete is not None:

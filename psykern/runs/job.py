@@ -83,6 +83,7 @@ def recipe_of(scorer: Scorer, dataset: Dataset, out: str | Path, settings: Setti
         chat_template_hash=chat.hash if chat else None,
         date=(settings.date or date_in(out) or clock.day) if chat and chat.asks_for_date else None,
         boundary=settings.boundary,
+        marks=settings.marks,
         options=settings.options,
         max_options=settings.max_options,
         over_length=settings.over_length,

@@ -39,6 +39,7 @@ from psykern.core.settings import fields, having
         ({"date": "2026-11-27T00:00"}, "date: expected a day as YYYY-MM-DD, got '2026-11-27T00:00'"),
         ({"date": ""}, "date: expected a day as YYYY-MM-DD, got ''"),
         ({"date": 20261127}, "date: expected a day as YYYY-MM-DD, got 20261127"),
+        ({"marks": "some"}, "marks: expected one of keep, drop, got 'some'"),
         ({"protocol": "study", "boundary": "split"}, "boundary: .* boundary='joint'"),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
