@@ -8,11 +8,15 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
 from psykern.version import __version__
 
+TYPE_CHECKING = (
+    False  # as type checkers know it; typing takes longer to load than all else that the command needs first
+)
 if TYPE_CHECKING:
+    from typing import Any
+
     from psykern.core.errors import (
         BackendError,
         CheckpointError,

@@ -71,8 +71,8 @@ class Engine:
     ) -> Generator[tuple[T, TargetScores], None, None]:
         """Each of ``items`` with the scores of its plan, in order.
 
-        ``items`` is read in a thread, ahead of the scores. ``stop`` is asked before a plan is begun; once it holds no
-        other is, and what was begun is finished. Closing the generator ends the thread.
+        ``items`` is read in a thread, ahead of the scores. ``stop`` is asked before each wave; once it holds, no other
+        is computed, and a plan of which waves are missing is not given. Closing the generator ends the thread.
 
         Raises ``NonFiniteError`` (naming the layer) where a score is not finite, ``OutOfMemoryError`` where a wave does
         not fit the memory.
@@ -83,12 +83,12 @@ class Engine:
         self._clock = clock
         with ahead(_laid_out(items)) as steps:
             for step in steps:
-                if isinstance(step, Wave):
-                    in_flight.append((begun[-1], self._launch(begun[-1], step, store)))
+                if isinstance(step, _Run):
+                    begun.append(step)
                 elif stop():
                     break
                 else:
-                    begun.append(step)
+                    in_flight.append((begun[-1], self._launch(begun[-1], step, store)))
                 self._collect(in_flight, clock, self.most_in_flight)
                 yield from _complete(begun)
         self._collect(in_flight, clock, 0)

@@ -61,7 +61,7 @@ class Options:
     shard: Shard = field(default_factory=Shard)
     resume: bool = True
     cache: str | Path | None = None  # folder of tokens; None: they are not kept
-    stop: Callable[[], bool] = lambda: False  # asked between units
+    stop: Callable[[], bool] = lambda: False  # asked between waves
     quiet: bool = True
 
 

@@ -146,6 +146,15 @@ class Scorer:
         return question.answer(list(scores_of_each(question.trees, self.engine.run(planned))))
 
 
+def check_model(model: object) -> None:
+    """Raises TypeError for what is no name of a model, and no model that is loaded."""
+    if not isinstance(model, (str, Path, Scorer)):
+        raise TypeError(
+            f"model: expected a folder or a hub id, got {type(model).__name__}; save the model and its tokenizer to a "
+            "folder (save_pretrained of transformers does) and give that"
+        )
+
+
 def load(
     model: str | Path,
     *,
@@ -167,8 +176,11 @@ def load(
     needed, so say at once if there is none.
 
     Raises CheckpointError for a folder that cannot be used, BackendError for a device or backend that is not there,
-    ValueError for a word that is none of these.
+    ValueError for a word that is none of these, TypeError for what is no name of a model.
     """
+    check_model(model)
+    if isinstance(model, Scorer):
+        raise TypeError(f"model: {model.name} is loaded; use it as it is")
     settings = Settings(device=device, dtype=dtype, backend=backend, wave_tokens=wave_tokens, batch_tokens=batch_tokens)
     compute = Compute.resolve(settings.device, settings.dtype, settings.backend)
     model, clock = at_revision(model, revision), clock or Clock()
