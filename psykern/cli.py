@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 LETTER = "[A-Z]"  # the responses of the study's accuracy subset
 EXIT_ERROR, EXIT_REJECTS, EXIT_SIGNAL = 1, 3, 128  # a signal's number is added
 
+_METAVARS = {"date": "YYYY-MM-DD", "device": "NAME"}
 # What a setting's own help does not say: how the command line takes it.
 _FLAG_HELP = {
     "condition": "; several share one load of the weights and go to RUN/NAME",
@@ -151,8 +152,8 @@ def _taken(name: str, kind: Any) -> dict[str, Any]:
         return {"action": "store_true"}
     if int in (kind, *get_args(kind)):
         return {"type": int, "metavar": "N"}
-    if name == "date":
-        return {"metavar": "YYYY-MM-DD"}
+    if name in _METAVARS:
+        return {"metavar": _METAVARS[name]}
     return {"nargs": "+", "metavar": "NAME"}
 
 

@@ -97,7 +97,7 @@ class Engine:
     def _launch(self, run: _Run[T], wave: Wave, store: Store) -> Launched:
         plan = run.item.plan
         watch = Watch(self.model.device, lambda share: run.tell(share * len(wave.token_ids)))
-        with self._lock, memory_errors(plan), torch.inference_mode():
+        with self._lock, self.model.compute.current(), memory_errors(plan), torch.inference_mode():
             if wave.index == 0:
                 needed = cost(plan, self.model.spec, self.model.dtype).wave_bytes
                 check_fits(plan, needed, free_bytes(self.model.device))

@@ -69,6 +69,10 @@ def score_on_cluster(
         workers or Workers(),
         Clock(),
     )
+    if settings.device.startswith("cuda:"):
+        raise ValueError(
+            f"device: expected auto, cpu or cuda, as Ray gives each worker its GPU, got {settings.device!r}"
+        )
     options = Options(resume=resume, cache=cache, stop=stop, quiet=quiet)
     ray = _ray()
     Folder.at(out).create()

@@ -180,7 +180,7 @@ class RunJob:
             tokens_per_second=done.tokens / clock.total,
             responses_per_second=done.responses / clock.total,
             peak_memory_bytes=peak_memory_bytes(),
-            peak_device_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else None,
+            peak_device_bytes=_peak_device_bytes(),
             gpu_idle_share=idle_share,
             finished=datetime.now(timezone.utc).isoformat(timespec="seconds") if is_whole else None,
         )
@@ -206,3 +206,10 @@ def _counts(item: PlannedUnit, scored_responses: int) -> Counts:
         shared_participants=item.unit.shared_participants,
         repeated_transcripts=item.unit.repeated,
     )
+
+
+def _peak_device_bytes() -> int | None:
+    """Of the device that was used, as the others' peaks are 0; None: none was."""
+    if not torch.cuda.is_initialized():
+        return None
+    return max(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))

@@ -98,7 +98,8 @@ def test_cuda_without_a_gpu(
         (["--limit", "ten"], "argument --limit: invalid int value: 'ten'"),
         (["--wave-tokens", "1e5"], "argument --wave-tokens: invalid int value: '1e5'"),
         (["--protocol", "chat"], "argument --protocol: invalid choice: 'chat'"),
-        (["--dtype", "float16"], "argument --dtype: invalid choice: 'float16'"),
+        (["--dtype", "float64"], "argument --dtype: invalid choice: 'float64'"),
+        (["--device", "gpu"], "device: expected auto, cpu, cuda or cuda:N, N from 0 on, got 'gpu'"),
         (
             ["--protocol", "study", "--boundary", "split"],
             "boundary: the study's protocol tokenizes a text as one string",
