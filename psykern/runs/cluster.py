@@ -61,7 +61,7 @@ def score_on_cluster(
     """:func:`psykern.score` by the actors of a Ray cluster; arguments and errors are the same.
 
     ``model`` must be the same folder or hub id on every machine, ``out`` a folder or fsspec URL that all reach.
-    Raises BackendError where Ray is not installed.
+    Raises BackendError where Ray is not installed, and for one GPU of several (``cuda:1``).
     """
     model, settings, workers, clock = (
         at_revision(model, revision),
@@ -70,8 +70,8 @@ def score_on_cluster(
         Clock(),
     )
     if settings.device.startswith("cuda:"):
-        raise ValueError(
-            f"device: expected auto, cpu or cuda, as Ray gives each worker its GPU, got {settings.device!r}"
+        raise BackendError(
+            f"device: expected auto, cpu or cuda, as Ray gives each worker its GPU, got {settings.device}"
         )
     options = Options(resume=resume, cache=cache, stop=stop, quiet=quiet)
     ray = _ray()
