@@ -29,7 +29,7 @@ from support.groups import encoded
 
 from psykern.core.types import Transcript
 from psykern.data.dataset import Dataset
-from psykern.data.rows import read
+from psykern.data.read import read
 from psykern.engine.engine import Engine
 from psykern.engine.plan import plan
 from psykern.kernels.compute import Compute

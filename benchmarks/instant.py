@@ -19,7 +19,7 @@ from psykern.data.tokenizer import Tokenizer
 from psykern.engine.plan import Plan
 from psykern.runs.job import Options
 from psykern.runs.run import score_with
-from psykern.scoring.scorer import load
+from psykern.scoring.loading import load
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
@@ -51,7 +51,8 @@ def score_instantly(
     """A run whose scores of a plan are what ``scores`` says of it. Its manifest counts loading as ``psykern.score``'s
     does."""
     clock = Clock()
-    scorer = load(model, device="cpu", clock=clock)
+    with clock("load"):
+        scorer = load(model, device="cpu")
     with clock("hash"):
         dataset = Dataset.find(data)
     instant = replace(scorer, engine=InstantEngine(scores))

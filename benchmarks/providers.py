@@ -25,7 +25,7 @@ from psykern.core.settings import MIN_SHARE, Settings
 from psykern.core.types import EncodedTranscript, Transcript
 from psykern.data.dataset import Dataset
 from psykern.data.encode import Encoder
-from psykern.data.rows import read
+from psykern.data.read import read
 from psykern.data.tokenizer import Tokenizer
 from psykern.engine.budgets import CPU_BUDGETS, Budgets
 from psykern.engine.engine import Engine

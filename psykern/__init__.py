@@ -8,11 +8,15 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
 from psykern.version import __version__
 
+TYPE_CHECKING = (
+    False  # as type checkers know it; typing takes longer to load than all else that the command needs first
+)
 if TYPE_CHECKING:
+    from typing import Any
+
     from psykern.core.errors import (
         BackendError,
         CheckpointError,
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
         NonFiniteError,
         OutOfMemoryError,
         PsykernError,
+        RejectedRowsWarning,
         RowError,
         RunFolderError,
         Source,
@@ -34,9 +39,10 @@ if TYPE_CHECKING:
     from psykern.runs.manifest import Manifest
     from psykern.runs.run import score, score_conditions
     from psykern.runs.summary import StudySummary, Summary, format_summary
-    from psykern.scoring.results import Choice, Logprob, Surprisal, TokenScores, TopTokens
-    from psykern.scoring.scorer import Scorer, load
-    from psykern.scoring.session import Mark, Session, step
+    from psykern.scoring.loading import load
+    from psykern.scoring.results import Choice, Logprob, Reject, Surprisal, TokenScores, TopTokens
+    from psykern.scoring.scorer import Scorer
+    from psykern.scoring.session import Mark, Session, astep, step
     from psykern.study.report import compare_runs
     from psykern.study.results import Comparison
     from psykern.study.tables import format_comparison
@@ -44,7 +50,7 @@ if TYPE_CHECKING:
 # Where the public names are. A name is loaded when it is first asked for: torch alone takes a second.
 _HOMES = {
     "core.errors": "BackendError CheckpointError ComparisonError DataError InterruptedRun NonFiniteError "
-    "OutOfMemoryError PsykernError RowError RunFolderError Source",
+    "OutOfMemoryError PsykernError RejectedRowsWarning RowError RunFolderError Source",
     "core.settings": "Settings Shard",
     "runs.cluster": "Workers score_on_cluster",
     "runs.estimate": "Estimate StudyPlan estimate",
@@ -53,9 +59,10 @@ _HOMES = {
     "runs.manifest": "Manifest",
     "runs.run": "score score_conditions",
     "runs.summary": "StudySummary Summary format_summary",
-    "scoring.results": "Choice Logprob Surprisal TokenScores TopTokens",
-    "scoring.scorer": "Scorer load",
-    "scoring.session": "Mark Session step",
+    "scoring.results": "Choice Logprob Reject Surprisal TokenScores TopTokens",
+    "scoring.loading": "load",
+    "scoring.scorer": "Scorer",
+    "scoring.session": "Mark Session astep step",
     "study.results": "Comparison",
     "study.report": "compare_runs",
     "study.tables": "format_comparison",
@@ -78,6 +85,8 @@ __all__ = [
     "NonFiniteError",
     "OutOfMemoryError",
     "PsykernError",
+    "Reject",
+    "RejectedRowsWarning",
     "RowError",
     "Run",
     "RunFolderError",
@@ -94,6 +103,7 @@ __all__ = [
     "TopTokens",
     "Workers",
     "__version__",
+    "astep",
     "compare_runs",
     "estimate",
     "format_comparison",

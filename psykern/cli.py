@@ -1,8 +1,8 @@
 """The commands: ``psykern score``, ``psykern plan``, ``psykern compare`` and ``psykern demo``.
 
 Exit status: 0 done; 1 an error stopped it; 2 wrong usage; 3 done, but some rows were rejected; 130 and 143 stopped by
-SIGINT (Ctrl-C) and SIGTERM. The first such signal lets ``psykern score`` finish the unit in hand, a second stops it at
-once; either way the same command goes on with the run.
+SIGINT (Ctrl-C) and SIGTERM. Before anything is computed such a signal ends ``psykern score`` at once. Later the first
+one lets it finish the wave in hand, a second stops it at once; either way the same command goes on with the run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 LETTER = "[A-Z]"  # the responses of the study's accuracy subset
 EXIT_ERROR, EXIT_REJECTS, EXIT_SIGNAL = 1, 3, 128  # a signal's number is added
 
+_METAVARS = {"date": "YYYY-MM-DD", "device": "NAME"}
 # What a setting's own help does not say: how the command line takes it.
 _FLAG_HELP = {
     "condition": "; several share one load of the weights and go to RUN/NAME",
@@ -151,8 +152,8 @@ def _taken(name: str, kind: Any) -> dict[str, Any]:
         return {"action": "store_true"}
     if int in (kind, *get_args(kind)):
         return {"type": int, "metavar": "N"}
-    if name == "date":
-        return {"metavar": "YYYY-MM-DD"}
+    if name in _METAVARS:
+        return {"metavar": _METAVARS[name]}
     return {"nargs": "+", "metavar": "NAME"}
 
 
@@ -177,12 +178,12 @@ def _conditions(text: str) -> list[str]:
 def _score(options: argparse.Namespace, settings: Settings) -> int:
     if options.ray is not None and (options.shard is not None or len(options.condition) > 1):
         raise psykern.PsykernError("ray: takes one condition and no --shard; its workers share the units")
-    with _stop_signals() as received:
+    with _stop_signals(at_once=options.ray is None) as stop:
         how: dict[str, Any] = {
             "revision": options.revision,
             "resume": options.resume,
             "cache": options.cache or None,
-            "stop": lambda: bool(received),
+            "stop": stop.asked,
             "quiet": options.quiet,
         }
         where = (options.model, options.data, options.out)
@@ -196,7 +197,7 @@ def _score(options: argparse.Namespace, settings: Settings) -> int:
             return _report_conditions(psykern.score_conditions(*where, options.condition, settings, **how))
         except psykern.InterruptedRun as error:
             print(f"psykern: {error}", file=sys.stderr)
-            return EXIT_SIGNAL + received[0]
+            return EXIT_SIGNAL + stop.received[0]
 
 
 def _report_conditions(runs: Sequence[Run]) -> int:
@@ -215,43 +216,63 @@ def _shard(text: str | None) -> Shard:
     return Shard(int(index), int(count))
 
 
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Gives the list of the signals to stop that have come; a second one ends the process. What is on disk is whole at
-    any moment."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # only that may handle signals
-        yield received
-        return
+class _Stop:
+    """The signals to stop that have come. What is on disk is whole at any moment, so a process may end at any."""
 
-    def handle(number: int, frame: FrameType | None) -> None:
+    def __init__(self, *, begun: bool) -> None:
+        self.received: list[int] = []
+        self._begun = begun  # False: nothing is computed yet, which a signal would have to wait for
+
+    def asked(self) -> bool:
+        """Asked before each wave."""
+        self._begun = True
+        return bool(self.received)
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
         del frame
         name = signal.Signals(number).name
-        if received:
-            os.write(2, f"\npsykern: {name} again: stopped; records written so far are kept\n".encode())
+        if self.received or not self._begun:
+            again = " again" if self.received else ""
+            os.write(2, f"\npsykern: {name}{again}: stopped; records written so far are kept\n".encode())
             os._exit(EXIT_SIGNAL + number)
-        received.append(number)
-        os.write(2, f"\npsykern: {name}: finishing the unit in hand; once more stops at once\n".encode())
+        self.received.append(number)
+        os.write(2, f"\npsykern: {name}: finishing the wave in hand; once more stops at once\n".encode())
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+
+@contextmanager
+def _stop_signals(*, at_once: bool) -> Iterator[_Stop]:
+    """Gives what has come of SIGINT and SIGTERM. ``at_once``: before anything is computed, they end the process."""
+    stop = _Stop(begun=not at_once)
+    with _handling(stop.handle, signal.SIGINT, signal.SIGTERM):
+        yield stop
+
+
+@contextmanager
+def _handling(handler: Callable[[int, FrameType | None], Any], *numbers: signal.Signals) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # only that may handle signals
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
-        yield received
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, own in before.items():
+            signal.signal(number, own)
 
 
 def _compare(options: argparse.Namespace, settings: Settings) -> int:
     del settings  # a comparison takes none
-    comparison = psykern.compare_runs(
-        options.runs,
-        options.out,
-        pairs=options.pairs,
-        models=options.models,
-        domains=options.domains,
-        unpaired=options.unpaired,
-        progress=_no_progress if options.quiet else _progress,
-    )
+    compare = psykern.compare_runs  # which is loaded now, while Ctrl-C ends the process at once
+    with _handling(signal.default_int_handler, signal.SIGINT):  # what is half written is removed
+        comparison = compare(
+            options.runs,
+            options.out,
+            pairs=options.pairs,
+            models=options.models,
+            domains=options.domains,
+            unpaired=options.unpaired,
+            progress=_no_progress if options.quiet else _progress,
+        )
     return _report_comparison(comparison, options.out)
 
 
@@ -275,14 +296,17 @@ def _demo(options: argparse.Namespace, settings: Settings) -> int:
     out = Path(options.out or tempfile.mkdtemp(prefix="psykern-demo-"))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise psykern.RunFolderError(f"{out}: expected a new or empty folder")
-    runs = []
-    with tempfile.TemporaryDirectory(prefix="psykern-model-") as folder:
+    score, compare, runs = psykern.score, psykern.compare_runs, []  # loaded now, as in a comparison
+    with (
+        _handling(signal.default_int_handler, signal.SIGINT),
+        tempfile.TemporaryDirectory(prefix="psykern-model-") as folder,
+    ):
         for model in (demo.MODEL, demo.build_posttrained(Path(folder) / demo.POSTTRAINED.parent.name)):
             print(f"{model.name}:")
-            run = psykern.score(model, demo.SAMPLE, out / model.name, settings, quiet=options.quiet)
+            run = score(model, demo.SAMPLE, out / model.name, settings, quiet=options.quiet)
             _report(run)
             runs.append(run.folder)
-    comparison = psykern.compare_runs(runs, out / "report", models=demo.MODELS, domains=demo.DOMAINS)
+        comparison = compare(runs, out / "report", models=demo.MODELS, domains=demo.DOMAINS)
     _report_comparison(comparison, out / "report")
     print("The tiny models are a demonstration: one was trained for minutes on other participants of these studies,")
     print("the other then for seconds to give its own likeliest answer. Their numbers say that psykern works, nothing")

@@ -35,6 +35,7 @@ ROOMS: dict[str, set[str]] = {
     "demo": set(),
     "demo.train": {"demo"},
     "demo.posttrain": {"demo"},
+    "demo.examples": {"psykern", "demo"},
     "cli": {"psykern", "demo"},
     "__main__": {"cli"},
     "psykern": {"core", "kernels", "runs", "scoring", "study", "version"},
@@ -211,7 +212,8 @@ def test_the_readme_names_every_file() -> None:
     named = set(re.findall(r"[\w_]+", files))
     modules = {path.stem for path in SOURCES if path.suffix == ".py"} - {"__init__", "__main__", "version"}
     inside = {"elementwise", "option_logprobs", "prefix_attention", "common", "posttrain", "train"}  # of a folder named
-    inside |= {path.stem for path in (ROOT / "psykern" / "study" / "figures").glob("*.py")}
+    for folder in ("study/figures", "demo/examples"):
+        inside |= {path.stem for path in (ROOT / "psykern" / folder).glob("*.py")}
     assert modules - named - inside == set()
     rooms = {path.name for path in (ROOT / "psykern").iterdir() if (path / "__init__.py").is_file()}
     assert all(f"psykern/{room}/ " in files for room in rooms)

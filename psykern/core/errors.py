@@ -39,10 +39,13 @@ class InterruptedRun(PsykernError):
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a row came from."""
+    """Where a row came from; as a string for messages."""
 
-    file: str  # path, or path!member for an archive
-    line: int  # 1-based line of a JSON Lines file, 1-based row of a parquet file
+    file: str  # path, or path!member for an archive; empty: the row was in memory
+    line: int  # 1-based line of a JSON Lines file, 1-based row of a parquet file; in memory the index, from 0
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}" if self.file else f"rows[{self.line}]"
 
 
 class RowError(PsykernError):
@@ -52,12 +55,16 @@ class RowError(PsykernError):
     """
 
     def __init__(self, source: Source, reason: str) -> None:
-        super().__init__(f"{source.file}:{source.line}: {reason}")
+        super().__init__(f"{source}: {reason}")
         self.source = source
         self.reason = reason
 
     def __reduce__(self) -> tuple[type[RowError], tuple[Source, str]]:
         return RowError, (self.source, self.reason)  # an exception pickles its message alone
+
+
+class RejectedRowsWarning(UserWarning):
+    """Some rows in memory could not be used, and the caller did not ask which."""
 
 
 class BackendError(RuntimeError):

@@ -26,18 +26,21 @@ if TYPE_CHECKING:
 Protocol = Literal["exact", "study"]
 Condition = Literal["plain", "chat", "persona"]
 Boundary = Literal["joint", "split"]
+Marks = Literal["keep", "drop"]
 OptionSource = Literal["none", "given", "observed", "observed-experiment"]
 OverLength = Literal["error", "skip", "truncate"]
 SameParticipants = Literal["merge", "separate", "error"]
 Backend = Literal["auto", "reference", "cpu", "triton", "cuda"]
-Device = Literal["auto", "cpu", "cuda"]
-Dtype = Literal["auto", "float32", "bfloat16"]
+Device = str  # auto, cpu, cuda or one of several: cuda:1
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 Role = Literal["tokens", "identity", "compared"]
 
 # Measured (benchmarks/results/plan_cpu.csv): 1 to 32 run equally fast within the noise, 128 forgoes real shares. A
 # share of very few tokens saves nothing and makes paths of more ranges.
 MIN_SHARE = 8
+
+_DEVICE = re.compile(r"auto|cpu|cuda(:(0|[1-9][0-9]{0,3}))?")
 
 
 class About(NamedTuple):
@@ -71,6 +74,10 @@ class Settings:
         Boundary,
         About("joint: a text is tokenized as one string; split: around the marks, so that no token straddles", _DATA),
     ] = "joint"
+    marks: Annotated[
+        Marks,
+        About("whether << and >> are part of what the model reads; a chat has none either way", _DATA),
+    ] = "keep"
     options: Annotated[
         OptionSource,
         About(
@@ -95,7 +102,7 @@ class Settings:
     ] = "merge"
     backend: Annotated[Backend, About("kernels to use", ("identity",))] = "auto"
     dtype: Annotated[Dtype, About("arithmetic; auto: float32 on a CPU, bfloat16 on a GPU", ("identity",))] = "auto"
-    device: Annotated[Device, About("where to compute")] = "auto"
+    device: Annotated[Device, About("where to compute: auto, cpu, cuda, or cuda:1 where there are several")] = "auto"
     wave_tokens: Annotated[
         int | None,
         About("tokens computed together, layer by layer: more need more memory; not given: as suits the device"),
@@ -117,8 +124,12 @@ class Settings:
                 raise ValueError(f"{name}: expected one of {', '.join(get_args(kind))}, got {value!r}")
             if int in (kind, *get_args(kind)) and value is not None:
                 object.__setattr__(self, name, _whole_number(name, value))
+        if not (isinstance(self.device, str) and _DEVICE.fullmatch(self.device)):
+            raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, N from 0 on, got {self.device!r}")
         if self.protocol == "study" and self.boundary != "joint":
             raise ValueError("boundary: the study's protocol tokenizes a text as one string; use boundary='joint'")
+        if self.protocol == "study" and self.marks != "keep":
+            raise ValueError("marks: the study's protocol finds responses by their marks; use marks='keep'")
         if self.studies is not None:
             object.__setattr__(self, "studies", _study_names(self.studies))
         if self.discrete is not None:

@@ -18,7 +18,7 @@ from psykern.core.errors import RowError, Source
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Transcript:
-    """One participant's session as prose, with its responses located. Filled by ``data.rows.read``."""
+    """One participant's session as prose, with its responses located. Filled by ``data.rows.transcripts``."""
 
     study: str
     experiment: str

@@ -25,7 +25,7 @@ def fit(encoded: EncodedTranscript, over_length: OverLength, max_positions: int 
         return encoded
     if over_length == "error":
         raise PsykernError(
-            f"{encoded.source.file}:{encoded.source.line}: {encoded.study}, participant {encoded.participant}: "
+            f"{encoded.source}: {encoded.study}, participant {encoded.participant}: "
             f"needs {needed.max()} tokens of context, the model has {max_positions}; "
             'over-length policies: "error" stops, "skip" leaves such transcripts out, '
             '"truncate" keeps the responses that fit'

@@ -41,8 +41,11 @@ def responses_of(transcript: Transcript) -> list[str]:
     return [transcript.text[a:b] for a, b in transcript.responses_char.tolist()]
 
 
-def exact_draft(transcript: Transcript, tokens: Tokens, options: list[Options], close: str) -> tuple[Draft, JointText]:
-    """``close`` is put behind an option; "" where, as in a chat, the mark behind it is the text's own."""
+def exact_draft(
+    transcript: Transcript, tokens: Tokens, options: list[Options], close: str, close_chars: int
+) -> tuple[Draft, JointText]:
+    """``close`` is put behind an option; "" where, as in a chat, what stands there is the text's own: then so many of
+    its characters tell an option from one that it begins."""
     marks = transcript.responses_char.reshape(-1, 2)
     a, b = marks.T
     first = np.searchsorted(tokens.end_char, a, side="right")
@@ -64,7 +67,7 @@ def exact_draft(transcript: Transcript, tokens: Tokens, options: list[Options], 
     for r in full[beyond]:
         draft.flags[r].append("straddles")
     _flag_unscored(draft)
-    return draft, JointText(transcript.text, tokens, marks, [close] * len(marks), inserts)
+    return draft, JointText(transcript.text, tokens, marks, [close] * len(marks), inserts, close_chars)
 
 
 def _index(response: str, options: Options) -> int:
@@ -129,10 +132,11 @@ def _patched_index(inside: str, inserts: tuple[Insert, ...] | None) -> int:
 
 
 def split_drafts(
-    tokenizer: Tokenizer, transcripts: Sequence[Transcript], options: Sequence[list[Options]]
+    tokenizer: Tokenizer, transcripts: Sequence[Transcript], options: Sequence[list[Options]], close_chars: int
 ) -> Iterator[Drafted]:
     """Each transcript from the tokens of its pieces, with the branches of its responses. Equal pieces are tokenized
-    once. What a tokenizer puts in front of a text stands before the first piece alone."""
+    once. What a tokenizer puts in front of a text stands before the first piece alone. ``close_chars``: behind an
+    option, which tell it from one that it begins."""
     pieces = [_pieces(transcript) for transcript in transcripts]
     given = dict.fromkeys(chain.from_iterable(options))
     starts = Snippets(tokenizer, (own[0] for own in pieces))
@@ -143,15 +147,21 @@ def split_drafts(
         draft = _split_draft(tokenizer, transcript, ids, of)
         first = draft.spans_tok[:, 0].tolist()
         placed: list[Placed | None] = [
-            (start, split_branches(texts, after, snippets)) if texts else None
-            for start, texts, after in zip(first, of, own[2::2], strict=True)
+            (first[r], split_branches(texts, _next(own, 2 * r + 2), snippets, close_chars)) if texts else None
+            for r, texts in enumerate(of)
         ]
         _flag_unscored(draft)
         yield draft, placed
 
 
+def _next(pieces: list[str], place: int) -> str:
+    """The piece there or, where it is empty, the first one behind that is not: without marks responses may touch."""
+    return next(filter(None, pieces[place:]), "")
+
+
 def _pieces(transcript: Transcript) -> list[str]:
-    """2 R + 1 pieces: the text up to a response's opening mark, the response, the text from its closing mark on."""
+    """2 R + 1 pieces: the text up to a response, with its opening mark; the response; what follows, with its closing
+    mark."""
     bounds = [0, *transcript.responses_char.ravel().tolist(), len(transcript.text)]
     return [transcript.text[i:j] for i, j in pairwise(bounds)]
 

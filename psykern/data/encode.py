@@ -2,7 +2,8 @@
 
 Which tokens are a response's, says :mod:`.draft`. ``boundary="joint"`` tokenizes a text as one string; ``"split"``
 tokenizes the pieces between the response's boundaries one by one, so that no token straddles. ``protocol="study"``
-takes text and spans from :mod:`.protocol` instead.
+takes text and spans from :mod:`.protocol` instead. With ``marks="drop"`` the text has no marks, and the responses their
+places in it; behind an option that begins another one then stands, as in a chat, the text's own next token.
 
 Flags of a response: ``straddles``; ``empty`` (nothing between the marks); ``no_context`` (no token before the first
 scored one of the response, or of one of its options, so no probability of it, or of them); ``closing_mark`` (appended
@@ -38,6 +39,7 @@ from psykern.data.protocol import (
     study_response,
     study_spans,
     study_text,
+    without_marks,
 )
 from psykern.data.tokenizer import Tokenizer, tokenize
 
@@ -89,6 +91,8 @@ class Encoder:
         self.settings = settings
         self._chat = chat
         self._beyond = beyond
+        # Without marks an option ends where the text's next token does, whatever that is: its first character is in it.
+        self._close_chars = 1 if settings.marks == "drop" and not chat else len(CLOSE_MARK)
         self._discrete = re.compile(settings.discrete) if settings.discrete is not None else None
         marks = chat.marks if chat and study else _plain_marks
         self._open_ids, self._close_ids = marks(tokenizer.backend)
@@ -167,7 +171,11 @@ class Encoder:
             moved = transcript.responses_char + len(front)
             transcript = replace(transcript, text=front + transcript.text, responses_char=moved)
         if self.settings.protocol == "exact":
-            return _Prepared(self._chat.render(transcript) if self._chat else transcript, None, options)
+            if self._chat:
+                transcript = self._chat.render(transcript)
+            elif self.settings.marks == "drop":
+                transcript = without_marks(transcript)
+            return _Prepared(transcript, None, options)
         if transcript.text.count("<<") != len(options):
             raise RowError(
                 transcript.source,
@@ -230,7 +238,8 @@ class Encoder:
     def _drafted(self, prepared: Sequence[_Prepared]) -> Iterator[Drafted]:
         if self.settings.boundary == "split":
             transcripts = [transcript for transcript, _, _ in prepared]
-            return split_drafts(self._tokenizer, transcripts, [options for _, _, options in prepared])
+            every = [options for _, _, options in prepared]
+            return split_drafts(self._tokenizer, transcripts, every, self._close_chars)
         joint = list(self._joint(prepared))
         placed = joint_branches(self._tokenizer, [text for _, text in joint])
         return zip((draft for draft, _ in joint), placed, strict=True)
@@ -239,7 +248,8 @@ class Encoder:
         texts = [transcript.text if study is None else study.text for transcript, study, _ in prepared]
         for (transcript, study, options), tokens in zip(prepared, tokenize(self._tokenizer, texts), strict=True):
             if study is None:
-                yield exact_draft(transcript, tokens, options, "" if self._chat else CLOSE_MARK)
+                close = "" if self._chat or self.settings.marks == "drop" else CLOSE_MARK
+                yield exact_draft(transcript, tokens, options, close, self._close_chars)
             else:
                 spans = study_spans(tokens.ids, self._open_ids, self._close_ids)
                 yield study_draft(transcript, study, tokens, spans, options, is_chat=self._chat is not None)

@@ -15,9 +15,49 @@ from psykern.core.errors import DataError, RowError
 from psykern.core.stages import ahead
 from psykern.core.types import EncodedUnit, UnitInfo
 from psykern.data.dataset import Dataset
+from psykern.data.draft import responses_of
 from psykern.data.encode import Encoder
+from psykern.data.read import read
 from psykern.data.token_cache import TokenCache
 from psykern.data.units import Unit, units
+
+
+class Observed:
+    """The distinct scored responses of each experiment, for ``options="observed-experiment"``; none otherwise."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self._most = encoder.settings.max_options
+        self._seen: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)  # up to one more than are options
+
+    def add(self, unit: Unit) -> None:
+        if self._encoder.settings.options != "observed-experiment":
+            return
+        for transcript in unit.transcripts:
+            seen = self._seen[transcript.study, transcript.experiment]
+            for response in responses_of(transcript):
+                if response.strip() and len(seen) <= self._most and self._encoder.scores(response):
+                    seen.setdefault(response)
+
+    def options(self) -> Mapping[tuple[str, str], tuple[str, ...]]:
+        """By study and experiment, where they are few enough to be its options."""
+        return {key: tuple(seen) for key, seen in self._seen.items() if len(seen) <= self._most}
+
+
+def encode_unit(
+    encoder: Encoder, unit: Unit, observed: Mapping[tuple[str, str], tuple[str, ...]] | None
+) -> EncodedUnit:
+    """``observed``: as :meth:`.Encoder.encode` has it."""
+    encoded = encoder.encode(unit.transcripts, observed)
+    return EncodedUnit(
+        unit.info,
+        encoded.transcripts,
+        (*unit.rejects, *encoded.rejects),
+        encoded.without_metadata,
+        unit.without_id,
+        unit.shared_participants,
+        unit.repeated,
+    )
 
 
 class Feed:
@@ -59,13 +99,8 @@ class Feed:
 
     def _rows(self) -> Iterator[Unit]:
         of = self._settings
-        return units(
-            self._dataset,
-            unit_tokens=self._unit_tokens,
-            studies=of.studies,
-            limit=of.limit,
-            same_participants=of.same_participants,
-        )
+        rows = read(self._dataset, studies=of.studies, limit=of.limit, same_participants=of.same_participants)
+        return units(rows, unit_tokens=self._unit_tokens)
 
     def _rows_ahead(self) -> Generator[Unit, None, None]:
         """All units as rows, read in a thread of their own from the moment that the first is asked for."""
@@ -77,35 +112,23 @@ class Feed:
         studies = set()
         first_reject: RowError | None = None
         num_rejects = 0
-        observed: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)
+        observed = Observed(self._encoder)
         for unit in self._rows():
             self._refuse(unit.rejects)
             found.append(unit.info)
             studies.add(unit.info.study)
             num_rejects += len(unit.rejects)
             first_reject = first_reject or next(iter(unit.rejects), None)
-            if self._settings.options == "observed-experiment":
-                self._observe(unit, observed)
+            observed.add(unit)
         self._dataset.check_unchanged()
         absent = sorted(set(self._settings.studies or ()) - studies)
         if absent:
             also = f"; {num_rejects:,} rows cannot be used, the first: {first_reject}" if first_reject else ""
             raise DataError(f"studies: no transcript of {', '.join(absent)} in the data{also}")
-        # The distinct responses of each experiment, where they are few enough to be its options.
-        most = self._settings.max_options
-        self._observed = {key: tuple(seen) for key, seen in observed.items() if len(seen) <= most}
+        self._observed = observed.options()
         if self._cache:
             self._cache.write_units(found)
         return found
-
-    def _observe(self, unit: Unit, observed: dict[tuple[str, str], dict[str, None]]) -> None:
-        """Adds the distinct scored responses of each experiment, up to one more than are options."""
-        for transcript in unit.transcripts:
-            seen = observed[transcript.study, transcript.experiment]
-            for start, end in transcript.responses_char.tolist():
-                response = transcript.text[start:end]
-                if response.strip() and len(seen) <= self._settings.max_options and self._encoder.scores(response):
-                    seen.setdefault(response)
 
     def _cached(self, info: UnitInfo) -> EncodedUnit | None:
         if self._cache is None:
@@ -126,16 +149,7 @@ class Feed:
         if self._observed is None and self._settings.options == "observed-experiment":
             self._scan()
         with self._clock("encode"):
-            encoded = self._encoder.encode(unit.transcripts, self._observed)
-        return EncodedUnit(
-            unit.info,
-            encoded.transcripts,
-            (*unit.rejects, *encoded.rejects),
-            encoded.without_metadata,
-            unit.without_id,
-            unit.shared_participants,
-            unit.repeated,
-        )
+            return encode_unit(self._encoder, unit, self._observed)
 
     def _refuse(self, rejects: Sequence[RowError]) -> None:
         if self._settings.strict and rejects:

@@ -50,7 +50,7 @@ class People:
             return transcript
         if self._same == "error":
             raise DataError(
-                f"{transcript.source.file}:{transcript.source.line}: participant {name!r} of study "
+                f"{transcript.source}: participant {name!r} of study "
                 f"{transcript.study}, experiment {transcript.experiment!r}, is also in {self._paths[first]}; expected "
                 "a participant in one file: choose to merge them or to take them as separate people"
             )

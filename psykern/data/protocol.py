@@ -14,6 +14,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import chain, pairwise
 
 import numpy as np
 
@@ -52,6 +53,17 @@ def keep_responses(transcript: Transcript, pattern: re.Pattern[str]) -> Transcri
         responses_char=np.array(spans, dtype=np.int64).reshape(-1, 2),
         options=None if options is None else tuple(options[r] for r in kept),
     )
+
+
+def without_marks(transcript: Transcript) -> Transcript:
+    """The transcript with the characters of its responses in their places, and no marks around them."""
+    bounds = [0, *transcript.responses_char.ravel().tolist(), len(transcript.text)]
+    pieces = [transcript.text[i:j] for i, j in pairwise(bounds)]
+    outside = [piece.removeprefix(">>") if number else piece for number, piece in enumerate(pieces[::2])]
+    outside[:-1] = [piece.removesuffix("<<") for piece in outside[:-1]]
+    moved = 2 + 4 * np.arange(len(transcript.responses_char))  # marks up to each response
+    text = "".join(chain.from_iterable(zip(outside, [*pieces[1::2], ""], strict=True)))
+    return replace(transcript, text=text, responses_char=transcript.responses_char - moved[:, None])
 
 
 def study_text(text: str) -> str:

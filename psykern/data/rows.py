@@ -1,204 +1,98 @@
-"""Rows of JSON Lines (plain, gzip, zip) and parquet files become transcripts, one at a time.
+"""Rows become transcripts, wherever they come from: files (:mod:`.read`) or memory (:mod:`.memory`).
 
-The rule: a row is used as it stands or refused with file, line and reason; nothing is repaired, and a bad row
-never stops the rest. Only one row (of parquet: one small batch of rows) is in memory, whatever the file's size.
+The rule: a row is used as it stands or refused with its place and the reason; nothing is repaired, and a bad row never
+stops the rest.
 
 A row holds `text`, and if it likes `study`, `experiment`, `participant` (or `participant_reindexed`) and `options`;
 what is known of the participant (the columns of :mod:`.persona`) is kept, other columns are ignored. What these may
-hold is said in :mod:`.values`. A study's name is its column, else what :mod:`.files` makes of the file's name. A row
-without a participant is a person of its own, called by the content of its file and its line.
+hold is said in :mod:`.values`.
 """
 
 from __future__ import annotations
 
-import codecs
-import json
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from psykern.core.errors import DataError, RowError, Source
-from psykern.core.settings import SameParticipants
+from psykern.core.errors import RowError, Source
 from psykern.core.types import Transcript
 from psykern.data import persona
-from psykern.data.dataset import Dataset
-from psykern.data.files import DAMAGE, open_lines, partition_keys
-from psykern.data.people import People
-from psykern.data.values import answer_options, check_exact, identifier, is_blank, is_missing, kind, string
+from psykern.data.values import answer_options, identifier, is_blank, is_missing, string
 
-_IDS = ("experiment", "participant", "participant_reindexed")
-_COLUMNS = ("text", "study", *_IDS, "options", *persona.COLUMNS)
-_PARQUET_BATCH = 64  # rows decoded together
-_PARQUET_BUFFER = 1 << 20  # bytes read ahead per column, instead of the whole column of a row group
-
-# An object is a tuple of its pairs, as a dict would keep the last of two equal keys in silence.
-_JSON = json.JSONDecoder(object_pairs_hook=tuple)
-
-
-def read(
-    dataset: Dataset,
-    *,
-    studies: Collection[str] | None = None,
-    limit: int | None = None,
-    same_participants: SameParticipants = "merge",
-) -> Iterator[Transcript | RowError]:
-    """Transcripts in the order of the files and their rows; the error of a bad row stands in its place.
-
-    `studies` keeps only those studies, `limit` only the first accepted transcripts of each study; rows that they
-    leave out are not checked. A damaged file gives one error, at the line reached. Raises DataError for a file that
-    cannot be opened or an archive with no rows to find, and as :meth:`.people.People.place` does.
-    """
-    taken: Counter[str] = Counter()
-    people = People(dataset, same_participants)
-
-    def wanted(study: str) -> bool:
-        return (studies is None or study in studies) and (limit is None or taken[study] < limit)
-
-    for number, file in enumerate(dataset.files):
-        for row in _rows_until_damage(file.path):
-            if not row.may_name_study and not wanted(file.study):
-                if file.path.suffix.lower() == ".parquet":
-                    break  # columns are the same for all rows, so none of the others is wanted
-                continue
-            try:
-                fields = row.load()
-                study = _study(fields, file.study)
-                if not wanted(study):
-                    continue
-                transcript = _transcript(fields, study, row.source, people.name(number, row.source.line))
-            except ValueError as error:
-                yield RowError(row.source, str(error))
-                continue
-            taken[study] += 1
-            yield people.place(transcript, number)
+IDS = ("experiment", "participant", "participant_reindexed")
+COLUMNS = ("text", "study", *IDS, "options", *persona.COLUMNS)
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
+class Row:
+    """A row that is not looked into yet."""
+
     source: Source
     may_name_study: bool  # False: the row has no column `study`
     load: Callable[[], Mapping[str, object]]  # the row's columns; raises ValueError with the reason why there are none
 
 
-def _rows_until_damage(path: Path) -> Iterator[_Row]:
-    """All rows that can be reached; behind them, where a damaged file ends, one that says so when it is loaded."""
-    source = Source(str(path), 0)
-    is_parquet = path.suffix.lower() == ".parquet"
-    try:
-        for row in _parquet_rows(path) if is_parquet else _json_rows(path):
-            source = row.source
-            yield row
-    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except DAMAGE as error:
-        unit = "row" if is_parquet else "line"
-        reason = f"file is damaged or truncated after {unit} {source.line}: {error}"
-        yield _Row(Source(source.file, source.line + 1), True, partial(_refuse, reason))
-
-
-def _refuse(reason: str) -> Mapping[str, object]:
+def refuse(reason: str) -> Mapping[str, object]:
+    """``Row.load`` of a row that cannot be read."""
     raise ValueError(reason)
 
 
-def _json_rows(path: Path) -> Iterator[_Row]:
-    with open_lines(path) as (name, stream):
-        for number, line in enumerate(stream, start=1):
-            while line.startswith(codecs.BOM_UTF8):  # also where files that begin with one were put together
-                line = line.removeprefix(codecs.BOM_UTF8)
-            if line.strip():
-                yield _Row(Source(name, number), b'"study"' in line, partial(_parse, line))
+class Choice:
+    """The rows that are wanted: those of some studies, the first of each."""
+
+    def __init__(self, studies: Collection[str] | None = None, limit: int | None = None) -> None:
+        """``studies``: None for all; ``limit``: transcripts of each, None for all."""
+        self._studies = studies
+        self._limit = limit
+        self._taken: Counter[str] = Counter()
+
+    def wants(self, study: str) -> bool:
+        in_studies = self._studies is None or study in self._studies
+        return in_studies and (self._limit is None or self._taken[study] < self._limit)
+
+    def take(self, study: str) -> None:
+        """A row of ``study`` can be used."""
+        self._taken[study] += 1
+
+    @property
+    def absent(self) -> list[str]:
+        """Studies that were asked for, of which none has been taken."""
+        return sorted(set(self._studies or ()) - set(self._taken))
 
 
-def _parse(line: bytes) -> Mapping[str, object]:
-    try:
-        pairs = _JSON.decode(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        byte = f"0x{line[error.start]:02x}"
-        raise ValueError(f"not UTF-8: byte {byte} at byte {error.start} of the line ({error.reason})") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} (character {error.pos} of the line)") from error
-    except ValueError as error:  # an integer longer than Python converts
-        reason = str(error).split(";")[0]  # behind it stands advice for programmers
-        raise ValueError(f"not JSON that can be read: {reason}") from error
-    except RecursionError as error:
-        raise ValueError("not JSON that can be read: nested too deeply") from error
-    if not isinstance(pairs, tuple):
-        raise ValueError(f"row: expected an object, got {kind(pairs)}")
-    fields: dict[str, object] = dict(pairs)
-    if len(fields) < len(pairs):
-        counts = Counter(name for name, _ in pairs)
-        for name in _COLUMNS:
-            if counts[name] > 1:
-                raise ValueError(f"{name}: expected the key once, the row has it {counts[name]} times")
-    return fields
+def transcripts(
+    rows: Iterable[Row], study: str, choice: Choice, name: Callable[[int], str]
+) -> Iterator[Transcript | RowError]:
+    """Transcripts in the order of ``rows``; the error of a bad row stands in its place. Rows that ``choice`` leaves out
+    are not checked.
 
-
-def _parquet_rows(path: Path) -> Iterator[_Row]:
-    number = 0
-    with pq.ParquetFile(path, buffer_size=_PARQUET_BUFFER, pre_buffer=False) as parquet:
-        schema = parquet.schema_arrow
-        columns = [name for name in schema.names if name in _COLUMNS]
-        if reason := _unusable(schema, path):
-            yield _Row(Source(str(path), 1), True, partial(_refuse, reason))
-            return
-        narrow = {name: width for name in columns if (width := _narrow(schema.field(name).type)) is not None}
-        for group in range(parquet.num_row_groups):  # one by one, so that damage costs no row of the group before
-            for batch in parquet.iter_batches(_PARQUET_BATCH, row_groups=[group], columns=columns):
-                for place in range(batch.num_rows):
-                    number += 1
-                    yield _Row(Source(str(path), number), "study" in columns, partial(_take, batch, place, narrow))
-
-
-def _unusable(schema: pa.Schema, path: Path) -> str | None:
-    """Why no row of a parquet file can be used; None: they can."""
-    counts = Counter(schema.names)
-    for key in partition_keys(path):
-        if key in _COLUMNS and key != "study" and not counts[key]:
-            return f"{key}: expected a column, it stands in the name of a folder alone; write the table in one piece"
-    if not counts["text"]:
-        return f"text: expected a column of that name, got columns {', '.join(schema.names)}"
-    twice = next((name for name in _COLUMNS if counts[name] > 1), None)
-    return twice and f"{twice}: expected one column of that name, got {counts[twice]}"
-
-
-def _narrow(column: pa.DataType) -> type[np.floating] | None:
-    """The type of a column's numbers, or of those in its lists, where they are floats of less than 64 bits."""
-    while hasattr(column, "value_type"):  # of lists, their views, dictionaries
-        column = column.value_type
-    if pa.types.is_float16(column):
-        return np.float16
-    return np.float32 if pa.types.is_float32(column) else None
-
-
-def _take(batch: pa.RecordBatch, place: int, narrow: Mapping[str, type[np.floating]]) -> Mapping[str, object]:
-    fields = {}
-    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+    study: of those rows that do not name theirs. name: of a person whom the row of that line does not name.
+    """
+    for row in rows:
+        if not row.may_name_study and not choice.wants(study):
+            continue
         try:
-            value = column[place].as_py()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{name}: not UTF-8: byte 0x{error.object[error.start]:02x} ({error.reason})") from error
-        except (OverflowError, ValueError) as error:  # a date beyond Python's, nanoseconds
-            reason = str(error).split(". ")[0]  # behind it stands advice for programmers
-            raise ValueError(f"{name}: cannot be read: {reason}; write it as a string") from error
-        fields[name] = _shortest(name, value, narrow[name]) if name in narrow else value
-    return fields
+            fields = row.load()
+            own = _study(fields, study)
+            if not choice.wants(own):
+                continue
+            transcript = _transcript(fields, own, row.source, name(row.source.line))
+        except ValueError as error:
+            yield RowError(row.source, str(error))
+            continue
+        choice.take(own)
+        yield transcript
 
 
-def _shortest(name: str, value: object, width: type[np.floating]) -> object:
-    """A narrow float, or a list of them, as its digits have it: 0.1 in 32 bits is 0.10000000149011612 in 64."""
-    if isinstance(value, list):
-        return [_shortest(name, item, width) for item in value]
-    if not isinstance(value, float):
-        return value
-    if name in _IDS:
-        check_exact(name, value, bits=np.finfo(width).nmant + 1)
-    return float(str(width(value)))
+def unusable(columns: Sequence[str]) -> str | None:
+    """Why no row of a table with ``columns`` can be used; None: they can."""
+    counts = Counter(columns)
+    if not counts["text"]:
+        return f"text: expected a column of that name, got columns {', '.join(columns)}"
+    twice = next((name for name in COLUMNS if counts[name] > 1), None)
+    return twice and f"{twice}: expected one column of that name, got {counts[twice]}"
 
 
 def find_responses(text: str) -> np.ndarray:

@@ -10,14 +10,11 @@ the first of these, which reports them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from psykern.core.errors import RowError
-from psykern.core.settings import SameParticipants
 from psykern.core.types import Transcript, UnitInfo
-from psykern.data.dataset import Dataset
-from psykern.data.rows import read
 
 CHARS_PER_TOKEN = 4  # of English prose; a unit is cut by characters, as tokens are known later
 _MOST_REJECTS = 10_000  # rows refused that one unit reports
@@ -44,23 +41,13 @@ class Unit:
         return sum(transcript.repeats for transcript in self.transcripts)
 
 
-def units(
-    dataset: Dataset,
-    *,
-    unit_tokens: int,
-    studies: Collection[str] | None = None,
-    limit: int | None = None,
-    same_participants: SameParticipants = "merge",
-) -> Iterator[Unit]:
-    """The units of ``dataset`` in order, of about ``unit_tokens`` tokens each; the rest is handed to
-    :func:`.rows.read`.
-
-    A unit without transcripts holds the rest of the refused rows.
-    """
+def units(rows: Iterable[Transcript | RowError], *, unit_tokens: int) -> Iterator[Unit]:
+    """The units of ``rows`` in order, of about ``unit_tokens`` tokens each. One without transcripts holds the rest of
+    the refused rows."""
     transcripts: dict[str, list[Transcript]] = {}
     rejects: list[RowError] = []
     characters = index = 0
-    for row in read(dataset, studies=studies, limit=limit, same_participants=same_participants):
+    for row in rows:
         if isinstance(row, RowError):
             rejects.append(row)
         else:

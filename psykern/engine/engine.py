@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -45,6 +46,7 @@ class Planned(Protocol):
 
 
 T = TypeVar("T", bound=Planned)
+_STOPPED = "stopped as asked; nothing of it is left"
 
 
 class Engine:
@@ -79,15 +81,15 @@ class Engine:
         held."""
         for _, scores in self.pairs([_Alone(plan, progress)], stop=stop):
             return scores
-        raise InterruptedRun("stopped as asked; nothing of it is left")
+        raise InterruptedRun(_STOPPED)
 
     def pairs(
         self, items: Iterable[T], *, stop: Callable[[], bool] = lambda: False
     ) -> Generator[tuple[T, TargetScores], None, None]:
         """Each of ``items`` with the scores of its plan, in order.
 
-        ``items`` is read in a thread, ahead of the scores. ``stop`` is asked before a plan is begun; once it holds no
-        other is, and what was begun is finished. Closing the generator ends the thread.
+        ``items`` is read in a thread, ahead of the scores. ``stop`` is asked before each wave; once it holds, no other
+        is computed, and a plan of which waves are missing is not given. Closing the generator ends the thread.
 
         Raises ``NonFiniteError`` (naming the layer) where a score is not finite, ``OutOfMemoryError`` where a wave does
         not fit the memory.
@@ -98,38 +100,45 @@ class Engine:
         self._clock = clock
         with ahead(_laid_out(items, self.model.spec.vocab_size)) as steps:
             for step in steps:
-                if isinstance(step, Wave):
-                    in_flight.append((begun[-1], self._launch(begun[-1], step, store)))
+                if isinstance(step, _Run):
+                    begun.append(step)
                 elif stop():
                     break
                 else:
-                    begun.append(step)
+                    in_flight.append((begun[-1], self._launch(begun[-1], step, store)))
                 self._collect(in_flight, clock, self.most_in_flight)
                 yield from _complete(begun)
         self._collect(in_flight, clock, 0)
         yield from _complete(begun)
 
     def extend(
-        self, trees: Sequence[Targeted], budgets: Budgets, *, wanted: Wanted = NOTHING_MORE
+        self,
+        trees: Sequence[Targeted],
+        budgets: Budgets,
+        *,
+        wanted: Wanted = NOTHING_MORE,
+        stop: Callable[[], bool] = lambda: False,
     ) -> list[TargetScores]:
         """The scores of each of ``trees``. Keys and values of their sequences are kept, as far as there is memory, and
-        used where a sequence begins like one of before. Several threads take turns. Raises what :meth:`pairs` raises.
-        """
+        used where a sequence begins like one of before. Several threads take turns. ``stop`` is asked before each wave.
+        Raises what :meth:`pairs` raises, and InterruptedRun where ``stop`` held."""
         with self._lock:
             if self._pages is None:
                 self._pages = self._make_pages(budgets)
-            return Extension(self._pages, self._run_with, budgets.batch_tokens, wanted).of(trees)
+            return Extension(self._pages, partial(self._run_with, stop), budgets.batch_tokens, wanted).of(trees)
 
     def _make_pages(self, budgets: Budgets) -> Pages:
         self.model.keep_layers()  # first, as it makes each wave faster
         num_bytes = suitable_bytes(self.model) if self._session_bytes is None else self._session_bytes
         return Pages(self.model, num_bytes, min(LANDING_ROWS, budgets.wave_tokens))
 
-    def _run_with(self, plan: Plan, store: Store | None) -> TargetScores:
+    def _run_with(self, stop: Callable[[], bool], plan: Plan, store: Store | None) -> TargetScores:
         """Wave by wave, each waited for."""
         run = _Run.of(_Alone(plan, lambda share: None), self.model.spec.vocab_size)
         store = OneLayer(self.model) if store is None else store
         for wave in plan.waves():
+            if stop():
+                raise InterruptedRun(_STOPPED)
             launched = self._launch(run, wave, store)
             launched.wait()
             check_finite(launched.sums, self.model)
@@ -139,7 +148,7 @@ class Engine:
     def _launch(self, run: _Run[T], wave: Wave, store: Store) -> Launched:
         plan = run.item.plan
         watch = Watch(self.model.device, lambda share: run.tell(share * len(wave.token_ids)))
-        with self._lock, memory_errors(plan), torch.inference_mode():
+        with self._lock, self.model.compute.current(), memory_errors(plan), torch.inference_mode():
             if wave.index == 0:
                 needed = cost(plan, self.model.spec, self.model.dtype).wave_bytes
                 check_fits(plan, needed, free_bytes(self.model.device))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
 from psykern.core.errors import BackendError
-from psykern.core.settings import Backend, Device, Dtype
+from psykern.core.settings import Backend, Device, Dtype, Settings
 from psykern.kernels import resolve
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,13 +22,36 @@ class Compute:
     dtype: torch.dtype
     backend: Backend  # never "auto"
 
+    def current(self) -> AbstractContextManager[object]:
+        """Within it the device is the one that kernels are launched on, of several."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+    def check(self, settings: Settings) -> None:
+        """Raises ValueError where ``settings`` name another device, dtype or kernels."""
+        device = "cuda" if str(self.device) == "cuda:0" else str(self.device)  # torch has two names for the first one
+        asked_device = "cuda" if settings.device == "cuda:0" else settings.device
+        for name, asked, have in (
+            ("device", asked_device, device),
+            ("dtype", settings.dtype, str(self.dtype).removeprefix("torch.")),
+            ("backend", settings.backend, self.backend),
+        ):
+            if asked not in ("auto", have):
+                raise ValueError(
+                    f"{name}: expected 'auto' or {have!r}, as the model is loaded, got {asked!r}; load it so, or leave "
+                    f"{name} out of the settings"
+                )
+
     @classmethod
     def resolve(cls, device: Device = "auto", dtype: Dtype = "auto", backend: Backend = "auto") -> Compute:
         """What the user's words mean on this machine. Raises BackendError for what is not there."""
-        has_gpu = torch.cuda.is_available()
-        if device == "cuda" and not has_gpu:
-            raise BackendError("device 'cuda' was asked for, and torch finds no CUDA device here")
-        is_gpu = device == "cuda" or (device == "auto" and has_gpu)
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        kind, _, index = device.partition(":")
+        if kind == "cuda" and not count:
+            raise BackendError(f"device {device!r} was asked for, and torch finds no CUDA device here")
+        if index and int(index) >= count:
+            found = "one CUDA device here, cuda:0" if count == 1 else f"{count} here, cuda:0 to cuda:{count - 1}"
+            raise BackendError(f"device {device!r} was asked for, and torch finds {found}")
+        is_gpu = kind == "cuda" or (kind == "auto" and count > 0)
         default = "bfloat16" if is_gpu else "float32"
-        on = torch.device("cuda" if is_gpu else "cpu")
+        on = torch.device((device if kind == "cuda" else "cuda") if is_gpu else "cpu")
         return cls(on, DTYPES[default if dtype == "auto" else dtype], resolve(backend, on))

@@ -26,8 +26,10 @@ from psykern.models.checkpoint import at_revision
 from psykern.runs.job import Options, Run, RunJob, recipe_of
 from psykern.runs.manifest import Counts, Recipe
 from psykern.runs.progress import Progress
-from psykern.runs.run import feed_of, with_unit_tokens
-from psykern.scoring.scorer import load, load_language
+from psykern.runs.run import feed_of
+from psykern.scoring.language import load_language
+from psykern.scoring.loading import load
+from psykern.scoring.units import with_unit_tokens
 
 _READY = 2  # units a worker that are encoded ahead, to choose the longest from
 _QUEUED = 2  # units that a worker has at most: the next is there when one is done
@@ -60,7 +62,7 @@ def score_on_cluster(
     """:func:`psykern.score` by the actors of a Ray cluster; arguments and errors are the same.
 
     ``model`` must be the same folder or hub id on every machine, ``out`` a folder or fsspec URL that all reach.
-    Raises BackendError where Ray is not installed.
+    Raises BackendError where Ray is not installed, and for one GPU of several (``cuda:1``).
     """
     model, settings, workers, clock = (
         at_revision(model, revision),
@@ -68,6 +70,10 @@ def score_on_cluster(
         workers or Workers(),
         Clock(),
     )
+    if settings.device.startswith("cuda:"):
+        raise BackendError(
+            f"device: expected auto, cpu or cuda, as Ray gives each worker its GPU, got {settings.device}"
+        )
     options = Options(resume=resume, cache=cache, stop=stop, quiet=quiet)
     ray = _ray()
     Folder.at(out).create()

@@ -14,10 +14,9 @@ from psykern.data.feed import Feed
 from psykern.engine.budgets import Cost, budgets, cost
 from psykern.engine.plan import Plan
 from psykern.kernels.compute import Compute
-from psykern.runs.job import planned
 from psykern.runs.progress import Progress
-from psykern.runs.run import with_unit_tokens
-from psykern.scoring.scorer import load_language
+from psykern.scoring.language import load_language
+from psykern.scoring.units import planned, with_unit_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +88,8 @@ def estimate(
     rejects: list[RowError] = []
     plans: dict[str, StudyPlan] = {}
     with Progress(sum(unit.characters for unit in units), quiet=quiet) as progress:
-        for item in planned(feed.encoded(units), settings, spec.max_positions, chosen, progress, clock):
+        encoded = feed.encoded(units)
+        for item in planned(encoded, settings, spec.max_positions, chosen, begin=progress.start, clock=clock):
             rejects.extend(item.unit.rejects)
             study = item.unit.info.study
             if item.transcripts:

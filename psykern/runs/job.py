@@ -22,11 +22,9 @@ from psykern.core.clock import Clock, timed
 from psykern.core.errors import InterruptedRun
 from psykern.core.settings import Settings, Shard
 from psykern.core.stages import ahead, behind
-from psykern.core.types import EncodedTranscript, EncodedUnit, TargetScores, UnitInfo
-from psykern.data.context import fit
+from psykern.core.types import EncodedUnit, TargetScores, UnitInfo
 from psykern.data.dataset import Dataset
 from psykern.engine.budgets import Budgets
-from psykern.engine.plan import Plan, plan
 from psykern.runs.folder import RunFolder, UnitReport, date_in
 from psykern.runs.manifest import (
     Counts,
@@ -41,6 +39,7 @@ from psykern.runs.progress import Progress
 from psykern.runs.summary import Summary, SummaryAccumulator
 from psykern.scoring.scorer import Scorer
 from psykern.scoring.table import to_table
+from psykern.scoring.units import PlannedUnit, planned
 from psykern.version import __version__
 
 
@@ -62,40 +61,8 @@ class Options:
     shard: Shard = field(default_factory=Shard)
     resume: bool = True
     cache: str | Path | None = None  # folder of tokens; None: they are not kept
-    stop: Callable[[], bool] = lambda: False  # asked between units
+    stop: Callable[[], bool] = lambda: False  # asked between waves
     quiet: bool = True
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PlannedUnit:
-    """A unit that is ready to be computed."""
-
-    unit: EncodedUnit
-    transcripts: list[EncodedTranscript]  # those of the unit that fit the model's context, cut to it
-    plan: Plan
-    progress: Callable[[float], None]  # takes the share that is done
-
-
-def planned(
-    units: Iterator[EncodedUnit],
-    settings: Settings,
-    max_positions: int,
-    budgets: Budgets,
-    progress: Progress,
-    clock: Clock,
-) -> Iterator[PlannedUnit]:
-    """The units, each cut to a context of ``max_positions`` tokens and planned."""
-    for unit in units:
-        with clock("plan"):
-            fitting = (fit(t, settings.over_length, max_positions) for t in unit.transcripts)
-            transcripts = [transcript for transcript in fitting if transcript is not None]
-            of = plan(
-                transcripts,
-                wave_tokens=budgets.wave_tokens,
-                batch_tokens=budgets.batch_tokens,
-                min_share=settings.min_share,
-            )
-        yield PlannedUnit(unit, transcripts, of, progress.start(unit.info.characters, of.num_responses, of.num_tokens))
 
 
 def recipe_of(scorer: Scorer, dataset: Dataset, out: str | Path, settings: Settings, clock: Clock) -> Recipe:
@@ -116,6 +83,7 @@ def recipe_of(scorer: Scorer, dataset: Dataset, out: str | Path, settings: Setti
         chat_template_hash=chat.hash if chat else None,
         date=(settings.date or date_in(out) or clock.day) if chat and chat.asks_for_date else None,
         boundary=settings.boundary,
+        marks=settings.marks,
         options=settings.options,
         max_options=settings.max_options,
         over_length=settings.over_length,
@@ -167,10 +135,11 @@ class RunJob:
         """The pipeline from rows to records: scores ``units`` and writes their parts; gives what went through."""
         budgets = Budgets(self.recipe.wave_tokens, self.recipe.batch_tokens)
         max_positions = scorer.model.spec.max_positions
+        start = progress.start
         done: list[Counts] = []
         with (
             ahead(units) as encoded,
-            ahead(planned(encoded, self.settings, max_positions, budgets, progress, clock)) as ready,
+            ahead(planned(encoded, self.settings, max_positions, budgets, begin=start, clock=clock)) as ready,
             behind(partial(self._write, clock, done)) as put,
             closing(scorer.engine.pairs(ready, stop=stop)) as pairs,
         ):
@@ -211,7 +180,7 @@ class RunJob:
             tokens_per_second=done.tokens / clock.total,
             responses_per_second=done.responses / clock.total,
             peak_memory_bytes=peak_memory_bytes(),
-            peak_device_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else None,
+            peak_device_bytes=_peak_device_bytes(),
             gpu_idle_share=idle_share,
             finished=datetime.now(timezone.utc).isoformat(timespec="seconds") if is_whole else None,
         )
@@ -237,3 +206,10 @@ def _counts(item: PlannedUnit, scored_responses: int) -> Counts:
         shared_participants=item.unit.shared_participants,
         repeated_transcripts=item.unit.repeated,
     )
+
+
+def _peak_device_bytes() -> int | None:
+    """Of the device that was used, as the others' peaks are 0; None: none was."""
+    if not torch.cuda.is_initialized():
+        return None
+    return max(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))

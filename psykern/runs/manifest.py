@@ -20,6 +20,7 @@ import numpy as np
 from psykern.core.settings import (
     Boundary,
     Condition,
+    Marks,
     OptionSource,
     OverLength,
     Protocol,
@@ -77,6 +78,7 @@ class Recipe:
     chat_template_hash: str | None  # None: the condition is not chat
     date: str | None  # that the prompts hold, YYYY-MM-DD; None: they hold none
     boundary: Boundary
+    marks: Marks  # whether << and >> are part of what the model reads; a manifest without it: they are
     options: OptionSource
     max_options: int
     over_length: OverLength
@@ -124,11 +126,12 @@ IDENTITY = ("model_hash", "tokenizer_hash", "data", "chat_template_hash", "date"
 
 
 def identity(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a manifest as JSON; files of data count by their content, and a date only where there is one, so that without
-    it names of parts are as ever. Raises KeyError, TypeError for what is none."""
+    """Of a manifest as JSON; files of data count by their content, a date only where there is one, and marks only where
+    they are dropped, so that else names of parts are as ever. Raises KeyError, TypeError for what is none."""
     values = {name: manifest.get(name) for name in IDENTITY}
-    if values["date"] is None:
-        del values["date"]
+    for name, usual in (("date", None), ("marks", "keep")):
+        if values[name] in (None, usual):
+            del values[name]
     values["data"] = sorted(file["hash"] for file in manifest["data"])
     return values
 

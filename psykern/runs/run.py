@@ -23,14 +23,14 @@ from psykern.models.checkpoint import at_revision
 from psykern.runs.job import Options, Run, RunJob, recipe_of
 from psykern.runs.manifest import Recipe, tokens_depend_on
 from psykern.runs.progress import Progress
-from psykern.scoring.scorer import Language, Scorer, load
-
-# Tokens of a unit. What a stop loses and a machine takes at a time is one unit; what shares prefixes is of one unit.
-_UNIT_TOKENS = {"cpu": 2**17, "cuda": 2**21}
+from psykern.scoring.language import Language
+from psykern.scoring.loading import check_model, load
+from psykern.scoring.scorer import Scorer
+from psykern.scoring.units import with_unit_tokens
 
 
 def score(
-    model: str | Path,
+    model: str | Path | Scorer,
     data: str | Path | Sequence[str | Path],
     out: str | Path,
     settings: Settings | None = None,
@@ -44,23 +44,23 @@ def score(
 ) -> Run:
     """Score every response of ``data`` under ``model`` and write the records to the folder ``out``.
 
-    model: a folder or a hub id; ``revision``: a branch, tag or commit of it, as ``owner/name@REVISION`` says too. data:
-    files, folders or hub dataset ids. out: a folder or an fsspec URL, new or empty, or one where this run was begun:
-    then what is missing is scored (``resume``). ``shard`` takes a part of the units, for several processes that share
-    ``out``; the last one to end finishes the run. ``cache``: a folder where tokens are kept. ``stop`` is asked between
-    units.
+    model: a folder or a hub id; ``revision``: a branch, tag or commit of it, as ``owner/name@REVISION`` says too; or a
+    model that :func:`psykern.load` gave. data: files, folders or hub dataset ids. out: a folder or an fsspec URL, new
+    or empty, or one where this run was begun: then what is missing is scored (``resume``). ``shard`` takes a part of
+    the units, for several processes that share ``out``; the last one to end finishes the run. ``cache``: a folder where
+    tokens are kept. ``stop`` is asked between waves; what was begun of a unit is computed again when the run goes on.
 
     Rows that cannot be used are listed in ``out/rejects.jsonl`` and counted in the manifest. Raises ``InterruptedRun``
-    when ``stop`` held, ``PsykernError`` for whatever stops the run, and ``BackendError`` for a backend that is not
-    there; parts that were written stay valid.
+    when ``stop`` held, ``PsykernError`` for whatever stops the run, ``BackendError`` for a backend that is not there,
+    and ``ValueError`` where the settings contradict a loaded model; parts that were written stay valid.
     """
     options = Options(shard or Shard(), resume, cache, stop, quiet)
-    (run,) = _score_each(at_revision(model, revision), data, [(out, settings or Settings())], options)
+    (run,) = _score_each(_of_revision(model, revision), data, [(out, settings or Settings())], options)
     return run
 
 
 def score_conditions(
-    model: str | Path,
+    model: str | Path | Scorer,
     data: str | Path | Sequence[str | Path],
     out: str | Path,
     conditions: Sequence[Condition],
@@ -81,35 +81,52 @@ def score_conditions(
         raise ValueError(f"condition: expected different ones, got {','.join(conditions) or 'none'}")
     options = Options(shard or Shard(), resume, cache, stop, quiet)
     each = [(f"{out}/{name}", replace(settings or Settings(), condition=name)) for name in conditions]
-    return _score_each(at_revision(model, revision), data, each, options)
+    return _score_each(_of_revision(model, revision), data, each, options)
 
 
 def _score_each(
-    model: str | Path,
+    model: str | Path | Scorer,
     data: str | Path | Sequence[str | Path],
     runs: Sequence[tuple[str | Path, Settings]],
     options: Options,
 ) -> tuple[Run, ...]:
     """Several runs, each with its folder, under settings that differ in the condition alone."""
     clock, settings = Clock(), runs[0][1]
-    Compute.resolve(settings.device, settings.dtype, settings.backend)  # fails before anything is made
+    check_model(model)  # fails before anything is made, as the next ones
+    if isinstance(model, Scorer):
+        model.model.compute.check(settings)
+    else:
+        Compute.resolve(settings.device, settings.dtype, settings.backend)
     for out, _ in runs:
         Folder.at(out).create()
-    scorer = load(
-        model,
-        device=settings.device,
-        dtype=settings.dtype,
-        backend=settings.backend,
-        chat=any(of.condition == "chat" for _, of in runs),
-        clock=clock,
-    )
+    scorer = _loaded(model, settings, clock, chat=any(of.condition == "chat" for _, of in runs))
     with clock("hash"):
+        scorer.hash  # noqa: B018
         dataset = Dataset.find(data)
     done = []
     for out, own in runs:
         done.append(score_with(scorer, dataset, out, own, options, clock))
         clock = Clock()  # loading counts to the first
     return tuple(done)
+
+
+def _of_revision(model: str | Path | Scorer, revision: str | None) -> str | Path | Scorer:
+    if not isinstance(model, Scorer):
+        return at_revision(model, revision)
+    if revision is not None:
+        raise ValueError(f"revision: expected none, as the model is loaded, got {revision!r}; load that one")
+    return model
+
+
+def _loaded(model: str | Path | Scorer, settings: Settings, clock: Clock, *, chat: bool) -> Scorer:
+    """``chat``: a chat template will be needed."""
+    if not isinstance(model, Scorer):
+        device, dtype, backend = settings.device, settings.dtype, settings.backend
+        with clock("load"):
+            return load(model, device=device, dtype=dtype, backend=backend, chat=chat)
+    if chat:
+        model.language.chat  # noqa: B018
+    return model
 
 
 def score_with(
@@ -130,11 +147,6 @@ def score_with(
         done = job.score(scorer, feed.encoded(wanted), progress, clock, options.stop)
     job.check_stopped(units, wanted, options.stop)
     return job.finish(units, done, clock, scorer.engine.idle_share)
-
-
-def with_unit_tokens(settings: Settings, compute: Compute) -> Settings:
-    """``settings`` with the unit's size, where they name none, that suits the device."""
-    return replace(settings, unit_tokens=settings.unit_tokens or _UNIT_TOKENS[compute.device.type])
 
 
 def feed_of(

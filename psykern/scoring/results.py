@@ -21,6 +21,14 @@ class TokenScores:
     rank: np.ndarray | None  # [T] int64, 1: no token is likelier, 0: no probability; None: not asked for
 
 
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """A row that could not be used."""
+
+    index: int  # of the row, from 0
+    reason: str
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Logprob:
     """A continuation of a context."""

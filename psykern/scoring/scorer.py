@@ -1,82 +1,39 @@
-"""A model and its tokenizer, loaded once and used as often as wanted."""
+"""A model that scores whatever it is given in memory, for as many callers as there are."""
 
 from __future__ import annotations
 
+import asyncio
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
+import pyarrow as pa
 import torch
 
-from psykern.core.clock import Clock
-from psykern.core.errors import CheckpointError, PsykernError
-from psykern.core.settings import Backend, Device, Dtype, Settings
-from psykern.core.types import TargetScores, TokenTree, Wanted
-from psykern.data.chat import ChatTemplate
-from psykern.data.continuations import Boundary
-from psykern.data.encode import Encoder
-from psykern.data.pretrained import Pretrained
-from psykern.data.tokenizer import Tokenizer
-from psykern.engine.budgets import Budgets, budgets
+from psykern.core.errors import PsykernError
+from psykern.core.settings import Boundary, Settings
+from psykern.engine.budgets import Budgets
 from psykern.engine.engine import Engine
-from psykern.engine.plan import plan, scores_of_each
-from psykern.kernels.compute import Compute
-from psykern.models.checkpoint import at_revision, hash_model, resolve_model
-from psykern.models.families import read_spec
+from psykern.models.checkpoint import hash_model
 from psykern.models.model import Model
-from psykern.models.spec import ModelSpec
+from psykern.scoring.asking import Further, Whole
 from psykern.scoring.choices import choose_question
 from psykern.scoring.distributions import At, distributions_question
+from psykern.scoring.language import Language
 from psykern.scoring.logprobs import logprobs_question
 from psykern.scoring.question import Question
 from psykern.scoring.queue import Queue
-from psykern.scoring.results import Choice, Logprob, Surprisal
+from psykern.scoring.records import to_score
+from psykern.scoring.results import Choice, Logprob, Reject, Surprisal
 from psykern.scoring.session import Session
 from psykern.scoring.surprisal import First, surprisal_question
 from psykern.scoring.texts import Reader
 
 A = TypeVar("A")
-
-
-@dataclass(frozen=True, eq=False)
-class Language:
-    """What of a model folder makes tokens of a text; it needs no weights."""
-
-    folder: Path
-    pretrained: Pretrained
-    tokenizer: Tokenizer
-    beyond: int | None  # token ids from here on have no row in the model's embedding; None: all have
-
-    @classmethod
-    def load(cls, folder: Path, vocab_size: int) -> Language:
-        """``vocab_size``: rows of the model's embedding.
-
-        Raises CheckpointError where something is missing, or no text can be encoded for such a model.
-        """
-        pretrained = Pretrained.load(folder)
-        tokenizer = Tokenizer.load(folder, pretrained)
-        around = max((*tokenizer.front, *tokenizer.back), default=0)
-        if around >= vocab_size:
-            raise CheckpointError(
-                f"{folder}: the tokenizer puts token {around:,} around every text and the embedding has {vocab_size:,} "
-                "rows; they are not of one model"
-            )
-        return cls(folder, pretrained, tokenizer, vocab_size if tokenizer.size > vocab_size else None)
-
-    @cached_property
-    def chat(self) -> ChatTemplate:
-        """Raises CheckpointError where the folder has none."""
-        return ChatTemplate.load(self.folder, self.pretrained)
-
-    def encoder(self, settings: Settings) -> Encoder:
-        """Encodes transcripts as ``settings`` say. Raises CheckpointError for a chat template that cannot be used."""
-        chat = self.chat.at(settings.date) if settings.condition == "chat" else None
-        return Encoder(self.tokenizer, settings, chat, beyond=self.beyond)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,10 +92,58 @@ class Scorer:
 
     @cached_property
     def _reader(self) -> Reader:
-        """Makes tokens of what it is given."""
-        spec, special = self.model.spec, self.language.pretrained.tokenizer
-        bos = special.bos_token_id if special.bos_token_id is not None else special.eos_token_id
-        return Reader(self.language.tokenizer, bos, spec.vocab_size, spec.max_positions)
+        return self.language.reader(self.model.spec)
+
+    @overload
+    def score(
+        self,
+        rows: object,
+        settings: Settings | None = None,
+        *,
+        stream: Literal[False] = False,
+        rejects: list[Reject] | None = None,
+        study: str = "rows",
+    ) -> pa.Table: ...
+    @overload
+    def score(
+        self,
+        rows: object,
+        settings: Settings | None = None,
+        *,
+        stream: Literal[True],
+        rejects: list[Reject] | None = None,
+        study: str = "rows",
+    ) -> Generator[pa.RecordBatch, None, None]: ...
+    def score(
+        self,
+        rows: object,
+        settings: Settings | None = None,
+        *,
+        stream: bool = False,
+        rejects: list[Reject] | None = None,
+        study: str = "rows",
+    ) -> pa.Table | Generator[pa.RecordBatch, None, None]:
+        """The records of transcripts in memory, as :func:`psykern.score` writes those of files: a row per response.
+
+        rows: dicts with the fields that a row of data has, or texts, in any iterable; a pandas or polars frame, an
+        Arrow table, batch or reader, whatever else gives an Arrow stream, a ``datasets.Dataset``. They are read in a
+        thread. settings: as of a run; a device, dtype or backend in them must be the loaded model's. study: of rows
+        that do not name theirs. A row without participant is a person of its own, ``row:<index>``.
+
+        Gives a table with the columns of a run's records; log-probabilities in nats. ``stream``: an iterator of record
+        batches instead, in the memory of one unit (``settings.unit_tokens``); closing it stops the work. To
+        ``rejects`` each row that cannot be used is added, index (from 0) and reason; without it a
+        :class:`RejectedRowsWarning` says how many there were.
+
+        Raises TypeError for what holds no rows, or one row alone; ValueError for a table without a column ``text``, for
+        settings that contradict the model, and for a stream of rows that can be read once with
+        ``options="observed-experiment"``, which reads them twice. While it scores: RowError for the first row that
+        cannot be used where ``settings.strict``, DataError where one of ``settings.studies`` is not there,
+        PsykernError for a transcript that is longer than the model's context where ``settings.over_length`` is "error",
+        OutOfMemoryError, NonFiniteError.
+        """
+        records = to_score(self, rows, settings, study, stream=stream)
+        return records.batches(rejects) if stream else records.table(rejects)
 
     @overload
     def logprobs(  # type: ignore[overload-overlap]
@@ -199,7 +204,7 @@ class Scorer:
         ``no_context``. Raises TypeError for what is no text, ValueError for lists of different lengths, an empty
         continuation or one without a token, and a text that the model cannot read.
         """
-        return self.ask(
+        return self._ask(
             logprobs_question(
                 self._reader,
                 contexts,
@@ -248,7 +253,7 @@ class Scorer:
         token, have the same tokens as another or are not told apart from one that they begin, and a text that the model
         cannot read.
         """
-        return self.ask(choose_question(self._reader, contexts, options, boundary=boundary, closing=closing))
+        return self._ask(choose_question(self._reader, contexts, options, boundary=boundary, closing=closing))
 
     @overload
     def surprisal(  # type: ignore[overload-overlap]
@@ -288,7 +293,7 @@ class Scorer:
         Raises TypeError for what is no text, ValueError for ``"bos"`` without such a token, ``trailing_space`` with a
         tokenizer whose words do not begin with a space, and a text that the model cannot read.
         """
-        return self.ask(
+        return self._ask(
             surprisal_question(
                 self._reader, texts, first=first, start=start, ranks=ranks, trailing_space=trailing_space
             )
@@ -312,7 +317,7 @@ class Scorer:
         Raises TypeError for what is no text or no token id, ValueError for tokens that the model does not have, places
         that a context does not have, a context without a token, and a text that the model cannot read.
         """
-        return self.ask(distributions_question(self._reader, contexts, token_ids=token_ids, top_k=top_k, at=at))
+        return self._ask(distributions_question(self._reader, contexts, token_ids=token_ids, top_k=top_k, at=at))
 
     def session(self, text: str = "") -> Session:
         """A text that will grow, trial by trial: what is computed of it is kept, so that each step costs what is new.
@@ -325,102 +330,89 @@ class Scorer:
         session.append(text)
         return session
 
-    def ask(self, question: Question[A]) -> A:
-        """Computes what ``question`` needs, together with what others ask at the same time, and answers it."""
-        return question.answer(
-            self._queue.result(_Asking(self.engine, self.budgets, question.wanted), *_item(question))
+    async def alogprobs(
+        self,
+        contexts: str | Sequence[str],
+        continuations: str | Sequence[str] | Sequence[Sequence[str]],
+        *,
+        boundary: Boundary = "joint",
+        tokens: bool = False,
+        ranks: bool = False,
+        pmi_context: str | None = None,
+    ) -> Any:
+        """:meth:`logprobs` for asyncio tasks: what many of them ask at the same time is computed together. A task that
+        is cancelled while it waits costs nothing; where all that are computed together are, that ends with the wave in
+        hand. So it is with the other siblings."""
+        question = await asyncio.to_thread(
+            logprobs_question,
+            self._reader,
+            contexts,
+            continuations,
+            boundary=boundary,
+            tokens=tokens,
+            ranks=ranks,
+            pmi_context=pmi_context,
         )
+        return await self._aask(question)
 
-    async def aask(self, question: Question[A]) -> A:
-        """:meth:`ask` for asyncio tasks. A task that is cancelled while it waits takes nobody's time."""
-        kind = _Asking(self.engine, self.budgets, question.wanted)
-        return question.answer(await self._queue.wait(kind, *_item(question)))
+    async def achoose(
+        self,
+        contexts: str | Sequence[str],
+        options: Sequence[str] | Sequence[Sequence[str]],
+        *,
+        boundary: Boundary = "joint",
+        closing: str | None = None,
+    ) -> Any:
+        """:meth:`choose` for asyncio tasks."""
+        question = await asyncio.to_thread(
+            choose_question, self._reader, contexts, options, boundary=boundary, closing=closing
+        )
+        return await self._aask(question)
+
+    async def asurprisal(
+        self,
+        texts: str | Sequence[str],
+        *,
+        first: First = "auto",
+        start: str = "",
+        ranks: bool = False,
+        trailing_space: bool = False,
+    ) -> Any:
+        """:meth:`surprisal` for asyncio tasks."""
+        question = await asyncio.to_thread(
+            surprisal_question,
+            self._reader,
+            texts,
+            first=first,
+            start=start,
+            ranks=ranks,
+            trailing_space=trailing_space,
+        )
+        return await self._aask(question)
+
+    async def adistributions(
+        self,
+        contexts: str | Sequence[str],
+        *,
+        token_ids: Sequence[int] | None = None,
+        top_k: int | None = None,
+        at: At = "end",
+    ) -> Any:
+        """:meth:`distributions` for asyncio tasks."""
+        question = await asyncio.to_thread(
+            distributions_question, self._reader, contexts, token_ids=token_ids, top_k=top_k, at=at
+        )
+        return await self._aask(question)
+
+    def _ask(self, question: Question[A], kind: type[Whole | Further] = Whole) -> A:
+        """Computes what ``question`` needs, together with what others ask at the same time, and answers it."""
+        how = kind(self.engine, self.budgets, question.wanted)
+        return question.answer(self._queue.result(how, question.trees, kind.tokens(question)))
+
+    async def _aask(self, question: Question[A], kind: type[Whole | Further] = Whole) -> A:
+        """:meth:`_ask` for asyncio tasks."""
+        how = kind(self.engine, self.budgets, question.wanted)
+        return question.answer(await self._queue.wait(how, question.trees, kind.tokens(question)))
 
 
 _FIELDS = frozenset(of.name for of in fields(Scorer))
-
-
-def _item(question: Question[Any]) -> tuple[Sequence[TokenTree], int]:
-    """What is computed, and how many tokens that is at most."""
-    return question.trees, sum(len(tree.token_ids) + len(tree.branch_token_ids) for tree in question.trees)
-
-
-@dataclass(frozen=True)
-class _Asking:
-    """Questions that want the same of each target, as one plan."""
-
-    engine: Engine
-    budgets: Budgets
-    wanted: Wanted
-
-    def compute(self, items: Sequence[Sequence[TokenTree]], stop: Callable[[], bool]) -> list[list[TargetScores]]:
-        """The scores of each tree of each question."""
-        trees = [tree for item in items for tree in item]
-        planned = plan(
-            trees,
-            wave_tokens=self.budgets.wave_tokens,
-            batch_tokens=self.budgets.batch_tokens,
-            wanted=self.wanted,
-        )
-        each = scores_of_each(trees, self.engine.run(planned, stop=stop))
-        return [list(islice(each, len(item))) for item in items]
-
-
-def load(
-    model: str | Path,
-    *,
-    revision: str | None = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    backend: Backend = "auto",
-    wave_tokens: int | None = None,
-    batch_tokens: int | None = None,
-    session_bytes: int | None = None,
-    chat: bool = False,
-    clock: Clock | None = None,
-) -> Scorer:
-    """A checkpoint, loaded to score whatever it is given, as often as wanted.
-
-    model: a folder or a hub id; ``revision``: a branch, tag or commit of the latter, as ``owner/name@REVISION`` says
-    too. device: ``auto``, ``cpu``, ``cuda`` or one of several, ``cuda:1``. dtype: of the arithmetic, ``float32``,
-    ``bfloat16`` or ``float16``; ``auto``: float32 on a CPU, bfloat16 on a GPU. backend: of the kernels.
-    ``wave_tokens``, ``batch_tokens``: memory against speed, as in :class:`.Settings`. ``session_bytes``: memory for the
-    keys and values of sessions, taken when the first one computes; None: a quarter of what is free then, at most what
-    65,536 tokens need. On a CPU a checkpoint that is stored in another dtype is then kept in fp32, too, where that
-    takes no more than 40 % of what is free. ``chat``: a chat template will be needed, so say at once if there is none.
-
-    Raises CheckpointError for a folder that cannot be used, BackendError for a device or backend that is not there,
-    ValueError for a word that is none of these, TypeError for a model in memory: save it to a folder first.
-    """
-    if session_bytes is not None and session_bytes < 0:
-        raise ValueError(f"session_bytes: expected a number of bytes, at least 0, got {session_bytes}")
-    settings = Settings(device=device, dtype=dtype, backend=backend, wave_tokens=wave_tokens, batch_tokens=batch_tokens)
-    compute = Compute.resolve(settings.device, settings.dtype, settings.backend)
-    model, clock = at_revision(_checked(model), revision), clock or Clock()
-    with clock("load"):
-        folder = resolve_model(model)
-        language = Language.load(folder, read_spec(folder).vocab_size)
-        if chat:
-            language.chat  # noqa: B018
-        decoder = Model(folder, compute)  # last, as it takes longest
-        suitable = budgets(decoder.spec, compute.device, compute.dtype).under(settings)
-    return Scorer(str(model), folder, decoder, language, Engine(decoder, session_bytes=session_bytes), suitable)
-
-
-def _checked(model: object) -> str | Path:
-    """Raises TypeError for what is no folder's or hub id's name."""
-    if isinstance(model, str | Path):
-        return model
-    advice = "; save it (model.save_pretrained(folder), tokenizer.save_pretrained(folder)) and give the folder"
-    has_own = hasattr(model, "save_pretrained") or hasattr(model, "state_dict")
-    raise TypeError(f"model: expected a folder or a hub id, got a {type(model).__name__}{advice if has_own else ''}")
-
-
-def load_language(
-    model: str | Path, *, revision: str | None = None, clock: Clock | None = None
-) -> tuple[ModelSpec, Language]:
-    """What ``model`` is made of, but for its weights, which are not downloaded either."""
-    with (clock or Clock())("load"):
-        folder = resolve_model(model, weights=False, revision=revision)
-        spec = read_spec(folder)
-        return spec, Language.load(folder, spec.vocab_size)

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, overload
 
 from psykern.core.types import TokenTree
 from psykern.data.continuations import Boundary, Context, extended
+from psykern.scoring.asking import Further
 from psykern.scoring.choices import choose_question
 from psykern.scoring.logprobs import logprobs_question
 from psykern.scoring.question import Question
@@ -21,8 +22,6 @@ from psykern.scoring.texts import Reader, many, one_text
 
 if TYPE_CHECKING:
     from psykern.scoring.scorer import Scorer
-
-A = TypeVar("A")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,6 +47,7 @@ class Session:
 
     @property
     def text(self) -> str:
+        """So far."""
         return self._context.text
 
     @property
@@ -74,9 +74,15 @@ class Session:
     def choose(self, options: Sequence[str], *, closing: str | None = None, boundary: Boundary = "joint") -> Choice:
         """The log-softmax over ``options`` behind the text; arguments, answer and errors as of :meth:`.Scorer.choose`.
         Nothing is appended: that is to be said with :meth:`append`."""
-        reader = self._reader.knowing([self._context])
-        question = choose_question(reader, self.text, options, closing=closing, boundary=boundary)
-        choice: Choice = advance(self.scorer, question)
+        choice: Choice = self.scorer._ask(self._choosing(options, closing, boundary), Further)
+        return choice
+
+    async def achoose(
+        self, options: Sequence[str], *, closing: str | None = None, boundary: Boundary = "joint"
+    ) -> Choice:
+        """:meth:`choose` for asyncio tasks: those that wait at the same time, each with a session of its own, are taken
+        on together."""
+        choice: Choice = await self.scorer._aask(self._choosing(options, closing, boundary), Further)
         return choice
 
     def logprobs(
@@ -84,12 +90,25 @@ class Session:
     ) -> list[Logprob]:
         """log P of each of ``continuations`` behind the text, in nats; arguments, answer and errors as of
         :meth:`.Scorer.logprobs`."""
+        every: list[Logprob] = self.scorer._ask(self._scoring(continuations, boundary, tokens), Further)
+        return every
+
+    async def alogprobs(
+        self, continuations: Sequence[str], *, boundary: Boundary = "joint", tokens: bool = False
+    ) -> list[Logprob]:
+        """:meth:`logprobs` for asyncio tasks, as :meth:`achoose`."""
+        every: list[Logprob] = await self.scorer._aask(self._scoring(continuations, boundary, tokens), Further)
+        return every
+
+    def _choosing(self, options: Sequence[str], closing: str | None, boundary: Boundary) -> Question[Any]:
+        reader = self._reader.knowing([self._context])
+        return choose_question(reader, self.text, options, closing=closing, boundary=boundary)
+
+    def _scoring(self, continuations: Sequence[str], boundary: Boundary, tokens: bool) -> Question[Any]:
         if isinstance(continuations, str):
             continuations = [continuations]
         reader = self._reader.knowing([self._context])
-        question = logprobs_question(reader, self.text, continuations, boundary=boundary, tokens=tokens)
-        every: list[Logprob] = advance(self.scorer, question)
-        return every
+        return logprobs_question(reader, self.text, continuations, boundary=boundary, tokens=tokens)
 
     def fork(self) -> Session:
         """Another session with the same text so far. Costs nothing: what is computed for one is there for both."""
@@ -117,12 +136,24 @@ class Session:
         self._context = mark.context
 
 
-def advance(scorer: Scorer, question: Question[A]) -> A:
-    """Computes what ``question`` needs behind what is known of its trees' beginnings, and answers it. What is computed
-    of their sequences will be known."""
-    return question.answer(scorer.engine.extend(question.trees, scorer.budgets, wanted=question.wanted))
-
-
+@overload
+def step(
+    sessions: Sequence[Session],
+    texts: str | Sequence[str] | None = ...,
+    *,
+    options: None = ...,
+    closing: str | None = ...,
+    boundary: Boundary = ...,
+) -> None: ...
+@overload
+def step(
+    sessions: Sequence[Session],
+    texts: str | Sequence[str] | None = ...,
+    *,
+    options: Sequence[str] | Sequence[Sequence[str]],
+    closing: str | None = ...,
+    boundary: Boundary = ...,
+) -> list[Choice]: ...
 def step(
     sessions: Sequence[Session],
     texts: str | Sequence[str] | None = None,
@@ -139,21 +170,58 @@ def step(
     ValueError for a session that is there twice, sessions of several Scorers, or lists of another length. Where
     anything fails nothing is appended to any session.
     """
-    every = _distinct(sessions)
-    contexts = [session._context for session in every] if texts is None else _all_appended(every, texts)
-    if not every:
+    taken = _Step.of(sessions, texts, options, closing, boundary)
+    if taken.scorer is None:
         return None if options is None else []
-    scorer = every[0].scorer
+    return taken.done(taken.scorer._ask(taken.question, Further))
+
+
+async def astep(
+    sessions: Sequence[Session],
+    texts: str | Sequence[str] | None = None,
+    *,
+    options: Sequence[str] | Sequence[Sequence[str]] | None = None,
+    closing: str | None = None,
+    boundary: Boundary = "joint",
+) -> list[Choice] | None:
+    """:func:`step` for asyncio tasks: those that wait at the same time are taken on together."""
+    taken = _Step.of(sessions, texts, options, closing, boundary)
+    if taken.scorer is None:
+        return None if options is None else []
+    return taken.done(await taken.scorer._aask(taken.question, Further))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Step:
+    """What :func:`step` was given, checked."""
+
+    scorer: Scorer | None  # None: there is no session
+    sessions: list[Session]
+    before: list[Context]  # of each
+    after: list[Context]
     question: Question[Any]
-    if options is None:
-        question = Question([TokenTree.bare(context.tokens.ids) for context in contexts], lambda scores: None)
-    else:
-        reader, known = every[0]._reader.knowing(contexts), [context.text for context in contexts]
-        question = choose_question(reader, known, options, closing=closing, boundary=boundary)
-    choices: list[Choice] | None = advance(scorer, question)
-    for session, context in zip(every, contexts, strict=True):
-        session._context = context
-    return choices
+
+    @classmethod
+    def of(cls, sessions: Any, texts: Any, options: Any, closing: str | None, boundary: Boundary) -> _Step:
+        every = _distinct(sessions)
+        before = [session._context for session in every]
+        after = before if texts is None else _all_appended(every, texts)
+        question: Question[Any]
+        if options is None or not every:
+            question = Question([TokenTree.bare(context.tokens.ids) for context in after], lambda scores: None)
+        else:
+            reader, known = every[0]._reader.knowing(after), [context.text for context in after]
+            question = choose_question(reader, known, options, closing=closing, boundary=boundary)
+        return cls(every[0].scorer if every else None, every, before, after, question)
+
+    def done(self, choices: list[Choice] | None) -> list[Choice] | None:
+        """Appends the texts, now that what was asked is known."""
+        for i, (session, before) in enumerate(zip(self.sessions, self.before, strict=True)):
+            if session._context is not before:
+                raise ValueError(f"sessions[{i}]: it was changed by somebody else during the step; take one at a time")
+        for session, after in zip(self.sessions, self.after, strict=True):
+            session._context = after
+        return choices
 
 
 def _distinct(sessions: Any) -> list[Session]:

@@ -25,8 +25,9 @@ from psykern.core import csr
 from psykern.core.errors import RunFolderError
 from psykern.core.settings import having
 
-# What two runs must agree in before their numbers can be set against each other; absent reads as None.
+# What two runs must agree in before their numbers can be set against each other.
 COMPARED = having("compared")
+_BEFORE = {"marks": "keep"}  # what a manifest means that is older than the setting; None: nothing was chosen
 _NAMES = ("study", "experiment", "participant")
 _COLUMNS = (*_NAMES, "response_index", "response", "logprob", "is_argmax", "entropy")
 _OPTION_COLUMNS = ("option_log_softmax", "option_index")
@@ -82,7 +83,7 @@ def _open(path: Path) -> FinishedRun:
             data_read=tuple(item["hash"] for item in manifest["data"]),
             shared_participants=_count(manifest, "shared_participants") or 0,
             responses=_count(manifest, "responses"),
-            settings=tuple((name, json.dumps(manifest.get(name))) for name in COMPARED),
+            settings=tuple((name, json.dumps(manifest.get(name, _BEFORE.get(name)))) for name in COMPARED),
             device=manifest["device"],
             dtype=manifest["dtype"],
             versions=tuple(manifest["versions"].items()),

@@ -154,8 +154,9 @@ SCORE_OPTIONS = {
     "--boundary": ["joint", "split"],
     "--over-length": ["error", "skip", "truncate"],
     "--backend": ["auto", "reference"],
-    "--dtype": ["auto", "float32", "bfloat16"],
-    "--device": ["auto", "cpu", "cuda"],
+    "--dtype": ["auto", "float32", "bfloat16", "float16"],
+    "--device": [],
+    "--marks": ["keep", "drop"],
     "--wave-tokens": [],
     "--batch-tokens": [],
     "--limit": [],
@@ -163,7 +164,7 @@ SCORE_OPTIONS = {
     "--strict": [],
     "--quiet": [],
 }
-LITERALS = ("protocol", "boundary", "options", "over_length", "same_participants", "backend", "dtype", "device")
+LITERALS = ("protocol", "boundary", "options", "over_length", "same_participants", "backend", "dtype", "marks")
 
 
 def option_choices(command: str, capsys: pytest.CaptureFixture[str]) -> dict[str, list[str]]:
@@ -220,9 +221,9 @@ def test_options_reach_the_run(toy: Toy, tmp_path: Path) -> None:
 
 def test_the_exit_status_of_the_installed_command(toy: Toy, tmp_path: Path) -> None:
     """As the entry point of pyproject.toml calls it, in a process of its own."""
-    assert 'psykern = "psykern.cli:main"' in (ROOT / "pyproject.toml").read_text()
+    assert 'psykern = "psykern.__main__:main"' in (ROOT / "pyproject.toml").read_text()
     data = write_rows(tmp_path / "rows.jsonl", [toy.rows[0], {"text": 5}])
-    command = [sys.executable, "-c", "import sys; from psykern.cli import main; sys.exit(main())"]
+    command = [sys.executable, "-c", "import sys; from psykern.__main__ import main; sys.exit(main())"]
     arguments = ["plan", str(toy.model), str(data), "--device", "cpu", "--quiet"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=120)

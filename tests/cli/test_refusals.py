@@ -87,6 +87,13 @@ def test_cuda_without_a_gpu(
     assert not (tmp_path / "run").exists()
 
 
+def test_one_gpu_of_several_is_no_cluster(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    status = psykern_command("score", toy.model, toy.data, "--out", out, "--ray", "--device", "cuda:1")
+    assert_error(capsys, status, "device: expected auto, cpu or cuda, as Ray gives each worker its GPU, got cuda:1")
+    assert not out.exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -98,7 +105,8 @@ def test_cuda_without_a_gpu(
         (["--limit", "ten"], "argument --limit: invalid int value: 'ten'"),
         (["--wave-tokens", "1e5"], "argument --wave-tokens: invalid int value: '1e5'"),
         (["--protocol", "chat"], "argument --protocol: invalid choice: 'chat'"),
-        (["--dtype", "float16"], "argument --dtype: invalid choice: 'float16'"),
+        (["--dtype", "float64"], "argument --dtype: invalid choice: 'float64'"),
+        (["--device", "gpu"], "device: expected auto, cpu, cuda or cuda:N, N from 0 on, got 'gpu'"),
         (
             ["--protocol", "study", "--boundary", "split"],
             "boundary: the study's protocol tokenizes a text as one string",

@@ -23,7 +23,7 @@ from psykern.core.types import Transcript
 from psykern.data.chat import ChatTemplate, _Turn
 from psykern.data.encode import Encoder
 from psykern.data.protocol import study_text
-from psykern.data.rows import read
+from psykern.data.read import read
 from psykern.data.tokenizer import Tokenizer
 
 PLAIN = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"

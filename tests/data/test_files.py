@@ -16,7 +16,7 @@ from psykern.core.errors import DataError
 from psykern.core.types import Transcript
 from psykern.data.dataset import DataFile, Dataset
 from psykern.data.files import find_files, hash_file
-from psykern.data.rows import read
+from psykern.data.read import read
 
 
 def as_tuple(transcript: Transcript) -> tuple[object, ...]:

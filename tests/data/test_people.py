@@ -14,7 +14,7 @@ from support.rows import accepted, json_lines, write
 from psykern.core.errors import DataError
 from psykern.core.types import Transcript
 from psykern.data.dataset import Dataset
-from psykern.data.rows import read
+from psykern.data.read import read
 from psykern.data.units import units
 
 Row = dict[str, object]
@@ -69,7 +69,7 @@ class TestDefaultIds:
 
     def test_units_count_them(self, tmp_path: Path) -> None:
         write(tmp_path / "a.jsonl", json_lines([row(), row(1), row(), row(study="b")]))
-        cut = units(Dataset.find(tmp_path), unit_tokens=1000)
+        cut = units(read(Dataset.find(tmp_path)), unit_tokens=1000)
         assert [(unit.info.study, unit.without_id) for unit in cut] == [("a", 2), ("b", 1)]
 
     @pytest.mark.parametrize("blank", ["", " ", "\t"])
@@ -91,7 +91,7 @@ class TestRepeatedRows:
         write(tmp_path / "s" / "train-0.jsonl", json_lines([row(7), row(8)]))
         write(tmp_path / "s" / "train-1.jsonl", json_lines([row(8), row(9), row(7, text="<<B>>")]))
         assert [i for i, t in enumerate(people(tmp_path, same_participants=same)) if t.repeats] == [2]
-        (unit,) = units(Dataset.find(tmp_path), unit_tokens=1000, same_participants=same)
+        (unit,) = units(read(Dataset.find(tmp_path), same_participants=same), unit_tokens=1000)
         assert (unit.repeated, unit.shared_participants) == (1, 2)
 
     def test_a_copy_under_another_name(self, tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ class TestIdsOfSeveralFiles:
 
     @pytest.mark.parametrize("unit_tokens", [1, 3, 1000])
     def test_units_add_up_to_their_number(self, unit_tokens: int, folder: Path) -> None:
-        cut = units(Dataset.find(folder), unit_tokens=unit_tokens)
+        cut = units(read(Dataset.find(folder)), unit_tokens=unit_tokens)
         assert sum(unit.shared_participants for unit in cut) == 3
 
     def test_separated_people_are_called_after_the_later_file(self, folder: Path) -> None:

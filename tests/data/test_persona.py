@@ -12,7 +12,7 @@ import pytest
 from support.rows import accepted, find
 
 from psykern.data import persona
-from psykern.data.rows import read
+from psykern.data.read import read
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ from support.rows import ROWS, accepted, find, in_parquet, json_lines, read_all,
 
 from psykern.core.errors import RowError
 from psykern.core.types import Transcript
-from psykern.data.rows import find_responses, read
+from psykern.data.read import read
+from psykern.data.rows import find_responses
 
 
 def read_row(tmp_path: Path, row: Mapping[str, object] | bytes) -> Transcript:

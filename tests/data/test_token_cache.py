@@ -20,7 +20,7 @@ from psykern.core.settings import Settings
 from psykern.core.types import EncodedTranscript, EncodedUnit, UnitInfo
 from psykern.data.dataset import DataFile, Dataset
 from psykern.data.encode import Encoder
-from psykern.data.rows import read
+from psykern.data.read import read
 from psykern.data.token_cache import TokenCache
 from psykern.data.tokenizer import Tokenizer
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from support.rows import find
 
+from psykern.data.read import read
 from psykern.data.units import CHARS_PER_TOKEN, Unit, units
 
 Row = dict[str, Any]
@@ -23,7 +24,7 @@ def row(study: str = "s", text: str = "You say <<A>>.", **columns: Any) -> Row:
 def cut(path: Path, rows: Sequence[Row | str], unit_tokens: int = 1, **options: Any) -> list[Unit]:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
-    return list(units(find(path), unit_tokens=unit_tokens, **options))
+    return list(units(read(find(path), **options), unit_tokens=unit_tokens))
 
 
 def keys(found: Sequence[Unit]) -> list[str]:
@@ -104,7 +105,7 @@ def test_neither_rows_nor_refusals_pile_up(tmp_path: Path) -> None:
     path.write_text("{\n" * 30_000 + f"{good}\n" * 20_000)
     tracemalloc.start()
     rejects = transcripts = 0
-    for unit in units(find(path), unit_tokens=10_000):
+    for unit in units(read(find(path)), unit_tokens=10_000):
         rejects += len(unit.rejects)
         transcripts += len(unit.transcripts)
     peak = tracemalloc.get_traced_memory()[1]

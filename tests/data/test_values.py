@@ -18,7 +18,7 @@ from support.rows import accepted, find, json_lines, read_all, write
 
 from psykern.core.errors import RowError
 from psykern.core.types import Transcript
-from psykern.data.rows import read
+from psykern.data.read import read
 
 
 def parquet(folder: Path, **columns: pa.Array) -> Path:

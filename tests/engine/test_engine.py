@@ -22,6 +22,7 @@ from psykern.core.types import EncodedTranscript, TargetScores
 from psykern.engine import engine
 from psykern.engine.engine import Engine
 from psykern.engine.plan import Plan, plan
+from psykern.engine.wave import run_wave
 from psykern.kernels import Backend
 from psykern.kernels.compute import Compute
 from psykern.models.layer import Layer
@@ -136,25 +137,28 @@ def test_an_error_of_the_items_comes_after_the_scores_before_it(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("most_in_flight", [0, 1, 2])
-def test_a_stop_finishes_what_was_begun_and_begins_no_other(
-    most_in_flight: int, tmp_path: Path, group: list[EncodedTranscript]
+def test_a_stop_takes_effect_between_waves(
+    most_in_flight: int, tmp_path: Path, group: list[EncodedTranscript], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever is in flight: as on a CPU, and as on a device."""
+    """Whatever is in flight: as on a CPU, and as on a device. What is whole is given, what was begun is not."""
     make_model(tmp_path, **CONFIGS["llama"])
     runner = Engine(Model(tmp_path, Compute.resolve("cpu")))
     runner.most_in_flight = most_in_flight
     planned = plan(group, wave_tokens=64, batch_tokens=64)
     assert planned.num_waves > 3
-    asked: list[None] = []
-
-    def stop() -> bool:
-        asked.append(None)
-        return len(asked) > 2
-
-    pairs = list(runner.pairs([Item(name, planned) for name in "abcd"], stop=stop))
-    assert [item.name for item, _ in pairs] == ["a", "b"]
-    for _, scores in pairs:
-        assert_same_bytes(scores, runner.run(planned))
+    expected = runner.run(planned)
+    computed: list[int] = []
+    monkeypatch.setattr(
+        "psykern.engine.engine.run_wave", lambda model, wave, *of: computed.append(1) or run_wave(model, wave, *of)
+    )
+    for waves in (0, 1, planned.num_waves, planned.num_waves + 2):
+        computed.clear()
+        items = [Item(name, planned) for name in "abcd"]
+        pairs = list(runner.pairs(items, stop=lambda waves=waves: len(computed) >= waves))
+        assert len(computed) == waves
+        assert [item.name for item, _ in pairs] == list("abcd")[: waves // planned.num_waves]
+        for _, scores in pairs:
+            assert_same_bytes(scores, expected)
 
 
 def test_leaving_early_ends_the_thread(tmp_path: Path, group: list[EncodedTranscript]) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,12 +10,10 @@ from support.scoring import (
 )
 from support.toy import (
     CONTEXT,
-    TEMPLATE,
-    Row,
     Toy,
+    make_talking,
     make_toy,
     make_toy_data,
-    write_rows,
 )
 
 from psykern import Run
@@ -37,13 +32,7 @@ def toy_run(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture(scope="session")
 def talking(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Toy:
     """The toy model with a chat template, and rows of which two in three say something of the participant."""
-    folder = shutil.copytree(toy.model, tmp_path_factory.mktemp("talking") / "model")
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    config = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    known: list[Row] = [{"age": 24, "sex": "F"}, {"age": 999, "PHQ": "N/A"}, {"phq8": 3.0}]
-    rows = [row | known[i % 3] for i, row in enumerate(toy.rows)]
-    return replace(toy, model=folder, rows=rows, data=write_rows(folder.parent / "rows.jsonl", rows))
+    return make_talking(toy, tmp_path_factory.mktemp("talking"))
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 from support.checkpoints import make_model
+from support.marks import assert_without_marks
 from support.scoring import (
     assert_no_close_call,
     assert_same_logprobs,
@@ -230,3 +231,13 @@ def test_the_shape_of_qwen_0_5b_on_real_transcripts(shared: Path, emptied_folder
     assert len(records(run)) == len(rows)
     for own, row in zip(records(run), rows.values(), strict=True):
         assert_records(own, oracle.records(row["text"]))
+
+
+@pytest.mark.parametrize("boundary", ["joint", "split"])
+def test_real_transcripts_without_marks(real: Real, tmp_path: Path, boundary: str) -> None:
+    data = [real.data / f"{name}.jsonl" for name in SPLIT_SAMPLES]
+    run = score(real.model, data, tmp_path, boundary=boundary, marks="drop")
+    rows = [row for name in SPLIT_SAMPLES for row in real.rows[name]]
+    got = records(run)
+    compared = [assert_without_marks(real.oracle, row, own, boundary) for row, own in zip(rows, got, strict=True)]
+    assert len(compared) == 8 and sum(compared) > 5

@@ -104,6 +104,23 @@ def test_a_stop_keeps_the_units_that_were_begun(toy: Toy, expected: dict[str, by
     assert contents(tmp_path) == expected
 
 
+def test_a_unit_that_was_begun_is_left_undone(toy: Toy, tmp_path: Path) -> None:
+    """``stop`` is asked between the waves of one unit, too."""
+    settings = replace(SETTINGS, unit_tokens=100_000, wave_tokens=64, batch_tokens=64)
+    psykern.score(toy.model, toy.data, tmp_path / "quiet", settings)
+    asked: list[None] = []
+
+    def stop() -> bool:
+        asked.append(None)
+        return len(asked) > 2
+
+    with pytest.raises(psykern.InterruptedRun, match=r"0 of 3 units are done, and the same command goes on"):
+        psykern.score(toy.model, toy.data, tmp_path / "run", settings, stop=stop)
+    assert len(asked) < 6 and list((tmp_path / "run").glob("responses/*")) == []
+    psykern.score(toy.model, toy.data, tmp_path / "run", settings)
+    assert contents(tmp_path / "run") == contents(tmp_path / "quiet")
+
+
 def test_a_run_keeps_the_budgets_that_it_began_with(toy: Toy, tmp_path: Path) -> None:
     with pytest.raises(psykern.InterruptedRun):
         psykern.score(toy.model, toy.data, tmp_path, replace(SETTINGS, wave_tokens=64), stop=lambda: True)
@@ -216,7 +233,7 @@ def long_toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["int", "term"])
-def test_a_signal_finishes_the_unit_in_hand(number: int, status: int, long_toy: Toy, tmp_path: Path) -> None:
+def test_a_signal_finishes_the_wave_in_hand(number: int, status: int, long_toy: Toy, tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = start(long_toy, out)
     wait_for_a_part(out, process)
@@ -224,7 +241,7 @@ def test_a_signal_finishes_the_unit_in_hand(number: int, status: int, long_toy: 
     stdout, err = process.communicate(timeout=60)
     assert process.returncode == status, err
     assert stdout == "" and "Traceback" not in err
-    assert f"{signal.Signals(number).name}: finishing the unit in hand; once more stops at once" in err
+    assert f"{signal.Signals(number).name}: finishing the wave in hand; once more stops at once" in err
     done = len(list(out.glob("responses/part-*")))
     assert f"stopped as asked; {done} of 450 units are done, and the same command goes on" in err
     assert 0 < done < 450
@@ -234,7 +251,7 @@ def test_a_signal_finishes_the_unit_in_hand(number: int, status: int, long_toy: 
 
 
 def test_a_second_signal_stops_at_once(toy: Toy, tmp_path: Path) -> None:
-    """While the unit in hand would take for ever."""
+    """While the wave in hand would take for ever."""
     script = (
         "import sys, time, psykern.engine.engine\n"
         "from psykern.cli import main\n"

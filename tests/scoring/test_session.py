@@ -22,8 +22,9 @@ import psykern
 from psykern.core.errors import NonFiniteError
 from psykern.engine.page_tree import PAGE_TOKENS
 from psykern.engine.pages import row_bytes
+from psykern.scoring.loading import load
 from psykern.scoring.results import Choice, Logprob
-from psykern.scoring.scorer import Scorer, load
+from psykern.scoring.scorer import Scorer
 from psykern.scoring.session import Mark, Session, step
 
 OPTIONS = [["J", "F"], ["1", "10", "100", "-7"], [" yes", "no", "h\u00e4user"], ["only"]]

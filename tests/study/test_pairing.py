@@ -36,6 +36,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "data": (_settings(data=[{"hash": "e" * 64}]), r"data: tuned was scored on other files than base.*eeee"),
     "protocol": (_settings(protocol="study"), 'protocol: base has "exact", tuned has "study"'),
     "boundary": (_settings(boundary="split"), 'boundary: base has "joint", tuned has "split"'),
+    "marks": (_settings(marks="drop"), 'marks: base has "keep", tuned has "drop"'),
     "options": (_settings(options="observed"), 'options: base has "given", tuned has "observed"'),
     "limit": (_settings(limit=5), "limit: base has null, tuned has 5"),
     "discrete": (_settings(discrete="[A-Z]"), r'discrete: base has null, tuned has "\[A-Z\]"'),

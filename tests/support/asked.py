@@ -15,7 +15,8 @@ from support.checkpoints import CONFIGS, make_model
 from support.exactness import in_fp64
 from transformers import PreTrainedModel
 
-from psykern.scoring.scorer import Scorer, load
+from psykern.scoring.loading import load
+from psykern.scoring.scorer import Scorer
 
 FRONT = ["<|begin|>"]  # what the toy tokenizer puts in front of a text
 

@@ -61,6 +61,7 @@ _ROW = st.fixed_dictionaries(
         "gender": _VALUE,
     },
 )
+ROWS = st.lists(_ROW, max_size=5)
 _LINE = st.one_of(
     _ROW.map(lambda row: json.dumps(row).encode()),
     _VALUE.map(lambda value: json.dumps(value).encode()),

@@ -95,6 +95,7 @@ def recipe(**changes: Any) -> Recipe:
         chat_template_hash=None,
         date=None,
         boundary="joint",
+        marks="keep",
         options="given",
         max_options=26,
         over_length="error",

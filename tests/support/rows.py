@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from psykern.core.errors import RowError
 from psykern.core.types import Transcript
 from psykern.data.dataset import Dataset
-from psykern.data.rows import read
+from psykern.data.read import read
 
 ROWS: list[dict[str, object]] = [
     {"text": "Pick one: <<A>> then <<B>>.", "experiment": "exp1", "participant": 7, "options": ["A", "B"]},

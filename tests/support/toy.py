@@ -6,8 +6,9 @@ import itertools
 import json
 import math
 import re
+import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -302,3 +303,13 @@ def fitting(toy: Toy, row: Row) -> int:
 
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}"  # of a chat
+
+
+def make_talking(toy: Toy, folder: Path) -> Toy:
+    """The toy model with a chat template, and rows of which two in three say something of the participant."""
+    model = shutil.copytree(toy.model, folder / "model")
+    (model / "chat_template.jinja").write_text(TEMPLATE)
+    (model / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    known: list[Row] = [{"age": 24, "sex": "F"}, {"age": 999, "PHQ": "N/A"}, {"phq8": 3.0}]
+    rows = [row | known[i % 3] for i, row in enumerate(toy.rows)]
+    return replace(toy, model=model, rows=rows, data=write_rows(folder / "rows.jsonl", rows))

@@ -1,0 +1,71 @@
+"""What of a model folder makes tokens of a text; it needs no weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from psykern.core.clock import Clock
+from psykern.core.errors import CheckpointError
+from psykern.core.settings import Settings
+from psykern.data.chat import ChatTemplate
+from psykern.data.encode import Encoder
+from psykern.data.pretrained import Pretrained
+from psykern.data.tokenizer import Tokenizer
+from psykern.models.checkpoint import resolve_model
+from psykern.models.families import read_spec
+from psykern.models.spec import ModelSpec
+from psykern.scoring.texts import Reader
+
+
+@dataclass(frozen=True, eq=False)
+class Language:
+    """The tokenizer and what stands beside it. Filled by :meth:`load`."""
+
+    folder: Path
+    pretrained: Pretrained
+    tokenizer: Tokenizer
+    beyond: int | None  # token ids from here on have no row in the model's embedding; None: all have
+
+    @classmethod
+    def load(cls, folder: Path, vocab_size: int) -> Language:
+        """``vocab_size``: rows of the model's embedding.
+
+        Raises CheckpointError where something is missing, or no text can be encoded for such a model.
+        """
+        pretrained = Pretrained.load(folder)
+        tokenizer = Tokenizer.load(folder, pretrained)
+        around = max((*tokenizer.front, *tokenizer.back), default=0)
+        if around >= vocab_size:
+            raise CheckpointError(
+                f"{folder}: the tokenizer puts token {around:,} around every text and the embedding has {vocab_size:,} "
+                "rows; they are not of one model"
+            )
+        return cls(folder, pretrained, tokenizer, vocab_size if tokenizer.size > vocab_size else None)
+
+    @cached_property
+    def chat(self) -> ChatTemplate:
+        """Raises CheckpointError where the folder has none."""
+        return ChatTemplate.load(self.folder, self.pretrained)
+
+    def encoder(self, settings: Settings) -> Encoder:
+        """Encodes transcripts as ``settings`` say. Raises CheckpointError for a chat template that cannot be used."""
+        chat = self.chat.at(settings.date) if settings.condition == "chat" else None
+        return Encoder(self.tokenizer, settings, chat, beyond=self.beyond)
+
+    def reader(self, spec: ModelSpec) -> Reader:
+        """Makes tokens of texts in memory, for a model of ``spec``."""
+        special = self.pretrained.tokenizer
+        bos = special.bos_token_id if special.bos_token_id is not None else special.eos_token_id
+        return Reader(self.tokenizer, bos, spec.vocab_size, spec.max_positions)
+
+
+def load_language(
+    model: str | Path, *, revision: str | None = None, clock: Clock | None = None
+) -> tuple[ModelSpec, Language]:
+    """What ``model`` is made of, but for its weights, which are not downloaded either."""
+    with (clock or Clock())("load"):
+        folder = resolve_model(model, weights=False, revision=revision)
+        spec = read_spec(folder)
+        return spec, Language.load(folder, spec.vocab_size)

@@ -1,0 +1,66 @@
+"""From a folder or hub id to a model that scores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from psykern.core.settings import Backend, Device, Dtype, Settings
+from psykern.engine.budgets import budgets
+from psykern.engine.engine import Engine
+from psykern.kernels.compute import Compute
+from psykern.models.checkpoint import at_revision, resolve_model
+from psykern.models.families import read_spec
+from psykern.models.model import Model
+from psykern.scoring.language import Language
+from psykern.scoring.scorer import Scorer
+
+
+def check_model(model: object) -> None:
+    """Raises TypeError for what is no name of a model, and no model that is loaded."""
+    if not isinstance(model, (str, Path, Scorer)):
+        raise TypeError(
+            f"model: expected a folder or a hub id, got {type(model).__name__}; save the model and its tokenizer to a "
+            "folder (save_pretrained of transformers does) and give that"
+        )
+
+
+def load(
+    model: str | Path,
+    *,
+    revision: str | None = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    backend: Backend = "auto",
+    wave_tokens: int | None = None,
+    batch_tokens: int | None = None,
+    session_bytes: int | None = None,
+    chat: bool = False,
+) -> Scorer:
+    """A checkpoint, loaded to score whatever it is given, as often as wanted.
+
+    model: a folder or a hub id; ``revision``: a branch, tag or commit of the latter, as ``owner/name@REVISION`` says
+    too. device: ``auto``, ``cpu``, ``cuda`` or one of several, ``cuda:1``. dtype: of the arithmetic, ``float32``,
+    ``bfloat16`` or ``float16``; ``auto``: float32 on a CPU, bfloat16 on a GPU. backend: of the kernels.
+    ``wave_tokens``, ``batch_tokens``: memory against speed, as in :class:`.Settings`. ``session_bytes``: memory for the
+    keys and values of sessions, taken when the first one computes; None: a quarter of what is free then, at most what
+    65,536 tokens need. On a CPU a checkpoint that is stored in another dtype is then kept in fp32, too, where that
+    takes no more than 40 % of what is free. ``chat``: a chat template will be needed, so say at once if there is none.
+
+    Raises CheckpointError for a folder that cannot be used, BackendError for a device or backend that is not there,
+    ValueError for a word that is none of these, TypeError for what is no name of a model.
+    """
+    check_model(model)
+    if isinstance(model, Scorer):
+        raise TypeError(f"model: {model.name} is loaded; use it as it is")
+    if session_bytes is not None and session_bytes < 0:
+        raise ValueError(f"session_bytes: expected a number of bytes, at least 0, got {session_bytes}")
+    settings = Settings(device=device, dtype=dtype, backend=backend, wave_tokens=wave_tokens, batch_tokens=batch_tokens)
+    compute = Compute.resolve(settings.device, settings.dtype, settings.backend)
+    name = at_revision(model, revision)
+    folder = resolve_model(name)
+    language = Language.load(folder, read_spec(folder).vocab_size)
+    if chat:
+        language.chat  # noqa: B018
+    decoder = Model(folder, compute)  # last, as it takes longest
+    suitable = budgets(decoder.spec, compute.device, compute.dtype).under(settings)
+    return Scorer(str(name), folder, decoder, language, Engine(decoder, session_bytes=session_bytes), suitable)
