@@ -285,18 +285,17 @@ def test_a_stream_is_in_the_memory_of_a_unit(scorer: Scorer) -> None:
 
 
 def test_a_stream_that_is_closed_stops_its_work(scorer: Scorer) -> None:
-    """Also where the next unit would take for ever to come."""
+    """Also where the next unit would take long to come."""
     taken = itertools.count()
-    released = threading.Event()
 
     def slowly() -> Iterator[str]:
+        yield f"{'a long one ' * 50} says <<yes>>."  # fills a unit
         for i in taken:
-            if i > 3:
-                released.wait(0.05)
+            time.sleep(0.05)
             yield f"{i} says <<yes>>."
 
     before = threading.active_count()
-    batches = scorer.score(slowly(), Settings(unit_tokens=1), stream=True)
+    batches = scorer.score(slowly(), Settings(unit_tokens=130), stream=True)
     assert next(batches)["response"].to_pylist() == ["yes"]
     began = time.monotonic()
     batches.close()
