@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from psykern.core.errors import OutOfMemoryError
 from psykern.engine.page_tree import PAGE_TOKENS, PageTree
 from psykern.engine.plan import Wave
 from psykern.engine.upload import upload
@@ -44,12 +45,19 @@ class Pages:
 
     def __init__(self, model: Model, num_bytes: int, landing_rows: int) -> None:
         """``num_bytes``: for pages; the landing rows come on top."""
-        self.tree = PageTree(num_bytes // (row_bytes(model.spec, model.dtype) * PAGE_TOKENS))
-        self.num_rows = self.tree.num_pages * PAGE_TOKENS  # without the landing rows
+        num_pages = num_bytes // (row_bytes(model.spec, model.dtype) * PAGE_TOKENS)
+        self.num_rows = num_pages * PAGE_TOKENS  # without the landing rows
         self.landing_rows = landing_rows
         rows = self.num_rows + landing_rows
         shapes = [(2, rows, *layer.mixer.kv_shape) for layer in model.spec.layers]
-        self._layers = [torch.empty(shape, dtype=model.dtype, device=model.device) for shape in shapes]  # keys, values
+        try:
+            self._layers = [torch.empty(shape, dtype=model.dtype, device=model.device) for shape in shapes]  # K and V
+        except (MemoryError, RuntimeError) as error:  # torch raises the latter, or one of its kind
+            raise OutOfMemoryError(
+                f"session_bytes: {num_bytes / 2**20:,.0f} MiB for the keys and values of sessions, and those of "
+                f"{landing_rows:,} tokens in hand, are not to be had: {str(error).splitlines()[0]}; lower it"
+            ) from error
+        self.tree = PageTree(num_pages)
         self._states = [LayerState(*layer) for layer in self._layers]
         self._device = model.device
 
