@@ -21,8 +21,8 @@ from psykern.models.slots import free_bytes
 from psykern.models.spec import ModelSpec
 
 LANDING_ROWS = 4096  # at most: prompts are computed in waves of these, and one step of many sessions is one of them
-_SHARE = 0.25  # of the free memory
-_MOST_TOKENS = 65_536
+_SHARE = {"cpu": 0.4, "cuda": 0.25}  # of the free memory; a CPU's is taken page by page, as it is written to
+_MOST_TOKENS = 262_144  # a hundred participants of a long experiment
 _LEAST_TOKENS = 4096  # or as many as the model takes
 
 
@@ -32,11 +32,11 @@ def row_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
 
 
 def suitable_bytes(model: Model) -> int:
-    """For pages, where nobody says: a quarter of what is free, but no more than 65,536 tokens need, and no less than a
-    text as long as the model takes, or one of 4,096 tokens."""
+    """For pages, where nobody says: 40 % of what is free on a CPU, a quarter on a device, but no more than 262,144
+    tokens need, and no less than a text as long as the model takes, or one of 4,096 tokens."""
     row = row_bytes(model.spec, model.dtype)
     free = free_bytes(model.device)
-    suitable = row * _MOST_TOKENS if free is None else min(int(free * _SHARE), row * _MOST_TOKENS)
+    suitable = row * _MOST_TOKENS if free is None else min(int(free * _SHARE[model.device.type]), row * _MOST_TOKENS)
     return max(suitable, row * min(model.spec.max_positions, _LEAST_TOKENS))
 
 
