@@ -77,14 +77,10 @@ class PageTree:
 
     def make_room(self, num_tokens: int) -> bool:
         """Whether an :meth:`insert` of so many new tokens will find rows, beside all that was promised since the last
-        tick. Gives up pages for it."""
+        tick. Gives up pages for it, none where that would not be enough."""
         needed = self._promised + self.pages_of(num_tokens)
-        while (missing := needed - len(self._free)) > 0:
-            idle = [page for page in self._held.values() if not page.children and page.used < self._now]
-            if not idle:
-                return False
-            for page in heapq.nsmallest(missing, idle, key=lambda page: page.used):
-                self._give_up(page)
+        if len(self._free) < needed and not self._give_up(needed):
+            return False
         self._promised = needed
         return True
 
@@ -127,10 +123,22 @@ class PageTree:
         parent.children[page.key] = self._held[page.number] = page
         return page
 
-    def _give_up(self, page: _Page) -> None:
-        assert page.parent is not None
-        del page.parent.children[page.key], self._held[page.number]
-        self._free.append(page.number)
+    def _give_up(self, needed: int) -> bool:
+        """Pages until so many are free; False: there are not so many. A page was used whenever one below it was."""
+        idle = [page for page in self._held.values() if page.used < self._now]
+        if len(self._free) + len(idle) < needed:
+            return False
+        ends = [(page.used, page.number) for page in idle if not page.children]
+        heapq.heapify(ends)
+        while len(self._free) < needed:
+            page = self._held.pop(heapq.heappop(ends)[1])
+            parent = page.parent
+            assert parent is not None
+            del parent.children[page.key]
+            self._free.append(page.number)
+            if parent is not self._root and not parent.children:  # then a path goes before another is begun
+                heapq.heappush(ends, (parent.used, parent.number))
+        return True
 
 
 def _common(one: bytes, two: bytes) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from psykern.core.errors import OutOfMemoryError
 from psykern.engine.page_tree import PAGE_TOKENS, PageTree
 from psykern.engine.plan import Wave
 from psykern.engine.upload import upload
@@ -20,8 +21,8 @@ from psykern.models.slots import free_bytes
 from psykern.models.spec import ModelSpec
 
 LANDING_ROWS = 4096  # at most: prompts are computed in waves of these, and one step of many sessions is one of them
-_SHARE = 0.25  # of the free memory
-_MOST_TOKENS = 65_536
+_SHARE = {"cpu": 0.4, "cuda": 0.25}  # of the free memory; a CPU's is taken page by page, as it is written to
+_MOST_TOKENS = 262_144  # a hundred participants of a long experiment
 _LEAST_TOKENS = 4096  # or as many as the model takes
 
 
@@ -31,11 +32,11 @@ def row_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
 
 
 def suitable_bytes(model: Model) -> int:
-    """For pages, where nobody says: a quarter of what is free, but no more than 65,536 tokens need, and no less than a
-    text as long as the model takes, or one of 4,096 tokens."""
+    """For pages, where nobody says: 40 % of what is free on a CPU, a quarter on a device, but no more than 262,144
+    tokens need, and no less than a text as long as the model takes, or one of 4,096 tokens."""
     row = row_bytes(model.spec, model.dtype)
     free = free_bytes(model.device)
-    suitable = row * _MOST_TOKENS if free is None else min(int(free * _SHARE), row * _MOST_TOKENS)
+    suitable = row * _MOST_TOKENS if free is None else min(int(free * _SHARE[model.device.type]), row * _MOST_TOKENS)
     return max(suitable, row * min(model.spec.max_positions, _LEAST_TOKENS))
 
 
@@ -44,12 +45,19 @@ class Pages:
 
     def __init__(self, model: Model, num_bytes: int, landing_rows: int) -> None:
         """``num_bytes``: for pages; the landing rows come on top."""
-        self.tree = PageTree(num_bytes // (row_bytes(model.spec, model.dtype) * PAGE_TOKENS))
-        self.num_rows = self.tree.num_pages * PAGE_TOKENS  # without the landing rows
+        num_pages = num_bytes // (row_bytes(model.spec, model.dtype) * PAGE_TOKENS)
+        self.num_rows = num_pages * PAGE_TOKENS  # without the landing rows
         self.landing_rows = landing_rows
         rows = self.num_rows + landing_rows
         shapes = [(2, rows, *layer.mixer.kv_shape) for layer in model.spec.layers]
-        self._layers = [torch.empty(shape, dtype=model.dtype, device=model.device) for shape in shapes]  # keys, values
+        try:
+            self._layers = [torch.empty(shape, dtype=model.dtype, device=model.device) for shape in shapes]  # K and V
+        except (MemoryError, RuntimeError) as error:  # torch raises the latter, or one of its kind
+            raise OutOfMemoryError(
+                f"session_bytes: {num_bytes / 2**20:,.0f} MiB for the keys and values of sessions, and those of "
+                f"{landing_rows:,} tokens in hand, are not to be had: {str(error).splitlines()[0]}; lower it"
+            ) from error
+        self.tree = PageTree(num_pages)
         self._states = [LayerState(*layer) for layer in self._layers]
         self._device = model.device
 

@@ -26,7 +26,8 @@ from psykern.core.types import NOTHING_MORE, Targeted, TargetScores, TokenTree, 
 class Wave:
     """Rows that are computed together, one layer after the other. Filled by :class:`Plan`.
 
-    The wave's key/value store has ``num_carried + N`` rows: first those carried from the wave before, then its own.
+    The wave's key/value store has ``num_carried + N`` rows: first those that are there when it begins, of a past or
+    carried from the wave before, then its own.
     A segment here is a run of rows of one batch with one list of visible keys: ranges of store rows. Key j of that list
     is token j of the segment's path; a query at position p sees keys 0 to p.
     A *target* is a token whose log-probability is wanted; the row before it predicts it.

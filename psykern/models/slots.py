@@ -125,11 +125,6 @@ class Slots:
     def is_resident(self) -> bool:
         return len(self._slots) == len(self._layouts)
 
-    @property
-    def whole_bytes(self) -> int:
-        """Of slots for all layers."""
-        return self._size * self._dtype.itemsize * len(self._layouts)
-
     def layer(self, index: int) -> Mapping[str, Tensor]:
         """The tensors of layer ``index``. Those of the layer before must not be used any more, unless all stay."""
         if index != self._current:

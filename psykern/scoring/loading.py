@@ -42,9 +42,10 @@ def load(
     too. device: ``auto``, ``cpu``, ``cuda`` or one of several, ``cuda:1``. dtype: of the arithmetic, ``float32``,
     ``bfloat16`` or ``float16``; ``auto``: float32 on a CPU, bfloat16 on a GPU. backend: of the kernels.
     ``wave_tokens``, ``batch_tokens``: memory against speed, as in :class:`.Settings`. ``session_bytes``: memory for the
-    keys and values of sessions, taken when the first one computes; None: a quarter of what is free then, at most what
-    65,536 tokens need. On a CPU a checkpoint that is stored in another dtype is then kept in fp32, too, where that
-    takes no more than 40 % of what is free. ``chat``: a chat template will be needed, so say at once if there is none.
+    keys and values of sessions, taken when the first one computes (on a CPU as it is used); None: 40 % of what is free
+    then on a CPU, a quarter on a GPU, at most what 262,144 tokens need. On a CPU the layers are then copied, too, where
+    that takes no more than 40 % of what is free: a small step is faster by a third, and by far more where they are
+    stored in another dtype. ``chat``: a chat template will be needed, so say at once if there is none.
 
     Raises CheckpointError for a folder that cannot be used, BackendError for a device or backend that is not there,
     ValueError for a word that is none of these, TypeError for what is no name of a model.

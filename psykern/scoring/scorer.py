@@ -323,8 +323,10 @@ class Scorer:
         """A text that will grow, trial by trial: what is computed of it is kept, so that each step costs what is new.
 
         Keys and values of all sessions are kept in ``session_bytes`` of memory (see :func:`load`); what was not used
-        for longest is given up, and computed again when it is asked for: answers are the same. Sessions that begin
-        alike, as forks do, share it. Raises what :meth:`.Session.append` raises.
+        for longest is given up, and computed again when it is asked for: answers are the same, but sessions that take
+        turns and do not all fit are computed anew at each. Those that begin alike, as forks do, share.
+
+        Raises what :meth:`.Session.append` raises.
         """
         session = Session(self, self._reader, self._reader.contexts([""])[0])
         session.append(text)

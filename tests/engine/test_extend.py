@@ -16,7 +16,7 @@ from support.exactness import INVARIANCE, TOLERANCE, in_fp64
 from support.groups import encoded, wanted
 from transformers import PreTrainedModel
 
-from psykern.core.errors import NonFiniteError
+from psykern.core.errors import NonFiniteError, OutOfMemoryError
 from psykern.core.types import EncodedTranscript, TargetScores
 from psykern.engine.budgets import Budgets
 from psykern.engine.engine import Engine
@@ -184,6 +184,26 @@ def test_what_failed_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         engine.extend([tree], BUDGETS)
     monkeypatch.undo()
     assert_same(engine.extend([tree], BUDGETS), [tree], oracle)
+
+
+def test_pages_that_no_memory_has_are_refused(tmp_path: Path) -> None:
+    make_model(tmp_path, **CONFIGS["llama"])
+    engine = make_engine(tmp_path, 2**40)
+    with pytest.raises(
+        OutOfMemoryError, match=r"session_bytes: .* MiB for the keys and values of sessions.*; lower it"
+    ):
+        engine.extend([encoded(range(90), [(89, 90)])], BUDGETS)
+
+
+def test_layers_are_copied_where_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    oracle = Oracle(make_model(tmp_path, **CONFIGS["llama"]))
+    tree = encoded(range(90), [(89, 90)])
+    for free, copied in ((2**30, True), (2**10, False)):
+        monkeypatch.setattr("psykern.models.model.free_bytes", lambda device, free=free: free)
+        engine = make_engine(tmp_path)
+        before = engine.model.tensors(0)["mlp.up_proj.weight"].data_ptr()
+        assert_same(engine.extend([tree], BUDGETS), [tree], oracle)
+        assert (engine.model.tensors(0)["mlp.up_proj.weight"].data_ptr() != before) is copied
 
 
 def test_a_bf16_checkpoint_is_widened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,10 @@ from support.groups import random_group, wanted
 from psykern.core.errors import OutOfMemoryError
 from psykern.core.types import EncodedTranscript, TargetScores
 from psykern.engine import engine
+from psykern.engine.budgets import Budgets
 from psykern.engine.engine import Engine
+from psykern.engine.page_tree import PAGE_TOKENS
+from psykern.engine.pages import row_bytes
 from psykern.engine.plan import plan
 from psykern.kernels import resolve
 from psykern.kernels.compute import Compute
@@ -124,6 +127,22 @@ def test_carried_prefixes_give_the_scores_of_one_wave(
     assert planned.num_waves > 5 and planned.max_carried_rows > 0
     one, carried = (score(tmp_path, group, device, wave_tokens=tokens) for tokens in (4096, 50))
     assert np.abs(one.logprob - carried.logprob).max() <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", RMS, ids=short)
+def test_what_is_kept_gives_the_scores_of_transformers(
+    dtype: torch.dtype, device: torch.device, tmp_path: Path, group: list[EncodedTranscript]
+) -> None:
+    """One transcript after the other, which begin alike, and again, when all of it is kept; in few pages and many."""
+    oracle = make_model(tmp_path, dtype=dtype, **SHAPE)
+    model = Model(tmp_path, Compute(device, dtype, resolve("auto", device)))
+    for num_pages in (6, 300):
+        engine = Engine(model, session_bytes=num_pages * PAGE_TOKENS * row_bytes(model.spec, dtype))
+        for _ in range(2):
+            scores = [engine.extend([of], Budgets(wave_tokens=100, batch_tokens=64))[0] for of in group[:4]]
+            for of, transcript in zip(scores, group[:4], strict=True):
+                if of.logprob.size:
+                    assert rms_from_transformers(of, [transcript], oracle, device) <= 2 * RMS[dtype]
 
 
 def test_the_idle_share_is_told(device: torch.device, tmp_path: Path, group: list[EncodedTranscript]) -> None:

@@ -111,6 +111,22 @@ def test_the_end_of_a_path_goes_before_what_it_hangs_on() -> None:
     assert rows.match(list(range(12))) == 8
 
 
+def test_what_is_not_enough_is_not_given_up_and_one_path_goes_before_another() -> None:
+    rows = Rows(7, 4)
+    for first in (0, 100):  # three pages each
+        rows.tree.tick()
+        assert rows.tree.make_room(12)
+        rows.insert(list(range(first, first + 12)), 0)
+    rows.tree.tick()
+    assert rows.match(list(range(4))) == 4, "in use, while what comes behind is not"
+    assert not rows.tree.make_room(28)
+    assert (rows.tree.num_free, rows.match(list(range(100, 112)))) == (1, 12)
+    rows.tree.tick()
+    assert rows.tree.make_room(12)
+    assert rows.match(list(range(12))) == 4
+    assert rows.match(list(range(100, 112))) == 12
+
+
 def test_promises_of_one_tick_add_up() -> None:
     rows = Rows(3, 4)
     assert rows.tree.make_room(5)

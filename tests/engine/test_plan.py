@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from support.groups import encoded, random_group, wanted
 
+from psykern import _cpu
 from psykern.core.types import EncodedTranscript
 from psykern.engine.plan import Past, Pasts, Plan, most_past, plan
 
@@ -147,6 +148,35 @@ def test_a_past_that_holds_the_row_before_a_target_is_refused() -> None:
     with pytest.raises(ValueError, match="scored: expected 1 to 1, got 0"):
         plan(branch, wave_tokens=64, batch_tokens=8, pasts=Pasts([Past(7, ((0, 7),))], 20))
     assert most_past(encoded(range(30), [(4, 4)], [(0, 7, [1, 2], 1)])) == 7
+
+
+@pytest.mark.parametrize(
+    ("root", "root_base", "message"),
+    [
+        ([0, 2], [0, 4], r"root\[1\]: expected 0 to 1, got 2"),
+        ([-1, 0], [0, 4], r"root\[0\]: expected 0 to 1, got -1"),
+        ([0, 1], [0, -4], r"root_base\[1\]: expected no negative number"),
+        ([0, 1], [2**31 - 2, 4], r"lengths\[0\]"),
+        ([0], [0], r"root: expected shape \[2\]"),
+    ],
+)
+def test_roots_that_are_none_are_refused(root: list[int], root_base: list[int], message: str) -> None:
+    none = np.empty(0, np.int32)
+    with pytest.raises(ValueError, match=message):
+        _cpu.PrefixTrie(
+            token_ids=np.arange(8, dtype=np.int32),
+            offsets=np.array([0, 4, 8]),
+            lengths=np.array([4, 4]),
+            root=np.array(root, np.int32),
+            root_base=np.array(root_base, np.int32),
+            branch_sequence=np.empty(0, np.int64),
+            branch_parent=none,
+            branch_scored=none,
+            branch_offsets=np.zeros(1, np.int64),
+            branch_token_ids=none,
+            min_share=1,
+            wave_tokens=8,
+        )
 
 
 def test_equal_transcripts_cost_one() -> None:
