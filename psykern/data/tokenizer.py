@@ -243,6 +243,8 @@ def _tokens(tokenizer: Tokenizer, encoding: tokenizers.Encoding, num_chars: int)
     words = np.array(encoding.word_ids, dtype=np.int32)
 
     def around(before: int, middle: np.ndarray, after: int) -> np.ndarray:
+        if not front and not back:
+            return np.ascontiguousarray(middle)
         return np.pad(middle, (front, back), constant_values=(before, after))
 
     return Tokens(

@@ -149,7 +149,7 @@ class Engine:
         plan = run.item.plan
         watch = Watch(self.model.device, lambda share: run.tell(share * len(wave.token_ids)))
         with self._lock, self.model.compute.current(), memory_errors(plan), torch.inference_mode():
-            if wave.index == 0:
+            if wave.index == 0 and not isinstance(store, Pages):  # whose waves are bounded, and small most often
                 needed = cost(plan, self.model.spec, self.model.dtype).wave_bytes
                 check_fits(plan, needed, free_bytes(self.model.device))
             rows = min(plan.batch_tokens, plan.max_wave_rows)

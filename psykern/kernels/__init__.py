@@ -71,7 +71,9 @@ def _module(backend: str) -> ModuleType | None:
 
 
 def _op(name: str, backend: Backend, device: torch.device) -> Callable[..., Any]:
-    return getattr(_module(resolve(backend, device)), name)
+    # A small wave on a CPU is a thousand operations that are shorter than to look around for their backend.
+    is_known = backend == "cpu" and device.type == "cpu"
+    return getattr((_module("cpu") if is_known else None) or _module(resolve(backend, device)), name)
 
 
 def option_logprobs(
@@ -84,8 +86,15 @@ def option_logprobs(
     Raises ``ValueError`` for shapes or dtypes that do not fit and for ids outside the vocabulary.
     """
     expect("hidden", hidden.dim() == 2, "[R, D]", hidden)
-    expect("weight", weight.dim() == 2 and weight.shape[1] == hidden.shape[1], f"[V, {hidden.shape[-1]}]", weight)
-    expect("token_offsets", token_offsets.shape == (hidden.shape[0] + 1,), f"[{hidden.shape[0] + 1}]", token_offsets)
+    expect(
+        "weight", weight.dim() == 2 and weight.shape[1] == hidden.shape[1], lambda: f"[V, {hidden.shape[-1]}]", weight
+    )
+    expect(
+        "token_offsets",
+        token_offsets.shape == (hidden.shape[0] + 1,),
+        lambda: f"[{hidden.shape[0] + 1}]",
+        token_offsets,
+    )
     expect("token_ids", token_ids.dim() == 1, "[nnz]", token_ids)
     for name, tensor, dtypes in (
         ("hidden", hidden, _FLOATS),
@@ -119,8 +128,8 @@ def prefix_attention(
     """
     expect("q", q.dim() == 3, "[N, Hq, Dh]", q)
     expect("k", k.dim() == 3 and k.shape[2] == q.shape[2] and q.shape[1] % k.shape[1] == 0, "[M, Hkv, Dh] to fit q", k)
-    expect("v", v.shape == k.shape, f"{list(k.shape)} like k", v)
-    expect("positions", segments.positions.shape == q.shape[:1], f"[{q.shape[0]}]", segments.positions)
+    expect("v", v.shape == k.shape, lambda: f"{list(k.shape)} like k", v)
+    expect("positions", segments.positions.shape == q.shape[:1], lambda: f"[{q.shape[0]}]", segments.positions)
     expect_span("key_ranges", segments.key_span, k.shape[0], "rows of k")
     if not softmax_scale > 0:
         raise ValueError(f"softmax_scale: expected a number above 0, got {softmax_scale}")
@@ -149,9 +158,9 @@ def add_rms_norm(
     ``normed`` and ``summed`` may each be an input. Source: Zhang and Sennrich 2019, arXiv 1910.07467.
     """
     expect("x", x.dim() == 2, "[N, D]", x)
-    expect("weight", weight.shape == x.shape[1:], f"[{x.shape[-1]}]", weight)
+    expect("weight", weight.shape == x.shape[1:], lambda: f"[{x.shape[-1]}]", weight)
     if residual is not None:
-        expect("residual", residual.shape == x.shape, f"{list(x.shape)} like x", residual)
+        expect("residual", residual.shape == x.shape, lambda: f"{list(x.shape)} like x", residual)
     op = _op("add_rms_norm", backend, x.device)
     normed = out_like("normed", normed, x)
     if residual is None:
@@ -182,10 +191,12 @@ def qk_norm_rope(
     expect("x", x.dim() == 3 and x.shape[2] % 2 == 0, "[N, H, Dh] with even Dh", x)
     if weight is not None:
         sizes = (x.shape[2], x.shape[1] * x.shape[2])
-        expect("weight", weight.dim() == 1 and weight.shape[0] in sizes, f"[{sizes[0]}] or [{sizes[1]}]", weight)
-    expect("cos", cos.dim() == 2 and cos.shape[1] * 2 == x.shape[2], f"[P, {x.shape[2] // 2}]", cos)
-    expect("sin", sin.shape == cos.shape, f"{list(cos.shape)} like cos", sin)
-    expect("positions", positions.shape == x.shape[:1], f"[{x.shape[0]}]", positions)
+        expect(
+            "weight", weight.dim() == 1 and weight.shape[0] in sizes, lambda: f"[{sizes[0]}] or [{sizes[1]}]", weight
+        )
+    expect("cos", cos.dim() == 2 and cos.shape[1] * 2 == x.shape[2], lambda: f"[P, {x.shape[2] // 2}]", cos)
+    expect("sin", sin.shape == cos.shape, lambda: f"{list(cos.shape)} like cos", sin)
+    expect("positions", positions.shape == x.shape[:1], lambda: f"[{x.shape[0]}]", positions)
     expect_dtype("positions", positions, (torch.int32,))
     expect_span("positions", span(positions), cos.shape[0] - 1, "rows of cos")
     op = _op("qk_norm_rope", backend, x.device)
@@ -198,7 +209,7 @@ def silu_mul(gate: Tensor, up: Tensor, *, out: Tensor | None = None, backend: Ba
     silu(z) = z / (1 + exp(-z)). Source: Shazeer 2020, arXiv 2002.05202.
     """
     expect("gate", gate.dim() == 2, "[N, F]", gate)
-    expect("up", up.shape == gate.shape, f"{list(gate.shape)} like gate", up)
+    expect("up", up.shape == gate.shape, lambda: f"{list(gate.shape)} like gate", up)
     return _op("silu_mul", backend, gate.device)(gate, up, out_like("out", out, gate))
 
 

@@ -114,7 +114,7 @@ def gather_rows(source: Tensor, rows: Tensor, out: Tensor) -> Tensor:
 
 
 def _activations(x: Tensor) -> np.ndarray:
-    return _dense_rows(x.float()).detach().numpy()
+    return _dense_rows(x if x.dtype == torch.float32 else x.float()).detach().numpy()
 
 
 def _target(out: Tensor) -> Tensor:
@@ -131,11 +131,11 @@ def _dense_rows(x: Tensor) -> Tensor:
 
 
 def _array(x: Tensor) -> np.ndarray:
-    return x.detach().contiguous().numpy()
+    return (x if x.is_contiguous() else x.contiguous()).detach().numpy()
 
 
 def _norm_weight(weight: Tensor) -> np.ndarray:
-    return _array(weight.float())  # [D], no copy where it is fp32
+    return _array(weight if weight.dtype == torch.float32 else weight.float())  # [D]
 
 
 def _head_weight(weight: Tensor) -> np.ndarray:

@@ -164,7 +164,7 @@ class Attention:
         """
         q = self._store(x, state, batch, scratch)
         if q is None:
-            q = self.q(asking, _room(scratch, len(asking), self.spec.q_size))
+            q = self.q(asking, _room(scratch, asking.shape[0], self.spec.q_size))
         q = q.unflatten(1, (-1, self.spec.head_dim))
         self._norm_and_rotate(self.q_norm, q, batch.query_positions, out=q)
         kernels.prefix_attention(
@@ -177,12 +177,12 @@ class Attention:
             out=q,
             backend=self.backend,
         )
-        return self.o(q.flatten(1), scratch.normed[: len(asking)])
+        return self.o(q.flatten(1), scratch.normed[: asking.shape[0]])
 
     def _store(self, x: Tensor, state: LayerState, batch: Batch, scratch: Scratch) -> Tensor | None:
         """Writes the keys and values of x [n, D] to the batch's rows of ``state``. Gives the queries [n, Hq * Dh], in
         ``scratch.mixer``, where they come of the same product."""
-        n, kv_size = len(x), self.spec.kv_size
+        n, kv_size = x.shape[0], self.spec.kv_size
         keys, values = (store[batch.store_row : batch.store_row + n] for store in state)
         q = None
         if self.fused is None:  # computed where they belong: nothing is copied

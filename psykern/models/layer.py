@@ -112,7 +112,7 @@ class Before(NamedTuple):
 
     def enter(self, hidden: Tensor, scratch: Scratch) -> Tensor:
         """What the mixer takes: the norm of ``hidden``, in ``scratch.normed``."""
-        normed = scratch.normed[: len(hidden)]
+        normed = scratch.normed[: hidden.shape[0]]
         return kernels.add_rms_norm(hidden, None, self.mixer, self.eps, normed=normed, backend=self.backend)[0]
 
     def between(self, mixed: Tensor, out: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ class Mlp:
 
     def __call__(self, x: Tensor, scratch: Scratch) -> Tensor:
         """Of x [m, D], which must not stand in ``scratch.normed``: there the result [m, D] is written."""
-        return self.down(self._inner(x, scratch), scratch.normed[: len(x)])
+        return self.down(self._inner(x, scratch), scratch.normed[: x.shape[0]])
 
     def add(self, x: Tensor, total: Tensor, scratch: Scratch) -> None:
         """Of x [m, D], added to ``total`` [m, D] by the last product itself."""
@@ -83,7 +83,7 @@ class Mlp:
 
     def _inner(self, x: Tensor, scratch: Scratch) -> Tensor:
         """[m, F] what the last product takes, in ``scratch.ffn``."""
-        m, columns = len(x), self.spec.intermediate_size
+        m, columns = x.shape[0], self.spec.intermediate_size
         room = scratch.ffn[: 2 * m * columns]
         if self.gate_up is not None:
             gate, up = self.gate_up(x, room.view(m, 2 * columns)).chunk(2, dim=1)

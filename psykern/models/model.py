@@ -51,6 +51,7 @@ class Model:
         self._tables = RotaryTables(compute.device, self.spec.max_positions)
         self._outside: dict[str, Tensor] = {}  # embedding, head and final norm on a device
         self._slots = self._make_slots(num_slots)
+        self._layers: dict[int, tuple[Layer, int]] = {}  # that stay, and for how many positions
         if compute.device.type != "cpu":  # now, so that what is free afterwards is free
             for name in self.spec.outside():
                 self._on_device(name)
@@ -87,6 +88,7 @@ class Model:
         needed = max(layout.size for layout in layouts) * self.dtype.itemsize * len(layouts)
         if needed <= _KEPT_SHARE * (free_bytes(self.device) or 0):
             self._slots = self._make_slots_of(layouts, len(layouts))
+            self._layers.clear()
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """[N] token ids on the model's device to [N, D] in the compute dtype."""
@@ -97,7 +99,14 @@ class Model:
 
         Its weights are valid until the next layer is asked for: that one may take their place.
         """
-        return self.spec.layers[index].layer(self.tensors(index), self._tables, num_positions, self.compute.backend)
+        known, covered = self._layers.get(index, (None, 0))
+        if known is not None and num_positions <= covered:
+            return known
+        covered = max(num_positions, min(self.spec.max_positions, 1 << (num_positions - 1).bit_length()))
+        layer = self.spec.layers[index].layer(self.tensors(index), self._tables, covered, self.compute.backend)
+        if self.is_resident:
+            self._layers[index] = layer, covered
+        return layer
 
     def tensors(self, index: int) -> Mapping[str, Tensor]:
         """The weights of layer ``index`` by their names within it, as :meth:`layer` has them."""
