@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from queue import Full, Queue
+from queue import Empty, Full, Queue
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -43,8 +43,11 @@ def ahead(items: Iterable[T], depth: int = 1) -> Iterator[Iterator[T]]:
         _put(queue, end, stop)
 
     def consume() -> Iterator[T]:
-        while True:
-            mark, value = queue.get()
+        while not stop.is_set():
+            try:
+                mark, value = queue.get(timeout=_POLL_SECONDS)
+            except Empty:
+                continue
             if mark is not _END:
                 yield value
             elif value is not None:
@@ -58,10 +61,7 @@ def ahead(items: Iterable[T], depth: int = 1) -> Iterator[Iterator[T]]:
         yield consume()
     finally:
         stop.set()
-        thread.join()
-        while not queue.empty():  # another thread may wait for what will not come
-            queue.get()
-        queue.put((_END, None))
+        thread.join()  # which Ctrl-C may cut short: a thread that waits for the next item sees that there is none
 
 
 def _put(queue: Queue[Any], item: object, stop: threading.Event) -> bool:

@@ -4,7 +4,8 @@
 
 The rule: first come, first served. A batch is the request that has waited longest and those behind it that can be
 computed with it, up to a limit of tokens. What arrives while a batch is computed is the next one. Before a batch is
-begun, requests of callers who are not alone wait a moment for each other; a caller that is alone does not.
+begun, requests of callers who are not alone wait a moment for each other; a caller that is alone does not. (A task of
+asyncio is never taken to be alone, as those beside it cannot ask before it waits.)
 
 Where a batch fails, each of its requests is computed alone, so that one caller's fault is not another's.
 """
@@ -12,6 +13,7 @@ Where a batch fails, each of its requests is computed alone, so that one caller'
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 from collections import deque
@@ -58,15 +60,19 @@ class Queue:
         self._thread: threading.Thread | None = None
         self._callers = 0  # that block in :meth:`result`
         self._closed = False
+        self._dropped = False
+        self._process = os.getpid()
 
     def submit(self, kind: Kind, item: Any, tokens: int, *, patient: bool = True) -> Request:
-        """Puts a request behind the others. Raises PsykernError where the queue is closed."""
+        """Puts a request behind the others. Raises PsykernError where the queue is closed, or another process's."""
+        self._check_process()
         request = Request(kind, item, tokens, patient)
         with self._changed:
-            if self._closed:
-                raise PsykernError("the scorer is closed; load the model again")
+            if self._dropped:
+                return request  # of a thread that the end of the process has overtaken
+            self.check()
             self._waiting.append(request)
-            if self._thread is None or not self._thread.is_alive():  # none yet, or left behind by a fork
+            if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="psykern", daemon=True)
                 self._thread.start()
             self._changed.notify_all()
@@ -74,6 +80,7 @@ class Queue:
 
     def result(self, kind: Kind, item: Any, tokens: int) -> Any:
         """Submits and waits. Ctrl-C, and any other exception in the waiting thread, gives the request up."""
+        self._check_process()
         with self._changed:
             self._callers += 1
             patient = self._callers > 1
@@ -94,12 +101,14 @@ class Queue:
         request = self.submit(kind, item, tokens)
         try:
             return await asyncio.wrap_future(request.future)
-        except asyncio.CancelledError:
+        except BaseException:  # cancelled, or left where it waits
             give_up(request)
             raise
 
     def close(self) -> None:
         """Lets the batch in hand end; what waits fails. May be called twice."""
+        if os.getpid() != self._process:  # of a fork, whose copy of the lock may be held for ever
+            return
         with self._changed:
             self._closed = True
             left, self._waiting = self._waiting, deque()
@@ -110,9 +119,52 @@ class Queue:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
 
+    def drop(self) -> None:
+        """Nobody can want a result any more, as the scorer is gone or the interpreter ends: the batch in hand stops
+        with its wave. A thread that still waits, or asks, is told nothing."""
+        if os.getpid() != self._process:
+            return
+        with self._changed:
+            self._dropped = True
+            self._waiting.clear()
+        self.close()
+
+    def check(self) -> None:
+        """Raises PsykernError where nothing can be computed any more: the queue is closed, or this is a fork."""
+        self._check_process()
+        if self._closed:
+            raise PsykernError("the scorer is closed; load the model again")
+
+    def _check_process(self) -> None:
+        """A fork has a copy of the locks and none of the threads that hold them."""
+        if os.getpid() != self._process:
+            raise PsykernError(
+                f"the scorer was loaded in process {self._process}, of which this is a fork; load the model in this "
+                "one, or use threads, which may share a scorer"
+            )
+
     def _work(self) -> None:
         while batch := self._take():
-            _compute(batch)
+            self._compute(batch)
+            del batch  # it holds the model, which others may want to be gone while this waits
+
+    def _compute(self, batch: Sequence[Request]) -> None:
+        def stop() -> bool:
+            return self._dropped or all(request.abandoned for request in batch)
+
+        try:
+            results = batch[0].kind.compute([request.item for request in batch], stop)
+        except BaseException as error:
+            if self._dropped:
+                return
+            if len(batch) == 1:
+                batch[0].future.set_exception(error)
+                return
+            for request in batch:
+                self._compute([request])
+            return
+        for request, result in zip(batch, results, strict=True):
+            request.future.set_result(result)
 
     def _take(self) -> list[Request]:
         """The next batch; none: the queue is closed."""
@@ -160,19 +212,3 @@ def give_up(request: Request) -> None:
     """Nobody waits for it any more: it is cancelled, or its batch stopped where all of that are given up."""
     request.abandoned = True
     request.future.cancel()
-
-
-def _compute(batch: Sequence[Request]) -> None:
-    try:
-        results = batch[0].kind.compute(
-            [request.item for request in batch], lambda: all(request.abandoned for request in batch)
-        )
-    except BaseException as error:
-        if len(batch) == 1:
-            batch[0].future.set_exception(error)
-            return
-        for request in batch:
-            _compute([request])
-        return
-    for request, result in zip(batch, results, strict=True):
-        request.future.set_result(result)

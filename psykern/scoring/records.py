@@ -95,12 +95,18 @@ class Records:
         """The rows refused in each unit, and its records."""
         scorer, settings = self.scorer, self.encoder.settings
         budgets, max_positions = scorer.budgets.under(settings), scorer.model.spec.max_positions
-        left = Event()
+        queue, left = scorer._queue, Event()
+        queue.check()
+
+        def closed() -> bool:
+            queue.check()
+            return False
+
         with (
             ahead(self._units(left)) as read,
             ahead(self._encoded(read)) as encoded,
             ahead(planned(encoded, settings, max_positions, budgets)) as ready,
-            closing(scorer.engine.pairs(ready)) as pairs,
+            closing(scorer.engine.pairs(ready, stop=closed)) as pairs,
         ):
             try:
                 for item, scores in pairs:

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+from weakref import finalize
 
 import pyarrow as pa
 import torch
@@ -36,12 +37,12 @@ from psykern.scoring.texts import Reader
 A = TypeVar("A")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Scorer:
     """A loaded model. Made by :func:`load`; ``engine`` is all that computes, so another one can stand in for it.
 
     Threads and asyncio tasks may share one: what they ask at the same time is computed together. Used as a context
-    manager it is closed at the end.
+    manager it is closed at the end. In a fork of its process it is refused: load the model there.
     """
 
     name: str  # as the user gave it, with the revision
@@ -50,10 +51,12 @@ class Scorer:
     language: Language
     engine: Engine
     budgets: Budgets  # that suit the device, as it was when the model had been loaded and nothing else
-    _queue: Queue = field(init=False, repr=False)
+    _queue: Queue = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_queue", Queue(self.budgets.wave_tokens))
+        queue = Queue(self.budgets.wave_tokens)
+        object.__setattr__(self, "_queue", queue)
+        finalize(self, queue.drop)  # also before the interpreter ends, which the thread must not outlive
 
     @cached_property
     def hash(self) -> str:
@@ -62,17 +65,22 @@ class Scorer:
 
     def close(self) -> None:
         """Gives the model's memory back. What is being computed ends first, what waits fails; every later use is
-        refused. May be called twice."""
-        if "_queue" not in self.__dict__:
+        refused. Records that somebody is reading end with the wave in hand and an error; a stream that is left open
+        holds the model until then. May be called twice, and by several threads."""
+        held = dict(self.__dict__)  # another thread may take it away
+        if "_queue" not in held:
             return
-        self._queue.close()
-        is_device = self.model.device.type == "cuda"
-        own = {"name": self.name}
-        self.__dict__.clear()  # a frozen object's fields cannot be set
-        self.__dict__.update(own)
+        held["_queue"].close()
+        is_device = held["model"].device.type == "cuda"
+        for own in held.keys() - {"name"}:  # a frozen object's fields cannot be set
+            self.__dict__.pop(own, None)
+        del held
         gc.collect()
         if is_device:
             torch.cuda.empty_cache()
+
+    def __repr__(self) -> str:
+        return f"<Scorer of {self.name}{'' if '_queue' in self.__dict__ else ', closed'}>"
 
     def __enter__(self) -> Scorer:
         return self

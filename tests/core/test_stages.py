@@ -92,6 +92,27 @@ def test_who_waits_for_an_item_of_what_was_left_is_told_that_there_is_none() -> 
     assert not waiter.is_alive()
 
 
+def test_ctrl_c_while_it_is_left_leaves_no_thread_that_waits() -> None:
+    before, go = set(threading.enumerate()), threading.Event()
+
+    def source() -> Iterator[int]:
+        yield 0
+        go.wait(30)
+
+    def join(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), ahead(source()) as items, ahead(items) as others:
+        next(others)
+        for thread in set(threading.enumerate()) - before:
+            thread.join = join  # type: ignore[method-assign]
+    go.set()
+    left = set(threading.enumerate()) - before
+    for thread in left:
+        threading.Thread.join(thread, 5)
+    assert not any(thread.is_alive() for thread in left)
+
+
 def test_behind_does_all_work_in_order_before_it_is_left() -> None:
     done: list[int] = []
 
