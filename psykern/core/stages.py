@@ -56,12 +56,13 @@ def ahead(items: Iterable[T], depth: int = 1) -> Iterator[Iterator[T]]:
                 return
 
     thread = threading.Thread(target=produce, name="ahead", daemon=True)
-    thread.start()
-    try:
+    try:  # Ctrl-C may cut start and join short, too: then the threads on both sides see that they are to stop
+        thread.start()
         yield consume()
     finally:
         stop.set()
-        thread.join()  # which Ctrl-C may cut short: a thread that waits for the next item sees that there is none
+        if thread.is_alive():
+            thread.join()
 
 
 def _put(queue: Queue[Any], item: object, stop: threading.Event) -> bool:

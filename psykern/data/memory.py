@@ -77,6 +77,10 @@ def _refuse(rows: object) -> None:
         raise TypeError("rows: expected a list, got one dict; for a single row give [row], of several data sets one")
     if isinstance(rows, (Path, io.IOBase)):
         raise TypeError(f"rows: expected {_TAKEN}, got {type(rows).__name__}; for files take psykern.score")
+    if hasattr(rows, "iloc") and not hasattr(rows, "columns") and "text" in getattr(rows, "index", ()):
+        raise TypeError("rows: expected a list, got one row of a frame; for that row alone give frame.iloc[[number]]")
+    if isinstance(rows, np.ndarray) and not rows.ndim:
+        raise TypeError(f"rows: expected {_TAKEN}, got an array without dimensions")
     if isinstance(rows, (bytes, bytearray, memoryview)):
         raise TypeError(f"rows: expected {_TAKEN}, got {type(rows).__name__}; decode it first")
 
@@ -151,7 +155,7 @@ def _item(item: object) -> Mapping[str, object]:
     if isinstance(item, str):
         return {"text": item}
     if not isinstance(item, Mapping):
-        raise ValueError(f"row: expected a dict or a text, got {kind(item)}")
+        raise ValueError(f"row: expected a dict or a text, got {'a tuple' if isinstance(item, tuple) else kind(item)}")
     return {name: _cell(name, item[name]) for name in COLUMNS if name in item}
 
 
@@ -159,6 +163,8 @@ def _cell(name: str, value: Any) -> object:
     """A value as Python has it."""
     if isinstance(value, np.floating) and value.itemsize < 8:
         return arrow.shortest(name, float(value), type(value))
+    if isinstance(value, np.ndarray) and not value.ndim:
+        return _cell(name, value[()])
     if isinstance(value, np.datetime64):
         return None if np.isnat(value) else value.astype("datetime64[us]").item()
     if isinstance(value, np.generic):

@@ -13,9 +13,7 @@ class TokenScores:
 
     ids: np.ndarray  # [T] int32
     text: tuple[str, ...]  # [T] the characters that each token stands for
-    # [T, 2] int64, first and one-past-last of them, counted in the text that was scored: a first token that begins in
-    # front of it (flag "straddles") begins below 0
-    offsets: np.ndarray
+    offsets: np.ndarray  # [T, 2] int64, first and one-past-last of them in the text that was scored; < 0: before it
     logprob: np.ndarray  # [T] float32, nats; NaN: no token before it, so no probability
     entropy: np.ndarray  # [T] float32, nats, of the distribution that the token was drawn from; NaN likewise
     rank: np.ndarray | None  # [T] int64, 1: no token is likelier, 0: no probability; None: not asked for
@@ -92,7 +90,7 @@ class Choice:
     def margin(self) -> float:
         """Nats by which it is likelier than the next; infinite where it is the only one, NaN without probability."""
         if len(self.options) == 1:
-            return float("inf")
+            return float("nan") if np.isnan(self.logprobs[0]) else float("inf")
         second, first = np.partition(self.logprobs, -2)[-2:]
         return float(first - second)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Iterator
@@ -111,6 +112,21 @@ def test_ctrl_c_while_it_is_left_leaves_no_thread_that_waits() -> None:
     for thread in left:
         threading.Thread.join(thread, 5)
     assert not any(thread.is_alive() for thread in left)
+
+
+def test_ctrl_c_while_it_is_entered_leaves_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, start = set(threading.enumerate()), threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt), ahead(itertools.count()):
+        pass
+    for thread in set(threading.enumerate()) - before:
+        thread.join(1)
+    assert set(threading.enumerate()) <= before
 
 
 def test_behind_does_all_work_in_order_before_it_is_left() -> None:

@@ -87,21 +87,13 @@ def test_a_fork_is_refused_whatever_was_under_way() -> None:
 
 PROGRAM = f"""
 import threading, time, psykern
-from psykern.engine import engine
 scorer = psykern.load({str(demo.MODEL)!r}, device="cpu")
-computes, run_wave = threading.Event(), engine.run_wave
-def slow(*arguments):
-    computes.set()
-    for _ in range(20):
-        time.sleep(0.02)
-        launched = run_wave(*arguments)
-    return launched
-engine.run_wave = slow
-contexts = [str(i) + {CONTEXT!r} * 40 for i in range(20)]
-ask = lambda: scorer.choose(contexts, ["A", "B"])
-for _ in range(3):
-    threading.Thread(target=ask, daemon=True).start()
-computes.wait()
+def ask(i):
+    while True:
+        scorer.choose(str(i) + {CONTEXT!r} * 30, ["A", "B"])
+for i in range(20):
+    threading.Thread(target=ask, args=(i,), daemon=True).start()
+time.sleep(0.3)
 """
 
 

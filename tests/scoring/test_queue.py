@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -188,3 +190,19 @@ def test_closing_ends_what_is_in_hand_and_fails_the_rest(queue: Queue, doubling:
     with pytest.raises(PsykernError, match="closed"):
         queue.result(doubling, 1, 1)
     queue.close()
+
+
+def test_python_may_end_while_something_is_computed() -> None:
+    """As after Ctrl-C: a thread that is ended in C++ would end the process by SIGABRT."""
+    script = (
+        "import threading, psykern\n"
+        "from psykern import demo\n"
+        "scorer = psykern.load(demo.MODEL, device='cpu', wave_tokens=2000)\n"
+        "texts = [f'{i} ' + 'You press J. You win. ' * 100 for i in range(300)]\n"
+        "begun, compute = threading.Event(), scorer.engine._launch\n"
+        "scorer.engine._launch = lambda *of: begun.set() or compute(*of)\n"
+        "threading.Thread(target=scorer.surprisal, args=[texts], daemon=True).start()\n"
+        "assert begun.wait(60)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, "terminate" in ended.stderr) == (0, False), ended.stderr

@@ -329,3 +329,32 @@ def test_any_rows_are_scored_or_refused_as_in_a_file(
         lines = (folder / "run" / "rejects.jsonl").read_text().splitlines() if rejects else []
         there = sorted((reject["line"] - 1, reject["reason"]) for reject in map(json.loads, lines))
     assert there == [(reject.index, reject.reason) for reject in rejects]
+
+
+def test_one_row_of_a_frame_and_arrays_without_dimensions(scorer: Scorer) -> None:
+    """Such a row's values would be taken for texts; a cell that cannot be used is its row's fault alone."""
+
+    class OneRow(list[str]):
+        iloc, index = None, ["text", "study"]
+
+    with pytest.raises(TypeError, match=r"rows: expected a list, got one row of a frame; .* frame\.iloc\[\[number\]\]"):
+        scorer.score(OneRow(["I say <<yes>>.", "sayings"]))
+    with pytest.raises(TypeError, match=r"rows: expected dicts .* got an array without dimensions"):
+        scorer.score(np.array("I say <<yes>>."))
+    rejects: list[Reject] = []
+    rows = [{"text": np.array("a <<b>>"), "options": np.array(5)}, {"text": np.array("a <<b>>")}, ("a <<b>>",)]
+    assert scorer.score(rows, rejects=rejects)["participant"].to_pylist() == ["row:1"]
+    assert [(reject.index, reject.reason) for reject in rejects] == [
+        (0, "options: expected a list, got a number"),
+        (2, "row: expected a dict or a text, got a tuple"),
+    ]
+
+
+def test_a_stream_ends_where_its_scorer_is_closed(toy: Toy) -> None:
+    own = load(toy.model, device="cpu")
+    batches = own.score((f"{i} says <<yes>>." for i in itertools.count()), Settings(unit_tokens=30), stream=True)
+    next(batches)
+    own.close()
+    with pytest.raises(PsykernError, match="is closed; load the model again"):
+        for _ in range(3):
+            next(batches)

@@ -19,7 +19,9 @@ from typing import Any, Literal, get_args, get_origin
 import psykern
 from psykern import kernels
 from psykern.core import settings
+from psykern.scoring import surprisal
 
+_ALIASES = (settings, surprisal)  # that name literal words
 PAGE = Path(__file__).resolve().parents[2] / "API.md"
 
 _HEAD = """# The public API
@@ -124,7 +126,7 @@ def methods_of(cls: type) -> Iterator[tuple[str, str]]:
 
 
 def signature(function: Any, *, method: bool = False) -> str:
-    """As the source has it, defaults and all, with the words that an alias of the settings stands for."""
+    """As the source has it, defaults and all, with the words that an alias of psykern's stands for."""
     (node,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
     assert isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     if method:
@@ -135,8 +137,8 @@ def signature(function: Any, *, method: bool = False) -> str:
 
 
 def words_of(alias: str) -> str:
-    """``Literal['joint', 'split']`` for Boundary; empty for what is no such alias of the settings."""
-    literal = getattr(settings, alias, None)
+    """``Literal['joint', 'split']`` for Boundary; empty for what is no such alias."""
+    literal = next((getattr(module, alias) for module in _ALIASES if hasattr(module, alias)), None)
     return f"Literal{list(get_args(literal))}" if get_origin(literal) is Literal else ""
 
 
