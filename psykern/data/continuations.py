@@ -70,8 +70,9 @@ def _continued(tokenizer: Tokenizer, context: Context, text: str, begin: int) ->
         return None
     first = int(np.searchsorted(old.word, old.word[:1], side="right")[0]) if len(old.ids) else 0  # tokens of a word
     same_first = all(np.array_equal(getattr(old, name)[:first], getattr(new, name)[:first]) for name in _FIELDS)
-    ends = first > 0 and (len(new.ids) == first or new.word[first] != new.word[0])
-    if not (same_first and ends and _is_same(known, old, begin, left)):
+    if not (first and same_first and _is_same(known, old, begin, left)):
+        return None
+    if len(new.ids) > first and new.word[first] == new.word[0]:
         return None
     moved = {"ids": 0, "start_char": left, "end_char": left, "word": known.word[begin] - old.word[0]}
     return Tokens(

@@ -110,6 +110,20 @@ def test_an_added_token_of_many_words_is_seen_whole(tmp_path: Path) -> None:
     check(tokenizer, "u v w x y a b c d e f", (" g", " h"), "")
 
 
+@pytest.mark.parametrize("name", ["byte level", "byte level, words of Llama 3", "Metaspace always", "WordLevel"])
+def test_a_context_grows_by_a_character_at_a_time(kind: Callable[[str], Tokenizer], name: str) -> None:
+    """An added token takes the place of more tokens than it has behind it."""
+    text = f" >11x {END}{END}, now <|end of all. Caf\u0065\u0301 {END}"
+    for front in ((), kind(name).front):
+        grown(replace(kind(name), front=front), "", text)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_real_context_grows_by_a_character_at_a_time(real: RealTokenizers, name: str) -> None:
+    added = [of.content for of in real(name).backend.get_added_tokens_decoder().values()][-3:]
+    grown(real(name), "", "".join(f"You win 100 points{token}\n >11x {token}1" for token in added))
+
+
 def test_what_is_put_behind_a_text_is_not_behind_a_context(tmp_path: Path) -> None:
     tokenizer = replace(load(build_tiny(bos=True), tmp_path), back=(7,))
     assert contexts(tokenizer, ["a"])[0].tokens.ids.tolist() == [
