@@ -12,8 +12,9 @@ B(c) = P(the next token begins with white space, or is a special token such as t
 
     s'(w) = s(w) + log B(text before w) - log B(text up to the end of w)
 
-where the first correction is made of words whose first token begins with white space, the second of words with which
-their last token ends. The probabilities of all words that may follow a context then sum to 1 at most.
+where the first correction is made of words whose first token is one that B counts, also where its white space stands in
+``start`` or is the tokenizer's own, in front of a text; the second of words with which their last token ends. The
+probabilities of all words that may follow a context then sum to 1 at most.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def surprisal_question(
         own.check(name, tree)
 
     def answer(scores: Sequence[TargetScores]) -> Any:
-        answers = [_surprisal(of, of_tree) for of, of_tree in zip(read, scores, strict=True)]
+        answers = [_surprisal(of, of_tree, starts) for of, of_tree in zip(read, scores, strict=True)]
         return answers[0] if isinstance(texts, str) else answers
 
     return Question(trees, answer, Wanted(rank=ranks, mass=starts))
@@ -108,7 +109,8 @@ class _Read:
         )
 
 
-def _surprisal(read: _Read, scores: TargetScores) -> Surprisal:
+def _surprisal(read: _Read, scores: TargetScores, starts: Sequence[int]) -> Surprisal:
+    """``starts``: the tokens of which ``scores`` have the mass."""
     tokens = _tokens(read, scores)
     text = read.context.text[read.start :]
     spans = np.array([found.span() for found in re.finditer(r"\S+", text)], np.int64).reshape(-1, 2)
@@ -118,7 +120,7 @@ def _surprisal(read: _Read, scores: TargetScores) -> Surprisal:
     num_tokens = np.bincount(word[counted], minlength=len(spans))
     surprisal = np.where(num_tokens > 0, np.bincount(word[counted], own, minlength=len(spans)), np.nan)
     if scores.mass is not None:
-        surprisal += _correction(text, spans, word, tokens, _mass(read, scores))
+        surprisal += _correction(spans, word, tokens, np.isin(tokens.ids, starts), _mass(read, scores))
     return Surprisal(
         text=text,
         tokens=tokens,
@@ -164,15 +166,16 @@ def _mass(read: _Read, scores: TargetScores) -> np.ndarray:
     return np.concatenate([np.full(missing, np.nan), scores.mass])
 
 
-def _correction(text: str, spans: np.ndarray, word: np.ndarray, tokens: TokenScores, mass: np.ndarray) -> np.ndarray:
-    """[W] float64, nats that the correction for trailing white space adds to each word."""
+def _correction(
+    spans: np.ndarray, word: np.ndarray, tokens: TokenScores, is_start: np.ndarray, mass: np.ndarray
+) -> np.ndarray:
+    """[W] float64, nats that the correction for trailing white space adds to each word; ``is_start``: [T] bool."""
     numbers = np.arange(len(spans))
     first, stop = np.searchsorted(word, numbers, side="left"), np.searchsorted(word, numbers, side="right")
     correction = np.zeros(len(spans))
     for w in np.flatnonzero(stop > first).tolist():
-        begin, end = int(tokens.offsets[first[w], 0]), int(tokens.offsets[stop[w] - 1, 1])
-        if text[max(0, begin) : begin + 1].isspace():
+        if is_start[first[w]]:
             correction[w] += mass[first[w]]
-        if end == spans[w, 1]:
+        if tokens.offsets[stop[w] - 1, 1] == spans[w, 1]:
             correction[w] -= mass[stop[w]]
     return correction

@@ -149,6 +149,23 @@ def test_the_correction_equals_its_formula(toy: Reference, real: Reference, text
     assert (got.word_surprisal != plain.word_surprisal).all()
 
 
+def test_white_space_in_front_of_a_text_is_corrected_for(toy: Reference, tmp_path: Path) -> None:
+    """That of ``start``, and that which a tokenizer puts there itself; not a part of a character."""
+    ask = toy.scorer.surprisal
+    expected = ask(" press J", start="You", trailing_space=True)
+    got = ask("press J", start="You ", trailing_space=True)
+    assert got.tokens.offsets[0, 0] == -1
+    np.testing.assert_allclose(got.word_surprisal, expected.word_surprisal, rtol=0, atol=INVARIANCE)
+    (plain,), (got,) = (ask(["x\u3000y"], trailing_space=on) for on in (False, True))
+    mass = np.log(toy.table(toy.encode("x\u3000y")[0]).exp().numpy()[:, begins_word(toy)].sum(axis=1))
+    assert got.word_surprisal[1] == pytest.approx(plain.word_surprisal[1] - mass[-1], abs=2 * TOLERANCE)
+    folder = save(KINDS["Metaspace always"].build()[0], tmp_path)
+    of = Reference(folder, make_model(folder, vocab_size=600, **CONFIGS["llama"]), ["<bos>"])
+    one, two = (of.scorer.surprisal(text, trailing_space=True) for text in ("You see", " You see"))
+    assert one.tokens.ids.tolist() == two.tokens.ids.tolist()
+    np.testing.assert_allclose(one.word_surprisal, two.word_surprisal, rtol=0, atol=INVARIANCE)
+
+
 def test_corrected_probabilities_of_words_sum_to_one_at_most(toy: Reference) -> None:
     """All words of one token, and those of two of a random first one: as a word of the corrected sums is whole, none
     holds another. Uncorrected, each of the first holds all that begin with it."""
