@@ -66,7 +66,7 @@ def options_of(name: str, options: Any) -> tuple[str, ...]:
 def _options_of_each(options: Any, num_contexts: int) -> tuple[list[tuple[str, ...]], list[tuple[str, str]]]:
     """The options of each context, and how messages name both."""
     given = many("options", options, "a list of str, or such a list for each context")
-    if not given or any(isinstance(of, str) for of in given):  # one list for all
+    if (not given and num_contexts) or any(isinstance(of, str) for of in given):  # one list for all
         own, names = [options_of("options", given)] * num_contexts, ["options"] * num_contexts
     else:
         same_length("options", given, num_contexts)

@@ -33,6 +33,8 @@ def distributions_question(
     ids = _token_ids(reader, token_ids) if token_ids is not None else [0]  # any one: the place is what matters
     if top_k is not None and not (_is_whole(top_k) and 1 <= top_k <= reader.vocab_size):
         raise ValueError(f"top_k: expected 1 to {reader.vocab_size:,}, the model's vocabulary, got {top_k!r}")
+    if not isinstance(at, str):
+        at = many("at", at, "'end', 'all' or a list of numbers of tokens")
     texts = [contexts] if isinstance(contexts, str) else many("contexts", contexts, "a str or a list of them")
     if not texts:
         raise ValueError("contexts: expected at least one text, got none")
@@ -73,7 +75,7 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def _places(name: str, at: Any, num_tokens: int) -> list[int]:
+def _places(name: str, at: At, num_tokens: int) -> list[int]:
     """Numbers of tokens behind which the distributions are wanted."""
     if num_tokens == 0:
         raise ValueError(
@@ -83,13 +85,12 @@ def _places(name: str, at: Any, num_tokens: int) -> list[int]:
         if at not in ("end", "all"):
             raise ValueError(f"at: expected 'end', 'all' or a list of numbers of tokens, got {at!r}")
         return [num_tokens] if at == "end" else list(range(1, num_tokens + 1))
-    places = many("at", at, "'end', 'all' or a list of numbers of tokens")
-    for i, place in enumerate(places):
+    for i, place in enumerate(at):
         if not (_is_whole(place) and 1 <= place <= num_tokens):
             raise ValueError(f"at[{i}]: expected 1 to {num_tokens:,}, the tokens of {name}, got {place!r}")
-    if not places:
+    if not at:
         raise ValueError("at: expected at least one number of tokens, got none")
-    return list(map(int, places))
+    return list(map(int, at))
 
 
 def _tree(token_ids: np.ndarray, places: Sequence[int], ids: Sequence[int]) -> TokenTree:

@@ -38,12 +38,15 @@ def logprobs_question(
 ) -> Question[Any]:
     """See :meth:`.Scorer.logprobs`, whose answer this asks for."""
     one_of("boundary", boundary, ("joint", "split"))
+    if not isinstance(continuations, str):
+        continuations = many("continuations", continuations, "a str or a list of them")
     if ranks and not tokens:
         raise ValueError("ranks: a rank is a token's, so this needs tokens=True")
     asked = _asked(contexts, continuations)
     known = [(of.context, of.texts) for of in asked]
-    if pmi_context is not None:
-        known.append((_pmi_context(reader, pmi_context), tuple(dict.fromkeys(t for of in asked for t in of.texts))))
+    behind = None if pmi_context is None else _pmi_context(reader, pmi_context)
+    if behind is not None and asked:
+        known.append((behind, tuple(dict.fromkeys(text for of in asked for text in of.texts))))
     read = following(
         reader.tokenizer,
         reader.contexts([context for context, _ in known]),
@@ -53,7 +56,7 @@ def logprobs_question(
     )
     for of, found in zip(asked, read, strict=False):
         _check(reader, of, found)
-    own, pmi = read[: len(asked)], read[-1] if pmi_context is not None else None
+    own, pmi = read[: len(asked)], read[-1] if len(read) > len(asked) else None
     if pmi is not None:
         reader.check("pmi_context", pmi.tree)
 

@@ -92,7 +92,7 @@ class Choice:
     def margin(self) -> float:
         """Nats by which it is likelier than the next; infinite where it is the only one, NaN without probability."""
         if len(self.options) == 1:
-            return float("inf")
+            return float("nan") if np.isnan(self.logprobs[0]) else float("inf")
         second, first = np.partition(self.logprobs, -2)[-2:]
         return float(first - second)
 

@@ -34,7 +34,7 @@ def many(name: str, value: Any, of: str) -> list[Any]:
 
 def one_of(name: str, value: Any, known: Sequence[str]) -> None:
     """Raises ValueError where ``value`` is none of ``known``."""
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {value!r}")
 
 

@@ -123,6 +123,7 @@ def test_log_softmax_index_and_margin(toy: Reference) -> None:
 def test_every_interface_says_the_same(toy: Reference, real: Reference) -> None:
     for of, context in ((toy, "You press <<"), (real, "You press ")):
         options = ["J", "F"]
+        assert of.scorer.choose([], []) == of.scorer.choose([], options) == []
         choice, many = of.scorer.choose(context, options), of.scorer.choose([context, "x <<"], options)
         np.testing.assert_allclose(many[0].logprobs, choice.logprobs, rtol=0, atol=SAME)
         logprobs = [one.logprob for one in of.scorer.logprobs(context, options, boundary="split")]
@@ -135,6 +136,7 @@ def test_every_interface_says_the_same(toy: Reference, real: Reference) -> None:
 
 
 def test_options_at_the_begin_of_all_have_no_probability(real: Reference) -> None:
+    assert math.isnan(real.scorer.choose("", ["J"]).margin)
     choice = real.scorer.choose("", ["J", "F"])
     assert choice.flag == "no_context" and np.isnan(choice.logprobs).all() and np.isnan(choice.log_softmax).all()
     assert math.isnan(choice.margin)

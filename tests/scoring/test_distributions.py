@@ -71,6 +71,12 @@ def test_likeliest_tokens(toy: Reference, tables: list[np.ndarray]) -> None:
     assert toy.scorer.distributions(CONTEXTS[:3], top_k=2, at=[1, 2]).ids.shape == (3, 2, 2)
 
 
+@pytest.mark.parametrize("at", [np.array([2, 1]), range(2, 0, -1), iter([2, 1])], ids=["array", "range", "iterator"])
+def test_places_are_any_list_of_numbers(toy: Reference, tables: list[np.ndarray], at: Any) -> None:
+    for got, table in zip(toy.scorer.distributions(CONTEXTS[:2], at=at), tables, strict=False):
+        close(got, table[[1, 0]])
+
+
 @pytest.mark.parametrize(
     ("contexts", "arguments", "error", "message"),
     [

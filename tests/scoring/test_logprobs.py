@@ -103,7 +103,8 @@ def test_answers_have_the_shape_of_what_is_asked(toy: Reference) -> None:
     )
     lists = ask(["a b", "x"], [[" c"], (" d", " e")])
     assert [len(of) for of in lists] == [1, 2] and lists[0][0].logprob == pytest.approx(one, abs=1e-5)
-    assert ask([], []) == []
+    assert ask([], []) == ask([], [], pmi_context="x") == []
+    assert [of.logprob for of in ask(iter(["a b"]), iter([" c"]))] == pytest.approx([one], abs=1e-5)
     assert ask(np.array(["a b"]), np.array([" c"]))[0].logprob == pytest.approx(one, abs=1e-5)
 
 
@@ -166,6 +167,7 @@ def test_a_call_is_one_plan_whatever_the_company(toy: Reference) -> None:
         ("a", ["b", ""], {}, ValueError, r"continuations\[1\]: expected a text, got '', so it has no probability"),
         (["a"], [""], {}, ValueError, r"continuations\[0\]: expected a text, got ''"),
         ("a", "b", {"boundary": "both"}, ValueError, "boundary: expected one of 'joint', 'split', got 'both'"),
+        ("a", "b", {"boundary": np.array(["joint", "split"])}, ValueError, "boundary: expected one of 'joint'"),
         ("a", "b", {"ranks": True}, ValueError, "ranks: a rank is a token's, so this needs tokens=True"),
         ("a", "b", {"pmi_context": 3}, TypeError, r"pmi_context: expected a str, got 3 \(int\)"),
         ("a", "b " * 5000, {}, ValueError, r"contexts: needs 10,00\d tokens of context, the model has 4,096"),
