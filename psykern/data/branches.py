@@ -124,10 +124,9 @@ def joint_branches(tokenizer: Tokenizer, joints: Sequence[JointText]) -> Iterato
         known |= {site: _site_branches(site, snippets) for site in own}
     for joint, of in zip(joints, sites, strict=True):
         placed: list[Placed | None] = [None] * len(joint.inserts)
-        ids = joint.tokens.ids.tolist() if of else []
         for r, (site, begin, end) in of.items():
             branches = known.get(site)
-            if branches is not None and branches.original == ids[begin:end]:
+            if branches is not None and branches.original == joint.tokens.ids[begin:end].tolist():
                 placed[r] = begin, branches
             else:
                 placed[r] = len(tokenizer.front), _whole_branches(tokenizer, joint, r, site)
