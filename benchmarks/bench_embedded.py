@@ -34,6 +34,8 @@ from psykern.data.tokenizer import Tokenizer
 
 OPTIONS = ("A", "B")
 INSTRUCTIONS = "There are two machines, A and B. On each trial you choose one of them.\n"
+# What is told behind a choice: in words, as transcripts do, and as a table. How much is new decides what a step costs.
+TOLD, TERSE = ">>. You get {won} points.\nYou press <<", ">> {won}\n<<"
 TOLERANCE = 1e-4  # nats
 
 
@@ -42,19 +44,20 @@ class Participant:
     """A two-armed bandit's player, whose choices are drawn from what it is told of the options."""
 
     rng: np.random.Generator
+    trial: str = TOLD  # what stands behind a choice, up to the next one
     text: str = INSTRUCTIONS + "You press <<"  # that the model has not been given yet
     given: list[list[float]] = field(default_factory=list)  # log-softmax over OPTIONS, of each trial
 
     @classmethod
-    def number(cls, seed: int) -> Participant:
-        return cls(np.random.default_rng(seed))
+    def number(cls, seed: int, trial: str = TOLD) -> Participant:
+        return cls(np.random.default_rng(seed), trial)
 
     def press(self, log_softmax: Sequence[float]) -> None:
         self.given.append([float(value) for value in log_softmax])
         # Rounded, so that two providers that differ in the last bits play the same game.
         pressed = int(self.rng.random() > round(float(np.exp(log_softmax[0])), 2))
         won = int(self.rng.random() < (0.7, 0.3)[pressed])
-        self.text = f"{OPTIONS[pressed]}>>. You get {won} points.\nYou press <<"
+        self.text = OPTIONS[pressed] + self.trial.format(won=won)
 
 
 class CachedLoop:
@@ -229,14 +232,16 @@ def bench_together(sides: Sides, options: argparse.Namespace) -> None:
     """All participants advance together; transformers plays some of them, one after the other."""
     people, trials = (6, 4) if options.quick else (50, 100)
     few = 2 if options.quick else 3
-    one = [Participant.number(i) for i in range(few)]
-    every = [Participant.number(i) for i in range(people)]
-    ours = timed(lambda: sessions_together(sides.scorer, every, trials))
-    own = timed(lambda: loop_of_transformers(sides, one, trials))
-    check_equal(one, every[:few])
-    case = f"together: {people} participants, {trials} trials; per trial of a participant"
-    baseline = sides.add(case, "transformers", [own], few * trials)
-    sides.add(case, "psykern", [ours], people * trials, baseline)
+    for trial in (TOLD, TERSE):
+        one = [Participant.number(i, trial) for i in range(few)]
+        every = [Participant.number(i, trial) for i in range(people)]
+        ours = timed(lambda: sessions_together(sides.scorer, every, trials))  # noqa: B023
+        own = timed(lambda: loop_of_transformers(sides, one, trials))  # noqa: B023
+        check_equal(one, every[:few])
+        new = len(sides.tokenizer.backend.encode(OPTIONS[0] + trial.format(won=1)).ids)
+        case = f"together: {people} participants, {trials} trials of {new} tokens; per trial of a participant"
+        baseline = sides.add(case, "transformers", [own], few * trials)
+        sides.add(case, "psykern", [ours], people * trials, baseline)
 
 
 def bench_pairs(sides: Sides, options: argparse.Namespace) -> None:

@@ -31,7 +31,7 @@ from tokenizers import Tokenizer
 
 import psykern
 from psykern import Settings
-from psykern.scoring import scorer
+from psykern.scoring import loading
 
 
 def chat_text(row: Row) -> tuple[str, list[tuple[int, int]]]:
@@ -145,13 +145,13 @@ def test_conditions_share_one_load_and_score_as_alone(
     talking: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loads: list[object] = []
-    model = scorer.Model
+    model = loading.Model
 
     def load(*arguments: Any, **more: Any) -> Any:
         loads.append(arguments)
         return model(*arguments, **more)
 
-    monkeypatch.setattr(scorer, "Model", load)
+    monkeypatch.setattr(loading, "Model", load)
     names = ("persona", "plain", "chat")
     runs = psykern.score_conditions(talking.model, talking.data, tmp_path / "all", names, Settings(device="cpu"))
     assert len(loads) == 1
