@@ -25,9 +25,17 @@ extern const Kernels kPortableKernels;
 extern const Kernels kAvx2Kernels;    // AVX2 and FMA
 extern const Kernels kAvx512Kernels;  // AVX-512 F, BW, DQ, VL
 #endif
+#ifdef PSYKERN_AVX512_BF16_KERNELS
+extern const Kernels kAvx512Bf16Kernels;  // and BF16: products of pairs of bf16, summed in fp32
+#endif
+#ifdef PSYKERN_AMX_KERNELS
+extern const Kernels kAmxKernels;  // and AMX: products of tiles of bf16, summed in fp32
+#endif
 
-// The fastest set that this machine has, or the one that `name` ("portable", "avx2", "avx512") asks for. Throws
-// std::invalid_argument where the machine or the build does not have it.
+inline constexpr const char* kKernelNames[] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};  // slowest first
+
+// The fastest set that this machine has, or the one of kKernelNames that `name` asks for. Throws std::invalid_argument
+// where the machine or the build does not have it.
 const Kernels& kernels(const char* name = nullptr);
 
 }  // namespace psykern

@@ -10,16 +10,16 @@
 
 #include <cstdint>
 
-namespace psykern {
+#include "float_type.h"
 
-enum class WeightType { kFloat32, kBfloat16 };
+namespace psykern {
 
 struct OptionLogprobs {
   const float* hidden;    // [num_rows, hidden_size]
   int64_t hidden_stride;  // floats from row to row
   const void* weight;     // [vocab_size, hidden_size] of weight_type
   int64_t weight_stride;  // elements from row to row
-  WeightType weight_type;
+  FloatType weight_type;
   int64_t num_rows, vocab_size, hidden_size;
   const int64_t* token_offsets;  // [num_rows + 1]
   const int32_t* token_ids;      // [token_offsets[num_rows]], each in [0, vocab_size)

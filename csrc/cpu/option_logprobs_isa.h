@@ -19,8 +19,8 @@
 
 namespace {
 
+using psykern::FloatType;
 using psykern::OptionLogprobs;
-using psykern::WeightType;
 
 constexpr int64_t kBlockBytes = 256 * 1024;            // packed tokens of a block: half an L2 cache
 constexpr int64_t kPackedRowBytes = 16 * 1024 * 1024;  // packed rows
@@ -192,7 +192,7 @@ void option_logprobs_isa(const OptionLogprobs& p, int num_threads) {
     const Buffer packed_rows = pack_rows(p, first, panels, num_threads);
     std::vector<Partial> partials(static_cast<size_t>(chunks * panels.num_rows));
     psykern::parallel_for(chunks, num_threads, [&](int64_t c) {
-      const auto score = p.weight_type == WeightType::kFloat32 ? &score_chunk<float> : &score_chunk<uint16_t>;
+      const auto score = p.weight_type == FloatType::kFloat32 ? &score_chunk<float> : &score_chunk<uint16_t>;
       score(p, first, panels, packed_rows.get(), order, c * kChunkColumns,
             std::min((c + 1) * kChunkColumns, p.vocab_size), partials.data() + c * panels.num_rows);
     });

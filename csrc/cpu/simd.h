@@ -76,6 +76,29 @@ inline Vec load_pairs(const uint16_t* p) {
 inline Vec widen_first(Vec pairs) { return reinterpret_cast<Vec>(reinterpret_cast<Bits>(pairs) << 16); }
 inline Vec widen_second(Vec pairs) { return reinterpret_cast<Vec>(reinterpret_cast<Bits>(pairs) & 0xffff0000u); }
 
+// kLanes numbers that are stored as bf16, and a vector rounded to nearest even and stored so. A NaN stays one.
+typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
+inline Vec load(const uint16_t* p) {
+  Halves halves;
+  std::memcpy(&halves, p, sizeof halves);
+  return reinterpret_cast<Vec>(__builtin_convertvector(halves, Bits) << 16);
+}
+inline void store(uint16_t* p, Vec x) {
+#if defined(__AVX512BF16__)
+  const __m256bh halves = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(x));
+#else
+  const Bits bits = reinterpret_cast<Bits>(x);
+  const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Halves halves = __builtin_convertvector(x == x ? rounded : (bits >> 16) | 0x40u, Halves);
+#endif
+  std::memcpy(p, &halves, sizeof halves);
+}
+inline uint16_t narrow(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return static_cast<uint16_t>(x == x ? (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16 : (bits >> 16) | 0x40u);
+}
+
 // rows[i][j] becomes rows[j][i]: log2(kLanes) rounds of interleaving the first half of the rows with the second.
 template <int... kLane>
 inline Vec interleave_low(Vec a, Vec b, std::integer_sequence<int, kLane...>) {
