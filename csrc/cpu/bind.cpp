@@ -143,4 +143,5 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
           py::arg("window"))
       .def("wave", &BoundTrie::wave, py::arg("index"), py::arg("batch_tokens"));
   bind_kernels(m);
+  bind_linear(m);
 }

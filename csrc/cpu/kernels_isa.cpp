@@ -2,13 +2,15 @@
 // PSYKERN_NAME the set's. See isa.h.
 #include "elementwise_isa.h"
 #include "isa.h"
+#include "linear_isa.h"
 #include "option_logprobs_isa.h"
 #include "prefix_attention_isa.h"
 
 namespace psykern {
 
 extern const Kernels PSYKERN_TABLE = {
-    PSYKERN_NAME, &option_logprobs_isa, &prefix_attention_isa, &add_rms_norm_isa, &qk_norm_rope_isa, &silu_mul_isa,
+    PSYKERN_NAME,  &option_logprobs_isa, &prefix_attention_isa, &add_rms_norm_isa,        &qk_norm_rope_isa,
+    &silu_mul_isa, &linear_isa,          &pack_linear_isa,      &packed_linear_bytes_isa,
 };
 
 }  // namespace psykern

@@ -1,0 +1,289 @@
+// linear for one instruction set; included once per set by kernels_isa.cpp.
+//
+// A task is a block of rows times a run of panels of columns. Its rows are copied once, in blocks of depth. Then chunks
+// of the columns, one after the other: for each block of depth, panels of rows pass over the chunk's packed columns,
+// which stay in the L2 cache, while a panel of rows stays in the L1 cache; sums stay in the L2 cache until they are
+// complete and go where they belong, through the epilogue, once. Weights that are not packed yet are packed chunk by
+// chunk.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "elementwise_isa.h"
+#include "linear.h"
+#include "parallel.h"
+#include "product_isa.h"
+
+namespace {
+
+using psykern::Epilogue;
+using psykern::Linear;
+using psykern::LinearPart;
+using psykern::PackLinear;
+using psykern::WeightRows;
+
+constexpr int64_t kChunkPanels = 8;   // of columns
+constexpr int64_t kBlockPanels = 16;  // of rows, at most
+constexpr int64_t kTasksPerThread = 4;
+
+// Panels that a weight of `columns` takes. Gate and up share panels: a vector of one, then the same columns of the
+// other.
+inline int64_t column_panels(int64_t columns, bool is_gated) {
+  const int64_t width = is_gated ? kLanes : kColumns;
+  return (columns + width - 1) / width;
+}
+
+// f(row_of) for the rows of `weight` as they are stored.
+template <typename F>
+void with_rows(const WeightRows& weight, int64_t first, const F& f) {
+  if (weight.type == FloatType::kFloat32) {
+    const auto* data = static_cast<const float*>(weight.data);
+    f([=](int64_t i) { return data + (first + i) * weight.stride; });
+  } else {
+    const auto* data = static_cast<const uint16_t*>(weight.data);
+    f([=](int64_t i) { return data + (first + i) * weight.stride; });
+  }
+}
+
+// Panel `panel` at depths [first, first + depth) to packed[padded depth][kColumns].
+template <typename Product>
+void pack_panel(const WeightRows& weight, const WeightRows& up, int64_t columns, int64_t panel, int64_t first,
+                int64_t depth, typename Product::Number* packed) {
+  constexpr int64_t kPair = Product::kDepthUnit > 1 ? 2 : 1;  // numbers of a column that stand side by side
+  const int64_t padded = padded_depth<Product>(depth);
+  if (padded > depth) {
+    const int64_t from = depth / kPair * kPair;
+    std::fill(packed + from * kColumns, packed + padded * kColumns, typename Product::Number{0});
+  }
+  for (int half = 0; half < 2; ++half) {
+    const bool is_gated = up.data != nullptr;
+    const int64_t column = is_gated ? panel * kLanes : panel * kColumns + half * kLanes;
+    const int64_t count = std::clamp<int64_t>(columns - column, 0, kLanes);
+    with_rows(is_gated && half == 1 ? up : weight, count > 0 ? column : 0, [&](const auto& row_of) {
+      Product::pack([&](int64_t i) { return row_of(i) + first; }, count, depth, packed + half * kLanes * kPair);
+    });
+  }
+}
+
+// One panel over its whole depth; what is written is what `Chunk` packs for itself.
+template <typename Product>
+void pack_linear_as(const PackLinear& p, int num_threads) {
+  using Number = typename Product::Number;
+  const int64_t size = padded_depth<Product>(p.depth) * kColumns;
+  psykern::parallel_for(column_panels(p.columns, p.up.data != nullptr), num_threads, [&](int64_t panel) {
+    Number* packed = static_cast<Number*>(p.packed) + panel * size;
+    for (int64_t d = 0; d < p.depth; d += Product::kDepth) {
+      const int64_t depth = std::min(Product::kDepth, p.depth - d);
+      pack_panel<Product>(p.weight, p.up, p.columns, panel, d, depth, packed + d * kColumns);
+    }
+  });
+}
+
+int64_t packed_linear_bytes_isa(int64_t columns, int64_t depth, bool is_gated, FloatType type) {
+  const bool is_bf16 = type == FloatType::kBfloat16 && kHasBf16Product;
+  const int64_t padded = is_bf16 ? padded_depth<Bf16Product>(depth) : padded_depth<Fp32Product>(depth);
+  return column_panels(columns, is_gated) * kColumns * padded * (is_bf16 ? 2 : 4);
+}
+
+void pack_linear_isa(const PackLinear& p, int num_threads) {
+  if (p.type == FloatType::kBfloat16) {
+    pack_linear_as<Bf16Product>(p, num_threads);
+  } else {
+    pack_linear_as<Fp32Product>(p, num_threads);
+  }
+}
+
+// How the rows of a call are cut into blocks, and its panels of columns into groups.
+struct LinearTasks {
+  int64_t num_rows, num_panels, blocks, groups;
+
+  LinearTasks(int64_t rows, int64_t panels, int64_t panel_rows, int threads) : num_rows(rows), num_panels(panels) {
+    const int64_t most = kBlockPanels * panel_rows, wanted = kTasksPerThread * threads;
+    blocks = (rows + most - 1) / most;
+    if (blocks >= threads) blocks = (blocks + threads - 1) / threads * threads;  // as many for each
+    groups = threads == 1 ? 1 : std::clamp<int64_t>((wanted + blocks - 1) / blocks, 1, num_panels);
+  }
+  int64_t count() const { return blocks * groups; }
+  int64_t first_row(int64_t block) const { return num_rows * block / blocks; }
+  int64_t first_panel(int64_t group) const { return num_panels * group / groups; }
+};
+
+template <typename Product, typename T>
+class LinearTask {
+ public:
+  LinearTask(const Linear& problem, int64_t first_row, int64_t last_row)
+      : p(problem),
+        first(first_row),
+        rows(last_row - first_row),
+        panels((rows + Product::kPanelRows - 1) / Product::kPanelRows),
+        blocks((p.depth + Product::kDepth - 1) / Product::kDepth) {
+    const int64_t slots = panels * Product::kPanelRows;
+    const int64_t row_numbers = blocks * slots * Product::kDepth, columns = kChunkPanels * kColumns;
+    sums = thread_memory((row_numbers + Product::kDepth * columns) * sizeof(Number) / sizeof(float) + slots * columns);
+    copied = reinterpret_cast<Number*>(sums + slots * columns);
+    chunk = copied + row_numbers;
+    copy_rows();
+  }
+
+  // The columns of panels [first, last) of all parts.
+  void run(int64_t first_panel, int64_t last_panel) {
+    int64_t before = 0;  // panels of the parts before
+    for (int64_t i = 0; i < p.num_parts; ++i) {
+      const LinearPart& part = p.parts[i];
+      const int64_t count = column_panels(part.columns, p.epilogue == Epilogue::kSiluMul);
+      const int64_t end = std::min(last_panel - before, count);
+      for (int64_t panel = std::max<int64_t>(first_panel - before, 0); panel < end; panel += kChunkPanels) {
+        run_chunk(part, panel, std::min(panel + kChunkPanels, end));
+      }
+      before += count;
+    }
+  }
+
+ private:
+  using Number = typename Product::Number;
+
+  static float* thread_memory(int64_t floats) {
+    static thread_local Buffer memory;
+    static thread_local int64_t capacity = 0;
+    if (floats > capacity) {
+      memory = allocate(floats);
+      capacity = floats;
+    }
+    return memory.get();
+  }
+
+  int64_t start(int64_t panel) const {  // tiles are best when full, panels of vectors when even
+    return Product::kHasTiles ? std::min(panel * Product::kPanelRows, rows) : rows * panel / panels;
+  }
+  Number* copied_rows(int64_t block, int64_t panel) const {
+    return copied + (block * panels + panel) * Product::kPanelRows * Product::kDepth;
+  }
+  float* sums_of(int64_t column_panel, int64_t panel) const {
+    return sums + (column_panel * panels + panel) * Product::kPanelRows * kColumns;
+  }
+
+  void copy_rows() {
+    const T* x = static_cast<const T*>(p.x) + first * p.x_stride;
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      const int64_t count = start(panel + 1) - start(panel);
+      for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t d = block * Product::kDepth, depth = std::min(Product::kDepth, p.depth - d);
+        Number* to = copied_rows(block, panel);
+        for (int64_t i = 0; i < count; ++i) {
+          Product::copy_row(x + (start(panel) + i) * p.x_stride + d, depth, to + i * Product::kDepth);
+          const int64_t padded = padded_depth<Product>(depth);
+          std::fill(to + i * Product::kDepth + depth, to + i * Product::kDepth + padded, Number{0});
+        }
+        if (Product::kHasTiles) {  // rows of the last tile that are none
+          std::fill(to + count * Product::kDepth, to + Product::kPanelRows * Product::kDepth, Number{0});
+        }
+      }
+    }
+  }
+
+  void run_chunk(const LinearPart& part, int64_t first_panel, int64_t last_panel) {
+    const int64_t size = padded_depth<Product>(p.depth) * kColumns;
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t d = block * Product::kDepth, depth = std::min(Product::kDepth, p.depth - d);
+      const int64_t padded = padded_depth<Product>(depth);
+      const Number* columns[kChunkPanels];
+      for (int64_t c = first_panel; c < last_panel; ++c) {
+        Number* packed = chunk + (c - first_panel) * Product::kDepth * kColumns;
+        if (part.packed == nullptr) pack_panel<Product>(part.weight, part.up, part.columns, c, d, depth, packed);
+        columns[c - first_panel] =
+            part.packed == nullptr ? packed : static_cast<const Number*>(part.packed) + c * size + d * kColumns;
+      }
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        const int64_t count = start(panel + 1) - start(panel);
+        for (int64_t c = 0; c < last_panel - first_panel; ++c) {
+          Product::multiply(count, copied_rows(block, panel), columns[c], padded, sums_of(c, panel), block == 0);
+        }
+      }
+    }
+    finish(part, first_panel, last_panel);
+  }
+
+  // The sums of the chunk's panels [first_panel, last_panel) to where they belong, row by row.
+  void finish(const LinearPart& part, int64_t first_panel, int64_t last_panel) {
+    alignas(64) float bias[kChunkPanels * kColumns] = {};
+    load_bias(part, first_panel, last_panel, bias);
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      for (int64_t row = start(panel); row < start(panel + 1); ++row) {
+        T* out = static_cast<T*>(part.out) + (first + row) * part.out_stride;
+        const float* sum = sums_of(0, panel) + (row - start(panel)) * kColumns;
+        for (int64_t c = first_panel; c < last_panel; ++c, sum += panels * Product::kPanelRows * kColumns) {
+          const float* b = bias + (c - first_panel) * kColumns;
+          const Vec c0 = load(sum) + load(b), c1 = load(sum + kLanes) + load(b + kLanes);
+          if (is_gated()) {
+            put_columns(out + c * kLanes, silu(c0) * c1, part.columns - c * kLanes, false);
+          } else {
+            const int64_t left = part.columns - c * kColumns;
+            put_columns(out + c * kColumns, c0, left, p.epilogue == Epilogue::kAdd);
+            if (left > kLanes) {
+              put_columns(out + c * kColumns + kLanes, c1, left - kLanes, p.epilogue == Epilogue::kAdd);
+            }
+          }
+        }
+      }
+    }
+  }
+
+  // As the panels have their columns; zeros where there is none.
+  void load_bias(const LinearPart& part, int64_t first_panel, int64_t last_panel, float* bias) const {
+    for (int64_t half = 0; half < 2 * (last_panel - first_panel); ++half) {
+      const int64_t panel = first_panel + half / 2;
+      const int64_t column = is_gated() ? panel * kLanes : panel * kColumns + half % 2 * kLanes;
+      const float* from = is_gated() && half % 2 == 1 ? part.up_bias : part.bias;
+      const int64_t count = std::clamp<int64_t>(part.columns - column, 0, kLanes);
+      if (from != nullptr) std::copy(from + column, from + column + count, bias + half * kLanes);
+    }
+  }
+
+  bool is_gated() const { return p.epilogue == Epilogue::kSiluMul; }
+
+  static void put_columns(T* out, Vec c, int64_t left, bool is_added) {
+    if (left >= kLanes) {
+      store(out, is_added ? load(out) + c : c);
+    } else {
+      T lanes[kLanes] = {};
+      std::copy(out, out + (is_added ? left : 0), lanes);
+      store(lanes, is_added ? load(lanes) + c : c);
+      std::copy(lanes, lanes + left, out);
+    }
+  }
+
+  const Linear& p;
+  const int64_t first, rows, panels, blocks;  // of the task's rows; of depth
+  float* sums;                                // [kChunkPanels, panels, kPanelRows, kColumns]
+  Number* copied;                             // [blocks, panels, kPanelRows, kDepth]
+  Number* chunk;                              // [kChunkPanels, kDepth, kColumns] of weights that came as they are
+};
+
+template <typename Product, typename T>
+void linear_as(const Linear& p, int num_threads) {
+  int64_t panels = 0;
+  for (int64_t i = 0; i < p.num_parts; ++i) {
+    panels += column_panels(p.parts[i].columns, p.epilogue == Epilogue::kSiluMul);
+  }
+  const LinearTasks tasks(p.num_rows, panels, Product::kPanelRows, num_threads);
+  psykern::parallel_for(tasks.count(), num_threads, [&](int64_t i) {
+    const int64_t block = i % tasks.blocks, group = i / tasks.blocks;  // neighbours read the same weights
+    Product::begin();
+    LinearTask<Product, T>(p, tasks.first_row(block), tasks.first_row(block + 1))
+        .run(tasks.first_panel(group), tasks.first_panel(group + 1));
+    Product::end();
+  });
+}
+
+void linear_isa(const Linear& p, int num_threads) {
+  if (p.num_rows == 0) return;
+  if (p.type == FloatType::kBfloat16) {
+    linear_as<Bf16Product, uint16_t>(p, num_threads);
+  } else {
+    linear_as<Fp32Product, float>(p, num_threads);
+  }
+}
+
+}  // namespace
