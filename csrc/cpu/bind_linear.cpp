@@ -27,6 +27,11 @@ std::pair<const char*, const char*> span(const FloatRows& rows, const py::array&
 using Part = std::tuple<py::array, MaybeArray, MaybeArray, MaybeArray, py::array>;
 
 psykern::WeightRows get_weight(const char* name, const py::array& weight, const Size& columns, int64_t depth) {
+  if (weight.dtype().kind() == 'f' && weight.itemsize() == 2) {  // fp16, which C++ has no type for
+    check_shape(name, weight, {columns, depth}, "");
+    const auto rows = as_rows<const uint16_t>(name, weight);
+    return {rows.data, rows.stride, FloatType::kFloat16};
+  }
   const FloatRows rows = get_float_rows(name, weight, {columns, depth});
   return {rows.data, rows.stride, rows.type};
 }

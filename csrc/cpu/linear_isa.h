@@ -39,12 +39,13 @@ inline int64_t column_panels(int64_t columns, bool is_gated) {
 // f(row_of) for the rows of `weight` as they are stored.
 template <typename F>
 void with_rows(const WeightRows& weight, int64_t first, const F& f) {
+  const auto as = [&](const auto* data) { f([=](int64_t i) { return data + (first + i) * weight.stride; }); };
   if (weight.type == FloatType::kFloat32) {
-    const auto* data = static_cast<const float*>(weight.data);
-    f([=](int64_t i) { return data + (first + i) * weight.stride; });
+    as(static_cast<const float*>(weight.data));
+  } else if (weight.type == FloatType::kBfloat16) {
+    as(static_cast<const uint16_t*>(weight.data));
   } else {
-    const auto* data = static_cast<const uint16_t*>(weight.data);
-    f([=](int64_t i) { return data + (first + i) * weight.stride; });
+    as(static_cast<const Fp16*>(weight.data));
   }
 }
 

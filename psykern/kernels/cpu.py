@@ -24,7 +24,7 @@ _Part = tuple[np.ndarray, np.ndarray | None, np.ndarray | None, np.ndarray | Non
 def linear(x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]], outs: Sequence[Tensor], add: bool) -> None:
     targets = [_product_target(x, out, add) for out in outs]
     parts: list[_Part] = [
-        (_floats(weight), _bias(bias), None, None, _floats(target))
+        (_weight(weight), _bias(bias), None, None, _floats(target))
         for (weight, bias), target in zip(layers, targets, strict=True)
     ]
     _multiply(x, parts, "add" if add else "store")
@@ -35,7 +35,7 @@ def linear(x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]], outs: Sequ
 def swiglu(x: Tensor, gate: tuple[Tensor, Tensor | None], up: tuple[Tensor, Tensor | None], out: Tensor) -> None:
     target = _product_target(x, out, add=False)
     (weight, bias), (up_weight, up_bias) = gate, up
-    part: _Part = (_floats(weight), _bias(bias), _floats(up_weight), _bias(up_bias), _floats(target))
+    part: _Part = (_weight(weight), _bias(bias), _weight(up_weight), _bias(up_bias), _floats(target))
     _multiply(x, [part], "silu_mul")
     _finish(out, target)
 
@@ -60,6 +60,11 @@ def _floats(x: Tensor) -> np.ndarray:
     """fp32 as it is, bf16 as int16, fp16 widened; each row dense."""
     dense = _dense_rows((x.float() if x.dtype == torch.float16 else x).detach())
     return dense.view(torch.int16).numpy() if dense.dtype == torch.bfloat16 else dense.numpy()
+
+
+def _weight(weight: Tensor) -> np.ndarray:
+    """As it is stored, bf16 as int16; each row dense."""
+    return _dense_rows(weight.detach()).numpy() if weight.dtype == torch.float16 else _floats(weight)
 
 
 def _bias(bias: Tensor | None) -> np.ndarray | None:
