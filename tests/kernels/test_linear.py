@@ -165,7 +165,7 @@ def swiglu_fp64(
 
 def check_swiglu(place: Place, shape: Shape, dtype: torch.dtype, stored: torch.dtype, isa: str = FASTEST) -> None:
     rows, depth, (columns, *_) = shape
-    x, (gate, up), _ = problem((rows, depth, (columns, columns)), dtype, stored)
+    x, (gate, _, up), _ = problem((rows, depth, (columns,) * 3), dtype, stored)  # the two that have a bias
     rounded = dtype if place.backend != "cpu" or (dtype == torch.bfloat16 and isa in ROUNDING_SETS) else None
     truth, tolerance = swiglu_fp64(x, gate, up, rounded, roundings=1 if place.backend == "cpu" else 4)
     here = [(place.put(w)[0], None if b is None else place.put(b)[0]) for w, b in (gate, up)]
@@ -244,6 +244,18 @@ def test_without_rows_or_columns_nothing_happens(place: Place, dtype: torch.dtyp
     check_swiglu(place, shape, dtype, dtype)
 
 
+@each_arithmetic
+@pytest.mark.parametrize("depth", [1, 33, 83, 513])
+def test_what_a_call_leaves_in_memory_does_not_reach_the_next(
+    dtype: torch.dtype, depth: int, instruction_set: str, threads: Callable[[int], None]
+) -> None:
+    """A thread keeps its memory; what pads a depth to whole vectors or tiles is written anew each time."""
+    threads(1)
+    spoilt = torch.full((64, 1100), torch.nan, dtype=dtype)
+    kernels.linear(spoilt, [(spoilt, None)], [torch.empty(64, 64, dtype=dtype)], backend="cpu")
+    check_linear(CPU, (21, depth, (37,)), dtype, dtype, False, instruction_set)
+
+
 # --- bits
 
 WHOLE = 410  # rows: three blocks
@@ -253,11 +265,24 @@ company = settings(
 depths = st.sampled_from([1, 31, 83, 300, 600])
 columns = st.sampled_from([1, 16, 33, 70, 300])
 some_rows = st.one_of(
+    st.integers(0, WHOLE - 1).map(lambda row: [row]),
     st.lists(st.integers(0, WHOLE - 1), min_size=1, max_size=40),  # any order, some twice
     st.builds(
         lambda first, count: list(range(first, min(first + count, WHOLE))), st.integers(0, 409), st.integers(1, WHOLE)
     ),
 )
+
+
+@each_arithmetic
+def test_a_row_has_the_same_bits_among_the_first_1_to_50(
+    dtype: torch.dtype, instruction_set: str, threads: Callable[[int], None]
+) -> None:
+    """Panels of every number of rows."""
+    threads(1)
+    x, layers, held = problem((WHOLE, 300, (33,)), dtype, dtype)
+    together = run_linear(CPU, x, layers, held, add=False)[0]
+    for count in range(1, 51):
+        assert_same_bits(run_linear(CPU, x[:count], layers, [held[0][:count]], add=False)[0], together[:count])
 
 
 @each_dtype
@@ -288,7 +313,7 @@ def test_swiglu_has_the_same_bits_in_any_company(
 ) -> None:
     width = data.draw(columns, label="columns")
     stored = data.draw(st.sampled_from(DTYPES), label="weights")
-    x, (gate, up), _ = problem((WHOLE, data.draw(depths, label="K"), (width, width)), dtype, stored)
+    x, (gate, _, up), _ = problem((WHOLE, data.draw(depths, label="K"), (width,) * 3), dtype, stored)
     chosen = data.draw(some_rows, label="rows")
     threads(1)
     together = kernels.swiglu(x, gate, up, backend="cpu")
