@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,14 @@ class PrefixTrie:
 
 # Outputs are written in place; arrays are used where they are.
 def instruction_sets() -> list[str]: ...
+def linear(
+    x: np.ndarray,
+    parts: Sequence[tuple[np.ndarray, np.ndarray | None, np.ndarray | None, np.ndarray | None, np.ndarray]],
+    *,
+    epilogue: str,
+    num_threads: int,
+    isa: str | None = None,
+) -> None: ...
 def option_logprobs(
     hidden: np.ndarray,
     weight: np.ndarray,

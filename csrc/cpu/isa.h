@@ -20,8 +20,6 @@ struct Kernels {
   void (*qk_norm_rope)(const QkNormRope&, int num_threads);
   void (*silu_mul)(const SiluMul&, int num_threads);
   void (*linear)(const Linear&, int num_threads);
-  void (*pack_linear)(const PackLinear&, int num_threads);
-  int64_t (*packed_linear_bytes)(int64_t columns, int64_t depth, bool is_gated, FloatType type);
 };
 
 extern const Kernels kPortableKernels;

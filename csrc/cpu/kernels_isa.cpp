@@ -9,8 +9,8 @@
 namespace psykern {
 
 extern const Kernels PSYKERN_TABLE = {
-    PSYKERN_NAME,  &option_logprobs_isa, &prefix_attention_isa, &add_rms_norm_isa,        &qk_norm_rope_isa,
-    &silu_mul_isa, &linear_isa,          &pack_linear_isa,      &packed_linear_bytes_isa,
+    PSYKERN_NAME,      &option_logprobs_isa, &prefix_attention_isa, &add_rms_norm_isa,
+    &qk_norm_rope_isa, &silu_mul_isa,        &linear_isa,
 };
 
 }  // namespace psykern

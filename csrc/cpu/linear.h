@@ -8,7 +8,7 @@
 //
 // Sums are fp32. Where x is bf16 and the instruction set multiplies bf16, weights are bf16 too; else both are widened.
 // The order of a sum is that of its products, in blocks whose sums are then added in order: it depends neither on the
-// number of rows, nor on the block that a row falls in, nor on threads, nor on whether the weights were packed before.
+// number of rows, nor on the block that a row falls in, nor on threads.
 #pragma once
 
 #include <cstdint>
@@ -29,8 +29,7 @@ struct WeightRows {
 // One linear layer, or with kSiluMul gate and up, of which column m of one is multiplied with column m of the other.
 struct LinearPart {
   int64_t columns;
-  const void* packed;           // as pack_linear has written it, or null:
-  WeightRows weight, up;        // then packed where they are used; up with kSiluMul alone
+  WeightRows weight, up;        // up: with kSiluMul alone
   const float *bias, *up_bias;  // [columns] or null
   void* out;                    // [num_rows, columns] of x's type
   int64_t out_stride;
@@ -44,14 +43,6 @@ struct Linear {
   const LinearPart* parts;
   int64_t num_parts;
   Epilogue epilogue;
-};
-
-// Weights in the order in which they are multiplied; `packed` has packed_linear_bytes.
-struct PackLinear {
-  WeightRows weight, up;  // up.data null: none
-  int64_t columns, depth;
-  FloatType type;  // of the rows that they will be multiplied with
-  void* packed;    // 64-byte aligned
 };
 
 }  // namespace psykern

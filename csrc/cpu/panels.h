@@ -40,8 +40,8 @@ struct RowPanels {
 };
 
 // The depths [0, result) of pack_half_panel, in whole vectors of the columns' rows.
-template <typename RowOf>
-int64_t pack_vectors(const RowOf& row_of, int64_t count, int64_t depth, float* packed, const float*) {
+template <typename RowOf, typename T>
+int64_t pack_vectors(const RowOf& row_of, int64_t count, int64_t depth, float* packed, const T*) {
   int64_t d = 0;
   for (; d + kLanes <= depth; d += kLanes) {
     Vec rows[kLanes];
@@ -67,7 +67,7 @@ int64_t pack_vectors(const RowOf& row_of, int64_t count, int64_t depth, float* p
   return d;
 }
 
-// Half a panel of columns, packed[d][column]: column i < count is row_of(i)[0..depth), fp32 or bf16, the rest is zeros.
+// Half a panel of columns, packed[d][column]: column i < count is row_of(i)[0..depth) widened, the rest zeros.
 template <typename RowOf>
 void pack_half_panel(const RowOf& row_of, int64_t count, int64_t depth, float* packed) {
   using Pointer = decltype(row_of(0));

@@ -111,14 +111,18 @@ struct Bf16Packing {
 
  private:
   static Vec pairs_of(const uint16_t* p) { return load_pairs(p); }
-  static Vec pairs_of(const float* p) {
+  template <typename T>
+  static Vec pairs_of(const T* p) {
     uint16_t halves[2 * kLanes];
     store(halves, load(p));
     store(halves + kLanes, load(p + kLanes));
     return load_pairs(halves);
   }
   static uint16_t half_of(uint16_t x) { return x; }
-  static uint16_t half_of(float x) { return narrow(x); }
+  template <typename T>
+  static uint16_t half_of(T x) {
+    return narrow(widen(x));
+  }
 };
 #endif
 

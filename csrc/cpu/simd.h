@@ -74,6 +74,10 @@ inline float widen(uint16_t bf16) {
 }
 inline float widen(float x) { return x; }
 
+struct Fp16 {  // IEEE's half precision
+  uint16_t bits;
+};
+
 // bf16 is the upper half of fp32: kLanes pairs of neighbours, and the fp32 vectors of the first and second of each.
 typedef uint32_t Bits __attribute__((vector_size(kLanes * 4)));
 inline Vec load_pairs(const uint16_t* p) {
@@ -100,6 +104,20 @@ inline void store(uint16_t* p, Vec x) {
   const Halves halves = __builtin_convertvector(x == x ? rounded : (bits >> 16) | 0x40u, Halves);
 #endif
   std::memcpy(p, &halves, sizeof halves);
+}
+
+// fp16 has 5 bits of exponent, fp32 8: moved there, a number is too small by 2^112, also one below the normal numbers.
+inline Vec load(const Fp16* p) {
+  Halves halves;
+  std::memcpy(&halves, p, sizeof halves);
+  const Bits bits = __builtin_convertvector(halves, Bits);
+  const Vec magnitude = reinterpret_cast<Vec>((bits & 0x7fffu) << 13) * broadcast(0x1p112f);
+  const Bits special = reinterpret_cast<Bits>((bits & 0x7c00u) == 0x7c00u) & 0x7f800000u;  // infinity, NaN
+  return reinterpret_cast<Vec>(reinterpret_cast<Bits>(magnitude) | special | (bits & 0x8000u) << 16);
+}
+inline float widen(Fp16 x) {
+  Fp16 lanes[kLanes] = {x};
+  return load(lanes)[0];
 }
 inline uint16_t narrow(float x) {
   uint32_t bits;

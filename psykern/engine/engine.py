@@ -128,7 +128,6 @@ class Engine:
             return Extension(self._pages, partial(self._run_with, stop), budgets.batch_tokens, wanted).of(trees)
 
     def _make_pages(self, budgets: Budgets) -> Pages:
-        self.model.keep_layers()  # first, as it makes each wave faster
         num_bytes = suitable_bytes(self.model) if self._session_bytes is None else self._session_bytes
         return Pages(self.model, num_bytes, min(LANDING_ROWS, budgets.wave_tokens))
 

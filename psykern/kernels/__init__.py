@@ -1,5 +1,5 @@
-"""The operations that no library has as psykern needs them, each as one function with a choice of backend: five that
-compute, and a gather of rows.
+"""The operations that no library has as psykern needs them, each as one function with a choice of backend: products
+with weights, attention, the head, what is computed by element, and a gather of rows.
 
 ``reference`` is plain torch, on any device, written to be read: it is what the others are tested against. ``auto``
 takes the backend that is measured fastest on the device of the inputs. A backend that is asked for by name and is not
@@ -12,7 +12,7 @@ reading them from a device would make it wait. :class:`Segments` are checked whe
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -74,6 +74,56 @@ def _op(name: str, backend: Backend, device: torch.device) -> Callable[..., Any]
     # A small wave on a CPU is a thousand operations that are shorter than to look around for their backend.
     is_known = backend == "cpu" and device.type == "cpu"
     return getattr((_module("cpu") if is_known else None) or _module(resolve(backend, device)), name)
+
+
+Layer = tuple[Tensor, Tensor | None]  # of a linear layer: weight [M, K] and bias [M]
+
+
+def linear(
+    x: Tensor, layers: Sequence[Layer], outs: Sequence[Tensor], *, add: bool = False, backend: Backend = "auto"
+) -> Sequence[Tensor]:
+    """The image of ``x`` [N, K] under each of ``layers``, x weightᵀ + bias, in ``outs`` [N, M], which it gives; with
+    ``add`` it is added to what they hold. They have x's dtype, and none may share memory with x.
+
+    Sums are fp32. ``cpu`` takes weights and biases of any dtype, as a file has them, and rounds weights to bf16 where x
+    is bf16; its sums over K have one order, whatever N is. All others take the vendor's product.
+    Raises ``ValueError`` for shapes or dtypes that do not fit.
+    """
+    expect("x", x.dim() == 2 and x.shape[1] > 0, "[N, K] with K at least 1", x)
+    expect_dtype("x", x, _FLOATS)
+    if not len(layers) == len(outs) > 0:
+        raise ValueError(f"outs: expected one for each of {len(layers)} layers, at least one, got {len(outs)}")
+    for layer, out in zip(layers, outs, strict=True):
+        _expect_layer("weight", layer, x)
+        expect_out("out", out, (x.shape[0], layer[0].shape[0]), x)
+    _op("linear", backend, x.device)(x, layers, outs, add)
+    return outs
+
+
+def swiglu(x: Tensor, gate: Layer, up: Layer, *, out: Tensor | None = None, backend: Backend = "auto") -> Tensor:
+    """silu(image of x under ``gate``) * image under ``up``: x [N, K] to [N, F], with weights [F, K] and biases [F].
+
+    ``out`` must not share memory with x. Sums and dtypes as in :func:`linear`; between the products and the result
+    nothing is rounded by ``cpu``. Source: Shazeer 2020, arXiv 2002.05202.
+    """
+    expect("x", x.dim() == 2 and x.shape[1] > 0, "[N, K] with K at least 1", x)
+    expect_dtype("x", x, _FLOATS)
+    _expect_layer("gate", gate, x)
+    _expect_layer("up", up, x)
+    expect("up", up[0].shape == gate[0].shape, lambda: f"{list(gate[0].shape)} like gate", up[0])
+    shape = (x.shape[0], gate[0].shape[0])
+    target = x.new_empty(shape) if out is None else out
+    expect_out("out", target, shape, x)
+    _op("swiglu", backend, x.device)(x, gate, up, target)
+    return target
+
+
+def _expect_layer(name: str, layer: Layer, x: Tensor) -> None:
+    weight, bias = layer
+    expect(name, weight.dim() == 2 and weight.shape[1] == x.shape[1], lambda: f"[M, {x.shape[1]}]", weight)
+    expect_dtype(name, weight, _FLOATS)
+    if bias is not None:
+        expect(f"bias of {name}", bias.shape == weight.shape[:1], lambda: f"[{weight.shape[0]}]", bias)
 
 
 def option_logprobs(

@@ -1,4 +1,4 @@
-"""The five operations in C++ (csrc/cpu), for fp32 tensors on the CPU, on as many threads as torch uses.
+"""The operations in C++ (csrc/cpu), for fp32 tensors on the CPU, on as many threads as torch uses.
 
 Tensors reach C++ as numpy arrays on the same memory. Rows may lie apart, as in a slice of a projection; a row itself
 must be dense, else an input is copied and an output is written by way of a dense array. All arithmetic is fp32: bf16
@@ -8,12 +8,67 @@ Shapes are checked by ``psykern.kernels``, where the operations are described, a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from psykern import _cpu
 from psykern.kernels.segments import Segments
+
+# weight, bias, up, its bias (of swiglu alone), out
+_Part = tuple[np.ndarray, np.ndarray | None, np.ndarray | None, np.ndarray | None, np.ndarray]
+
+
+def linear(x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]], outs: Sequence[Tensor], add: bool) -> None:
+    targets = [_product_target(x, out, add) for out in outs]
+    parts: list[_Part] = [
+        (_weight(weight), _bias(bias), None, None, _floats(target))
+        for (weight, bias), target in zip(layers, targets, strict=True)
+    ]
+    _multiply(x, parts, "add" if add else "store")
+    for out, target in zip(outs, targets, strict=True):
+        _finish(out, target)
+
+
+def swiglu(x: Tensor, gate: tuple[Tensor, Tensor | None], up: tuple[Tensor, Tensor | None], out: Tensor) -> None:
+    target = _product_target(x, out, add=False)
+    (weight, bias), (up_weight, up_bias) = gate, up
+    part: _Part = (_weight(weight), _bias(bias), _weight(up_weight), _bias(up_bias), _floats(target))
+    _multiply(x, [part], "silu_mul")
+    _finish(out, target)
+
+
+def _multiply(x: Tensor, parts: Sequence[_Part], epilogue: str) -> None:
+    _cpu.linear(_floats(x), parts, epilogue=epilogue, num_threads=torch.get_num_threads())
+
+
+def _product_target(x: Tensor, out: Tensor, add: bool) -> Tensor:
+    """``out`` itself where the kernel can write it, else an array that is copied to it afterwards."""
+    if x.dtype == torch.float16:
+        return out.float() if add else torch.empty(out.shape)
+    return _dense_rows(out)
+
+
+def _finish(out: Tensor, target: Tensor) -> None:
+    if target is not out:
+        out.copy_(target)
+
+
+def _floats(x: Tensor) -> np.ndarray:
+    """fp32 as it is, bf16 as int16, fp16 widened; each row dense."""
+    dense = _dense_rows((x.float() if x.dtype == torch.float16 else x).detach())
+    return dense.view(torch.int16).numpy() if dense.dtype == torch.bfloat16 else dense.numpy()
+
+
+def _weight(weight: Tensor) -> np.ndarray:
+    """As it is stored, bf16 as int16; each row dense."""
+    return _dense_rows(weight.detach()).numpy() if weight.dtype == torch.float16 else _floats(weight)
+
+
+def _bias(bias: Tensor | None) -> np.ndarray | None:
+    return None if bias is None else _norm_weight(bias)
 
 
 def option_logprobs(

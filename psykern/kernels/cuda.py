@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from psykern import _cuda
+from psykern.kernels.reference import linear as linear
+from psykern.kernels.reference import swiglu as swiglu
 from psykern.kernels.segments import Segments
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

@@ -1,4 +1,4 @@
-"""The five operations in plain torch, for any device: the oracle of the other backends.
+"""The operations in plain torch, for any device: the oracle of the other backends.
 
 Written to be read first; yet nothing here holds an array of [rows, vocabulary] or of [queries, keys] beyond a fixed
 tile, and long sums run in the vendor's kernels, so that it is also a fair engine where no other backend is built.
@@ -6,6 +6,8 @@ Arguments are checked by ``psykern.kernels``, where the operations are described
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +18,26 @@ from psykern.kernels.segments import Segments
 ROW_TILE = 1024  # rows of hidden
 VOCABULARY_TILE = 8192  # tokens: a tile of fp32 logits is 32 MiB
 QUERY_TILE = 128  # queries whose masks are written out
+
+
+def linear(x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]], outs: Sequence[Tensor], add: bool) -> None:
+    """The vendor's product, on every device."""
+    for (weight, bias), out in zip(layers, outs, strict=True):
+        columns = weight.to(x.dtype).T
+        if add:
+            torch.addmm(out, x, columns, out=out)
+            if bias is not None:
+                out.add_(bias)
+        elif bias is None:
+            torch.mm(x, columns, out=out)
+        else:
+            torch.addmm(bias.to(x.dtype), x, columns, out=out)
+
+
+def swiglu(x: Tensor, gate: tuple[Tensor, Tensor | None], up: tuple[Tensor, Tensor | None], out: Tensor) -> None:
+    factor = torch.empty_like(out)
+    linear(x, (gate, up), (out, factor), add=False)
+    silu_mul(out, factor, out)
 
 
 def option_logprobs(

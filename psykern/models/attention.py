@@ -150,7 +150,7 @@ class Attention:
     k: Linear
     v: Linear
     o: Linear
-    fused: FusedProjections | None  # None: each product on its own
+    fused: FusedProjections | None  # None: the products of one input are one call
     q_norm: Tensor | None
     k_norm: Tensor | None
     rotary: tuple[Tensor, Tensor]  # cos and sin, [P, Dh/2] fp32
@@ -164,7 +164,8 @@ class Attention:
         """
         q = self._store(x, state, batch, scratch)
         if q is None:
-            q = self.q(asking, _room(scratch, asking.shape[0], self.spec.q_size))
+            room = _room(scratch, asking.shape[0], self.spec.q_size)
+            q = kernels.linear(asking, (self.q,), (room,), backend=self.backend)[0]
         q = q.unflatten(1, (-1, self.spec.head_dim))
         self._norm_and_rotate(self.q_norm, q, batch.query_positions, out=q)
         kernels.prefix_attention(
@@ -177,24 +178,27 @@ class Attention:
             out=q,
             backend=self.backend,
         )
-        return self.o(q.flatten(1), scratch.normed[: asking.shape[0]])
+        normed = scratch.normed[: asking.shape[0]]
+        return kernels.linear(q.flatten(1), (self.o,), (normed,), backend=self.backend)[0]
 
     def _store(self, x: Tensor, state: LayerState, batch: Batch, scratch: Scratch) -> Tensor | None:
         """Writes the keys and values of x [n, D] to the batch's rows of ``state``. Gives the queries [n, Hq * Dh], in
         ``scratch.mixer``, where they come of the same product."""
         n, kv_size = x.shape[0], self.spec.kv_size
         keys, values = (store[batch.store_row : batch.store_row + n] for store in state)
-        q = None
+        q = None if batch.query_rows is not None else _room(scratch, n, self.spec.q_size)
         if self.fused is None:  # computed where they belong: nothing is copied
-            self.v(x, values.flatten(1))
-            k = self.k(x, keys.flatten(1))
-        elif batch.query_rows is None:
-            size = self.spec.q_size
-            qkv = self.fused.qkv(x, _room(scratch, n, size + 2 * kv_size))
-            q, k, v = qkv.split((size, kv_size, kv_size), dim=1)
+            k, v = keys.flatten(1), values.flatten(1)
+            of_all, outs = ((self.k, self.v), (k, v)) if q is None else ((self.q, self.k, self.v), (q, k, v))
+            kernels.linear(x, of_all, outs, backend=self.backend)
+        elif q is not None:
+            sizes = (self.spec.q_size, kv_size, kv_size)
+            room = _room(scratch, n, sum(sizes))
+            q, k, v = kernels.linear(x, (self.fused.qkv,), (room,), backend=self.backend)[0].split(sizes, dim=1)
             values.copy_(v.unflatten(1, self.spec.kv_shape))
         else:
-            k, v = self.fused.kv(x, _room(scratch, n, 2 * kv_size)).split(kv_size, dim=1)
+            room = _room(scratch, n, 2 * kv_size)
+            k, v = kernels.linear(x, (self.fused.kv,), (room,), backend=self.backend)[0].split(kv_size, dim=1)
             values.copy_(v.unflatten(1, self.spec.kv_shape))
         self._norm_and_rotate(self.k_norm, k.unflatten(1, self.spec.kv_shape), batch.positions, out=keys)
         return q

@@ -70,25 +70,24 @@ class Mlp:
     gate: Linear
     up: Linear
     down: Linear
-    gate_up: Linear | None  # None: each product on its own
+    gate_up: Linear | None  # one product for both; None: ``kernels.swiglu`` of the two
     backend: Backend
 
     def __call__(self, x: Tensor, scratch: Scratch) -> Tensor:
         """Of x [m, D], which must not stand in ``scratch.normed``: there the result [m, D] is written."""
-        return self.down(self._inner(x, scratch), scratch.normed[: x.shape[0]])
+        normed = scratch.normed[: x.shape[0]]
+        return kernels.linear(self._inner(x, scratch), (self.down,), (normed,), backend=self.backend)[0]
 
     def add(self, x: Tensor, total: Tensor, scratch: Scratch) -> None:
         """Of x [m, D], added to ``total`` [m, D] by the last product itself."""
-        self.down.add(self._inner(x, scratch), total)
+        kernels.linear(self._inner(x, scratch), (self.down,), (total,), add=True, backend=self.backend)
 
     def _inner(self, x: Tensor, scratch: Scratch) -> Tensor:
         """[m, F] what the last product takes, in ``scratch.ffn``."""
         m, columns = x.shape[0], self.spec.intermediate_size
-        room = scratch.ffn[: 2 * m * columns]
-        if self.gate_up is not None:
-            gate, up = self.gate_up(x, room.view(m, 2 * columns)).chunk(2, dim=1)
-        else:
-            gate, up = room.view(2, m, columns)
-            self.gate(x, gate)
-            self.up(x, up)
+        if self.gate_up is None:
+            inner = scratch.ffn[: m * columns].view(m, columns)
+            return kernels.swiglu(x, self.gate, self.up, out=inner, backend=self.backend)
+        both = scratch.ffn[: 2 * m * columns].view(m, 2 * columns)
+        gate, up = kernels.linear(x, (self.gate_up,), (both,), backend=self.backend)[0].chunk(2, dim=1)
         return kernels.silu_mul(gate, up, out=gate, backend=self.backend)

@@ -24,22 +24,20 @@ from psykern.models.slots import Layout, Slots, free_bytes, share_layouts
 from psykern.models.spec import EMBEDDING, FINAL_NORM, HEAD
 
 _RESIDENT_SHARE = 0.7  # of the free memory: weights beyond that are streamed, the rest is for waves
-_KEPT_SHARE = 0.4  # of a CPU's free memory: layers beyond that are not copied for small waves
 _STREAMED_SLOTS = 2  # one is computed with while the other is filled
 
 
 class Model:
     """See the module.
 
-    On a CPU the layers are the mapped file itself, or one layer's copy where they are stored in another dtype, until
-    :meth:`keep_layers`. On a device they are in slots (:mod:`.slots`), all at once where they fit beside the embedding
-    and the head.
+    On a CPU the layers are the mapped file itself, whatever dtype it has: kernels widen or round weights where they use
+    them. (``reference`` gets one layer's copy where the dtype is not that of ``compute``.) On a device they are in
+    slots (:mod:`.slots`), all at once where they fit beside the embedding and the head.
     """
 
     def __init__(self, folder: Path, compute: Compute, *, num_slots: int | None = None) -> None:
-        """``num_slots``: layers that are held at once; None: on a device as many as fit, on a CPU none where the
-        stored dtype is that of ``compute``. Raises ``CheckpointError`` where the folder's config, tensors or shapes are
-        not as they must be.
+        """``num_slots``: layers that are held at once; None: on a device as many as fit, on a CPU none. Raises
+        ``CheckpointError`` where the folder's config, tensors or shapes are not as they must be.
         """
         self.spec = read_spec(folder)
         self.compute = compute
@@ -73,22 +71,6 @@ class Model:
     def is_resident(self) -> bool:
         """All layers stay where they are computed with: nothing is copied for a further wave."""
         return self._slots is None or self._slots.is_resident
-
-    def keep_layers(self) -> None:
-        """Copies all layers on a CPU, as they are computed with, where that takes no more than 40 % of the free memory.
-        Not while a layer is computed with.
-
-        A small wave reads a weight for few rows. From a file's mapping, where tensors begin at any 8 bytes, it takes
-        half as long again (SmolLM2-135M, 24 rows: 130 ms against 60 to 90), and where layers are widened for each wave
-        that takes longer than the wave itself.
-        """
-        if self.device.type != "cpu" or (self._slots is not None and self._slots.is_resident):
-            return
-        layouts = self._cpu_layouts()
-        needed = max(layout.size for layout in layouts) * self.dtype.itemsize * len(layouts)
-        if needed <= _KEPT_SHARE * (free_bytes(self.device) or 0):
-            self._slots = self._make_slots_of(layouts, len(layouts))
-            self._layers.clear()
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """[N] token ids on the model's device to [N, D] in the compute dtype."""
@@ -146,18 +128,15 @@ class Model:
         layers = self.spec.layers
         if num_slots is None and self.device.type == "cpu":
             names = (layer.prefix + name for layer in layers for name in layer.tensors())
-            if all(self._checkpoint.dtype(name) == self.dtype for name in names):
+            if self.compute.backend == "cpu" or all(self._checkpoint.dtype(name) == self.dtype for name in names):
                 return None
-            return self._make_slots_of(self._cpu_layouts(), 1)
+            layouts = share_layouts((layer.tensors(), {}) for layer in layers)  # nothing is fused, as without slots
+            return self._make_slots_of(layouts, 1)
         layouts = share_layouts((layer.tensors(), layer.fused()) for layer in layers)
         if num_slots is None:
             needed = max(layout.size for layout in layouts) * self.dtype.itemsize * len(layers) + self._outside_bytes()
             num_slots = len(layers) if needed <= _RESIDENT_SHARE * (free_bytes(self.device) or 0) else _STREAMED_SLOTS
         return self._make_slots_of(layouts, num_slots)
-
-    def _cpu_layouts(self) -> list[Layout]:
-        """Nothing is fused: two products are as fast as one here."""
-        return share_layouts((layer.tensors(), {}) for layer in self.spec.layers)
 
     def _make_slots_of(self, layouts: Sequence[Layout], num_slots: int) -> Slots:
         # No method as the source: slots that hold their model keep a device's memory until a garbage collection.

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 Shapes = dict[str, tuple[int, ...]]  # of tensors, by their names within a layer: "mlp.up_proj.weight"
@@ -35,7 +34,7 @@ class Flops:
 
 
 class Linear(NamedTuple):
-    """A weight [out, in] and its bias [out]."""
+    """A weight [out, in] and its bias [out]: what ``kernels.linear`` takes as a layer."""
 
     weight: Tensor
     bias: Tensor | None
@@ -48,17 +47,6 @@ class Linear(NamedTuple):
     def find(cls, tensors: Mapping[str, Tensor], name: str) -> Linear | None:
         """None where ``tensors`` hold no such weight."""
         return cls.of(tensors, name) if f"{name}.weight" in tensors else None
-
-    def __call__(self, x: Tensor, out: Tensor) -> Tensor:
-        """x [N, in] to ``out`` [N, out]."""
-        weight = self.weight.T
-        return torch.mm(x, weight, out=out) if self.bias is None else torch.addmm(self.bias, x, weight, out=out)
-
-    def add(self, x: Tensor, total: Tensor) -> None:
-        """Adds the image of x [N, in] to ``total`` [N, out]."""
-        torch.addmm(total, x, self.weight.T, out=total)
-        if self.bias is not None:
-            total.add_(self.bias)
 
 
 def linear_shapes(name: str, outputs: int, inputs: int, has_bias: bool) -> Shapes:

@@ -47,11 +47,11 @@ def test_a_tied_head_is_the_embedding(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
-def test_weights_are_widened_but_the_head(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_weights_are_as_the_file_has_them(dtype: torch.dtype, tmp_path: Path) -> None:
     model, oracle = opened(tmp_path, dtype, **CONFIGS["llama"])
     ids = torch.tensor([3, 319, 3, 0], dtype=torch.int32)
     assert torch.equal(model.embed(ids), oracle.model.embed_tokens.weight[ids.long()])
-    assert {t.dtype for t in model.tensors(0).values()} == {torch.float32}
+    assert {t.dtype for t in model.tensors(0).values()} == {dtype}
     assert model.head().dtype == dtype
     assert torch.equal(model.head().float(), oracle.lm_head.weight)
     hidden = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))

@@ -9,6 +9,7 @@ import torch
 from support.checkpoints import CONFIGS, make_model
 from torch import Tensor
 
+from psykern.core.settings import Dtype
 from psykern.kernels.compute import Compute
 from psykern.models.model import Model
 from psykern.models.slots import Layout, Slots, share_layouts
@@ -131,14 +132,19 @@ def test_an_error_of_reading_is_raised_where_the_layer_is_asked_for() -> None:
         held.layer(1)
 
 
-def test_a_cpu_maps_its_weights_and_copies_one_layer_only_to_widen_it(tmp_path: Path) -> None:
-    make_model(tmp_path, **CONFIGS["llama"])
-    mapped = Model(tmp_path, Compute.resolve("cpu"))
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_cpu_maps_its_weights_and_copies_none(dtype: Dtype, stored: torch.dtype, tmp_path: Path) -> None:
+    make_model(tmp_path, dtype=stored, **CONFIGS["llama"])
+    mapped = Model(tmp_path, Compute.resolve("cpu", dtype))
     assert mapped.is_resident and mapped.layer(0, 1).mixer.fused is None
     one, two = mapped.tensors(0), mapped.tensors(0)
     assert all(one[name].data_ptr() == two[name].data_ptr() for name in one)
+
+
+def test_the_reference_gets_one_layer_widened(tmp_path: Path) -> None:
     make_model(tmp_path, dtype=torch.bfloat16, **CONFIGS["llama"])
-    widened = Model(tmp_path, Compute.resolve("cpu"))
+    widened = Model(tmp_path, Compute.resolve("cpu", backend="reference"))
     assert not widened.is_resident and widened.layer(0, 1).mixer.fused is None
     name = "mlp.up_proj.weight"
     assert widened.tensors(0)[name].data_ptr() == widened.tensors(1)[name].data_ptr()

@@ -1,4 +1,5 @@
-"""The five operations as Triton kernels, for fp32, bf16 and fp16 on a GPU, and on a CPU under ``TRITON_INTERPRET=1``.
+"""The operations as Triton kernels, for fp32, bf16 and fp16 on a GPU, and on a CPU under ``TRITON_INTERPRET=1``.
+Products with weights are the vendor's.
 
 All arithmetic is fp32; matrix products take 16-bit inputs as they are and fp32 ones without rounding them to tf32.
 Nothing is tuned at run time: sizes of tiles come from tables by dtype and shape, partial results are combined in a
@@ -7,8 +8,18 @@ projection; the numbers of a row must be dense. Arguments are checked by ``psyke
 described.
 """
 
+from psykern.kernels.reference import linear, swiglu
 from psykern.kernels.triton.elementwise import add_rms_norm, gather_rows, qk_norm_rope, silu_mul
 from psykern.kernels.triton.option_logprobs import option_logprobs
 from psykern.kernels.triton.prefix_attention import prefix_attention
 
-__all__ = ["add_rms_norm", "gather_rows", "option_logprobs", "prefix_attention", "qk_norm_rope", "silu_mul"]
+__all__ = [
+    "add_rms_norm",
+    "gather_rows",
+    "linear",
+    "option_logprobs",
+    "prefix_attention",
+    "qk_norm_rope",
+    "silu_mul",
+    "swiglu",
+]
