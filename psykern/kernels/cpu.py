@@ -2,9 +2,9 @@
 
 Tensors reach C++ as numpy arrays on the same memory. Rows may lie apart, as in a slice of a projection; a row itself
 must be dense, else an input is copied and an output is written by way of a dense array. bf16 is read and written as it
-is; sums are fp32, and so is all arithmetic but the products of bf16. Activations in fp16 are widened here and rounded
-at the end.
-Shapes are checked by ``psykern.kernels``, where the operations are described, and again by the binding.
+is, and where the processor can, multiplied so; sums and all else are fp32. fp16 is widened here and rounded at the end,
+but for weights of products. Shapes are checked by ``psykern.kernels``, where the operations are described, and again by
+the binding.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def option_logprobs(
     lse, entropy = torch.empty(num_rows), torch.empty(num_rows)
     logits, argmax = torch.empty(num_tokens), torch.empty(num_rows, dtype=torch.int64)
     _cpu.option_logprobs(
-        _activations(hidden),
+        _floats(hidden.float()),
         _head_weight(weight),
         _array(token_offsets),
         _array(token_ids),
@@ -95,19 +95,19 @@ def prefix_attention(
 ) -> Tensor:
     target = _target(out)
     _cpu.prefix_attention(
-        _activations(q),
-        _activations(k),
-        _activations(v),
+        _floats(q),
+        _floats(k),
+        _floats(v),
         _array(segments.positions),
         _array(segments.query_offsets),
         _array(segments.range_offsets),
         _array(segments.key_ranges),
-        target.numpy(),
+        _floats(target),
         softmax_scale=softmax_scale,
         window=window,
         num_threads=torch.get_num_threads(),
     )
-    return out if target is out else out.copy_(target)
+    return _finish(out, target)
 
 
 def add_rms_norm(
@@ -159,10 +159,6 @@ def silu_mul(gate: Tensor, up: Tensor, out: Tensor) -> Tensor:
 
 def gather_rows(source: Tensor, rows: Tensor, out: Tensor) -> Tensor:
     return torch.index_select(source, 1, rows, out=out)
-
-
-def _activations(x: Tensor) -> np.ndarray:
-    return _dense_rows(x if x.dtype == torch.float32 else x.float()).detach().numpy()
 
 
 def _target(out: Tensor) -> Tensor:
