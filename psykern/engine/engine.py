@@ -125,7 +125,7 @@ class Engine:
         with self._lock:
             if self._pages is None:
                 self._pages = self._make_pages(budgets)
-            return Extension(self._pages, partial(self._run_with, stop), budgets.batch_tokens, wanted).of(trees)
+            return Extension(self._pages, partial(self._run_with, stop), budgets, wanted).of(trees)
 
     def _make_pages(self, budgets: Budgets) -> Pages:
         self.model.keep_layers()  # first, as it makes each wave faster
