@@ -24,7 +24,6 @@ from psykern.core.settings import Settings, Shard
 from psykern.core.stages import ahead, behind
 from psykern.core.types import EncodedUnit, TargetScores, UnitInfo
 from psykern.data.dataset import Dataset
-from psykern.engine.budgets import Budgets
 from psykern.runs.folder import RunFolder, UnitReport, date_in
 from psykern.runs.manifest import (
     Counts,
@@ -135,7 +134,8 @@ class RunJob:
         stop: Callable[[], bool] = lambda: False,
     ) -> Counts:
         """The pipeline from rows to records: scores ``units`` and writes their parts; gives what went through."""
-        budgets = Budgets(self.recipe.wave_tokens, self.recipe.batch_tokens)
+        recipe = self.recipe
+        budgets = replace(scorer.budgets, wave_tokens=recipe.wave_tokens, batch_tokens=recipe.batch_tokens)
         max_positions = scorer.model.spec.max_positions
         start = progress.start
         done: list[Counts] = []

@@ -61,6 +61,7 @@ def planned(
                 transcripts,
                 wave_tokens=budgets.wave_tokens,
                 batch_tokens=budgets.batch_tokens,
+                carried_price=budgets.carried_price,
                 min_share=settings.min_share,
             )
         yield PlannedUnit(unit, transcripts, of, begin(unit.info.characters, of.num_responses, of.num_tokens))
