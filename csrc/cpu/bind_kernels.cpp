@@ -76,16 +76,24 @@ void prefix_attention(const py::array& q, const py::array& k, const py::array& v
                       const py::array& out, float softmax_scale, std::optional<int64_t> window, int num_threads,
                       const Isa& isa) {
   psykern::PrefixAttention p{};
-  const auto q_rows = get_rows<const float>("q", q, {"N", "Hq", "Dh"});
+  const FloatRows q_rows = get_float_rows("q", q, {"N", "Hq", "Dh"});
   const int64_t num_queries = q.shape(0);
   p.num_heads = q.shape(1), p.head_dim = q.shape(2);
-  const auto k_rows = get_rows<const float>("k", k, {"M", "Hkv", p.head_dim}, " like q");
+  const auto get_like_q = [&](const char* name, const py::array& array, std::initializer_list<Size> shape,
+                              const char* like) {
+    const FloatRows rows = get_float_rows(name, array, shape, like);
+    expect(rows.type == q_rows.type, name, dtype_text(q.dtype()) + " like q", dtype_text(array.dtype()));
+    return rows;
+  };
+  const FloatRows k_rows = get_like_q("k", k, {"M", "Hkv", p.head_dim}, " like q");
   const int64_t num_keys = k.shape(0);
   p.num_kv_heads = k.shape(1);
   expect(p.num_kv_heads > 0 && p.num_heads % p.num_kv_heads == 0, "k",
          "a number of heads that divides the " + std::to_string(p.num_heads) + " of q", shape_text(k));
-  const auto v_rows = get_rows<const float>("v", v, {num_keys, p.num_kv_heads, p.head_dim}, " like k");
-  const auto out_rows = get_rows<float>("out", out, {num_queries, p.num_heads, p.head_dim}, " like q");
+  const FloatRows v_rows = get_like_q("v", v, {num_keys, p.num_kv_heads, p.head_dim}, " like k");
+  const FloatRows out_rows = get_like_q("out", out, {num_queries, p.num_heads, p.head_dim}, " like q");
+  expect(out.writeable(), "out", "an array to write to", "a read-only one");
+  p.type = q_rows.type;
   p.q = q_rows.data, p.q_stride = q_rows.stride;
   p.k = k_rows.data, p.k_stride = k_rows.stride;
   p.v = v_rows.data, p.v_stride = v_rows.stride;

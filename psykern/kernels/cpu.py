@@ -1,9 +1,10 @@
-"""The operations in C++ (csrc/cpu), for fp32 tensors on the CPU, on as many threads as torch uses.
+"""The operations in C++ (csrc/cpu), for fp32 and bf16 tensors on the CPU, on as many threads as torch uses.
 
 Tensors reach C++ as numpy arrays on the same memory. Rows may lie apart, as in a slice of a projection; a row itself
-must be dense, else an input is copied and an output is written by way of a dense array. All arithmetic is fp32: bf16
-weights of the head are widened inside the kernel, whatever else is not fp32 is widened here and rounded at the end.
-Shapes are checked by ``psykern.kernels``, where the operations are described, and again by the binding.
+must be dense, else an input is copied and an output is written by way of a dense array. Products and attention take
+bf16 as it is, and where the processor can, they multiply it so; what is computed by element is fp32, and what is not
+that, as fp16 everywhere, is widened here and rounded at the end. Shapes are checked by ``psykern.kernels``, where the
+operations are described, and again by the binding.
 """
 
 from __future__ import annotations
@@ -100,21 +101,22 @@ def prefix_attention(
     window: int | None,
     out: Tensor,
 ) -> Tensor:
-    target = _target(out)
+    target = torch.empty(out.shape) if out.dtype == torch.float16 else _dense_rows(out)
     _cpu.prefix_attention(
-        _activations(q),
-        _activations(k),
-        _activations(v),
+        _floats(q),
+        _floats(k),
+        _floats(v),
         _array(segments.positions),
         _array(segments.query_offsets),
         _array(segments.range_offsets),
         _array(segments.key_ranges),
-        target.numpy(),
+        _floats(target),
         softmax_scale=softmax_scale,
         window=window,
         num_threads=torch.get_num_threads(),
     )
-    return out if target is out else out.copy_(target)
+    _finish(out, target)
+    return out
 
 
 def add_rms_norm(
