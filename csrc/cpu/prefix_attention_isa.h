@@ -142,7 +142,6 @@ class AttentionTask {
           const int64_t here = std::min(kDepth, p.head_dim - d);
           Number* to = queries + d / kDepth * query_block + row * kDepth;
           Product::copy_row(from + d, here, to);
-          std::fill(to + here, to + padded_depth<Product>(here), Number{0});
         }
         row_positions[row] = p.positions[n];
       }
@@ -400,9 +399,9 @@ void prefix_attention_as(const PrefixAttention& p, int num_threads) {
 
 void prefix_attention_isa(const PrefixAttention& p, int num_threads) {
   if (p.type == psykern::FloatType::kBfloat16) {
-    prefix_attention_as<Bf16Product, uint16_t>(p, num_threads);
+    prefix_attention_as<Bf16RowProduct, uint16_t>(p, num_threads);
   } else {
-    prefix_attention_as<Fp32Product, float>(p, num_threads);
+    prefix_attention_as<Fp32RowProduct, float>(p, num_threads);
   }
 }
 
