@@ -234,6 +234,7 @@ void linear_as(const Linear& p, int num_threads) {
   for (int64_t i = 0; i < p.num_parts; ++i) {
     panels += column_panels(p.parts[i].columns, p.epilogue == Epilogue::kSiluMul);
   }
+  if (panels == 0) return;
   const LinearTasks tasks(p.num_rows, panels, Product::kPanelRows, num_threads);
   psykern::parallel_for(tasks.count(), num_threads, [&](int64_t i) {
     const int64_t block = i % tasks.blocks, group = i / tasks.blocks;  // neighbours read the same weights

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from psykern import kernels
 from psykern.core.types import NOTHING_MORE, Wanted
 from psykern.engine.plan import Wave
 from psykern.models.model import Model
@@ -85,8 +86,9 @@ def _tables(model: Model, wave: Wave, hidden: Tensor, lse: Tensor) -> Iterator[t
         own = slice(int(offsets[first]), int(offsets[first + len(rows)]))
         of = table[: len(rows)]
         for begin in range(0, len(head), _HEAD_TILE):
-            tile = head[begin : begin + _HEAD_TILE].float()
-            of[:, begin : begin + len(tile)] = rows @ tile.T
+            tile = head[begin : begin + _HEAD_TILE]
+            out = of[:, begin : begin + len(tile)]
+            kernels.linear(rows, ((tile, None),), (out,), backend=model.compute.backend)
         of -= lse[first : first + len(rows), None]
         yield of, np.repeat(np.arange(len(rows)), np.diff(offsets[first : first + len(rows) + 1])), own
 

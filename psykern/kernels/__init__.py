@@ -86,7 +86,8 @@ def linear(
     ``add`` it is added to what they hold. They have x's dtype, and none may share memory with x.
 
     Sums are fp32. ``cpu`` takes weights and biases of any dtype, as a file has them, and rounds weights to bf16 where x
-    is bf16; its sums over K have one order, whatever N is. All others take the vendor's product.
+    is bf16 and the processor multiplies bf16; its sums over K have one order, whatever N is. All others take the
+    vendor's product.
     Raises ``ValueError`` for shapes or dtypes that do not fit.
     """
     expect("x", x.dim() == 2 and x.shape[1] > 0, "[N, K] with K at least 1", x)
@@ -124,6 +125,7 @@ def _expect_layer(name: str, layer: Layer, x: Tensor) -> None:
     expect_dtype(name, weight, _FLOATS)
     if bias is not None:
         expect(f"bias of {name}", bias.shape == weight.shape[:1], lambda: f"[{weight.shape[0]}]", bias)
+        expect_dtype(f"bias of {name}", bias, _FLOATS)
 
 
 def option_logprobs(

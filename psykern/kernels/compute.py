@@ -22,6 +22,11 @@ class Compute:
     dtype: torch.dtype
     backend: Backend  # never "auto"
 
+    @property
+    def is_company_free(self) -> bool:
+        """Whether a row's bits depend on no other row, on threads or on blocks: all arithmetic is psykern's own."""
+        return self.backend == "cpu"
+
     def current(self) -> AbstractContextManager[object]:
         """Within it the device is the one that kernels are launched on, of several."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()

@@ -94,6 +94,7 @@ def recipe_of(scorer: Scorer, dataset: Dataset, out: str | Path, settings: Setti
         device=torch.cuda.get_device_name(compute.device) if compute.device.type == "cuda" else "cpu",
         dtype=str(compute.dtype).removeprefix("torch."),
         backend=compute.backend,
+        company_free=compute.is_company_free,
         wave_tokens=budgets.wave_tokens,
         batch_tokens=budgets.batch_tokens,
         min_share=settings.min_share,
@@ -112,15 +113,16 @@ class RunJob:
 
     @classmethod
     def open(cls, out: str | Path, recipe: Recipe, settings: Settings, *, resume: bool = True) -> RunJob:
-        """Begins the run in ``out``, or goes on with the one there: with its start, and with its budgets and date where
-        the settings name none. Raises RunFolderError."""
+        """Begins the run in ``out``, or goes on with the one there: with its start, with its date where the settings
+        name none, and so with its budgets, unless no score depends on them. Raises RunFolderError."""
         folder = RunFolder.open(out, recipe, resume=resume, any_date=settings.date is None)
+        budgets = vars(recipe) if recipe.company_free else folder.began
         going_on = replace(
             recipe,
             date=folder.began["date"] if recipe.date else None,
             started=folder.began["started"],
-            wave_tokens=settings.wave_tokens or folder.began["wave_tokens"],
-            batch_tokens=settings.batch_tokens or folder.began["batch_tokens"],
+            wave_tokens=settings.wave_tokens or budgets["wave_tokens"],
+            batch_tokens=settings.batch_tokens or budgets["batch_tokens"],
         )
         return cls(settings, going_on, folder)
 

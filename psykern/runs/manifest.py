@@ -89,6 +89,7 @@ class Recipe:
     device: str
     dtype: str
     backend: str
+    company_free: bool  # a score's bits depend on its own text alone, not on what was computed beside it
     wave_tokens: int
     batch_tokens: int
     min_share: int
@@ -121,7 +122,7 @@ class Manifest(Outcome, Recipe):
 
 
 # What two processes must agree in to write parts of one run. Budgets and machines may differ: they change scores by
-# no more than rounding, and a run that goes on takes the budgets that it began with.
+# no more than rounding, and a run that goes on takes the budgets that it began with where they change even that.
 IDENTITY = ("model_hash", "tokenizer_hash", "data", "chat_template_hash", "date", *having("identity"))
 
 

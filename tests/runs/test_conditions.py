@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 from support.scoring import (
-    assert_no_close_call,
     assert_same_scores,
     records,
     score,
@@ -110,7 +109,6 @@ def test_persona_records_are_those_of_the_interview_and_the_text(talking: Toy, t
     told = [row | {"text": fronts[i % 3] + row["text"]} for i, row in enumerate(talking.rows) if fronts[i % 3]]
     other = score(talking.model, write_rows(tmp_path / "told.jsonl", told), tmp_path / "plain")
     one, two = psykern.read_run(run.folder), psykern.read_run(other.folder)
-    assert_no_close_call(talking.oracle, told)
     assert_same_scores(one, two)
     assert run.manifest.condition == "persona"
     assert run.manifest.counts.without_metadata_transcripts == len(talking.rows) - len(told)
@@ -129,7 +127,6 @@ def test_discrete_responses_are_scored_in_a_text_where_the_others_have_no_marks(
     wanted = score(
         toy.model, write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "other", options="observed", protocol=protocol
     )
-    assert_no_close_call(toy.oracle, rows, protocol)
     assert_same_scores(psykern.read_run(run.folder), psykern.read_run(wanted.folder))
     assert run.manifest.discrete == "[A-Z]" and run.manifest.counts.responses == wanted.manifest.counts.responses > 0
 

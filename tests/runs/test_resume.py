@@ -121,10 +121,32 @@ def test_a_unit_that_was_begun_is_left_undone(toy: Toy, tmp_path: Path) -> None:
     assert contents(tmp_path / "run") == contents(tmp_path / "quiet")
 
 
-def test_a_run_keeps_the_budgets_that_it_began_with(toy: Toy, tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_run_keeps_the_budgets_that_it_began_with_where_scores_depend_on_them(
+    backend: psykern.kernels.Backend, toy: Toy, tmp_path: Path
+) -> None:
+    settings = replace(SETTINGS, backend=backend)
     with pytest.raises(psykern.InterruptedRun):
-        psykern.score(toy.model, toy.data, tmp_path, replace(SETTINGS, wave_tokens=64), stop=lambda: True)
-    assert psykern.score(toy.model, toy.data, tmp_path, SETTINGS).manifest.wave_tokens == 64
+        psykern.score(toy.model, toy.data, tmp_path, replace(settings, wave_tokens=64), stop=lambda: True)
+    run = psykern.score(toy.model, toy.data, tmp_path, settings)
+    assert run.manifest.company_free is (backend == "cpu")
+    assert (run.manifest.wave_tokens == 64) is (backend == "reference")
+
+
+def test_a_run_may_go_on_with_other_budgets_to_the_same_bytes(toy: Toy, tmp_path: Path) -> None:
+    """On a CPU, of which each process may choose what suits it."""
+    done = psykern.score(toy.model, toy.data, tmp_path / "whole", SETTINGS)
+    asked: list[None] = []
+    with pytest.raises(psykern.InterruptedRun):
+        psykern.score(
+            toy.model,
+            toy.data,
+            tmp_path / "parts",
+            replace(SETTINGS, wave_tokens=50, batch_tokens=11),
+            stop=lambda: asked.append(None) or len(asked) > 8,
+        )
+    parts = psykern.score(toy.model, toy.data, tmp_path / "parts", replace(SETTINGS, batch_tokens=300))
+    assert psykern.read_run(parts.folder).equals(psykern.read_run(done.folder))
 
 
 @pytest.mark.parametrize("change", [{"protocol": "study"}, {"discrete": "[A-Z]"}, {"unit_tokens": 2}, {"limit": 3}])

@@ -15,14 +15,26 @@ from torch import Tensor
 
 from psykern import kernels
 
-OPS = ("option_logprobs", "prefix_attention", "add_rms_norm", "qk_norm_rope", "silu_mul", "gather_rows")
+OPS = (
+    "linear",
+    "swiglu",
+    "option_logprobs",
+    "prefix_attention",
+    "add_rms_norm",
+    "qk_norm_rope",
+    "silu_mul",
+    "gather_rows",
+)
 
 
 def arguments(op: str, place: Place = REFERENCE) -> dict[str, Any]:
     """A valid call of each operation, but for ``backend``: 3 rows, V = 5, D = 4; 2 heads of 8 on 1; P = 6."""
     ids = torch.tensor([0, 4, 2], dtype=torch.int32)
     positions = torch.arange(3, dtype=torch.int32)
+    layer = torch.ones(5, 4), torch.ones(5)
     calls: dict[str, dict[str, Any]] = {
+        "linear": {"x": torch.ones(3, 4), "layers": [layer], "outs": [torch.ones(3, 5)]},
+        "swiglu": {"x": torch.ones(3, 4), "gate": layer, "up": layer},
         "option_logprobs": {
             "hidden": torch.ones(3, 4),
             "weight": torch.ones(5, 4),
@@ -53,7 +65,7 @@ def arguments(op: str, place: Place = REFERENCE) -> dict[str, Any]:
         "silu_mul": {"gate": torch.ones(3, 4), "up": torch.ones(3, 4)},
         "gather_rows": {"source": torch.ones(2, 5, 4), "rows": torch.tensor([4, 0, 4])},
     }
-    return {n: a.to(place.device) if isinstance(a, torch.Tensor) else a for n, a in calls[op].items()}
+    return {n: map_tensors(lambda t: t.to(place.device), a) for n, a in calls[op].items()}
 
 
 def segments(place: Place = REFERENCE, **changed: torch.Tensor) -> kernels.Segments:
@@ -85,6 +97,7 @@ class Case:
     may_be: tuple[dict[str, str], ...] = ()  # inputs that may be given for them, all those of one entry together
     apart: tuple[str, ...] = ()  # inputs whose rows may lie apart
     tolerance: float | None = None  # of operations with a matrix product: between two ways to the same numbers
+    function: Callable[..., Any] | None = None  # called for that of kernels, where that makes no arrays itself
 
     def run(self, place: Place, given: dict[str, Any]) -> list[Tensor]:
         """What the operation gives of arguments on the place's device; what it leaves out of new arrays is NaN.
@@ -94,7 +107,7 @@ class Case:
         """
         with poisoned_memory():
             try:
-                result = getattr(kernels, self.op)(**given, backend=place.backend)
+                result = (self.function or getattr(kernels, self.op))(**given, backend=place.backend)
             except RuntimeError as error:
                 if place.backend != "reference" or "pack_vnni2" not in str(error):
                     raise
@@ -108,15 +121,29 @@ def put(place: Place, given: dict[str, Any]) -> dict[str, Any]:
     for name, value in given.items():
         if isinstance(value, kernels.Segments):
             value = attention.put(place, value)
-        on_device[name] = place.put(value)[0] if isinstance(value, Tensor) else value
+        on_device[name] = map_tensors(lambda tensor: place.put(tensor)[0], value)
     return on_device
+
+
+def map_tensors(f: Callable[[Tensor], Any], value: Any) -> Any:
+    """``value`` with ``f`` of each tensor in it, in tuples and lists too."""
+    if isinstance(value, Tensor):
+        return f(value)
+    return type(value)(map_tensors(f, item) for item in value) if type(value) in (tuple, list) else value
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """Those in ``value``, in order."""
+    found: list[Tensor] = []
+    map_tensors(found.append, value)
+    return found
 
 
 def with_gaps(x: Tensor) -> Tensor:
     """``x`` with NaN behind each of its rows, which are dense."""
     size = x[0].numel()
     wide = torch.full((len(x), size + 8), math.nan, dtype=x.dtype, device=x.device)
-    rows = wide[:, :size].unflatten(1, x.shape[1:])
+    rows = wide[:, :size].unflatten(1, (*x.shape[1:], 1))[..., 0]  # the last 1: x may be of one dimension
     return rows.copy_(x)
 
 
@@ -124,6 +151,9 @@ def cases(dtype: torch.dtype) -> dict[str, Case]:
     """Each operation in each of its forms, in ``dtype``."""
     layouts = ("trie", "carried", "no-queries")
     return {
+        "linear": _linear(dtype),
+        "linear-add": _linear_add(dtype),
+        "swiglu": _swiglu(dtype),
         "option_logprobs": _option_logprobs(dtype),
         **{f"attention-{n}": _prefix_attention(attention.LAYOUTS[n], None, dtype) for n in layouts},
         **{f"attention-{n}-window": _prefix_attention(attention.LAYOUTS[n], 5, dtype) for n in layouts},
@@ -144,6 +174,76 @@ def _normal(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
 def _rows(*names: str) -> Callable[[dict[str, Any], int], dict[str, Any]]:
     """The call of row i by itself: that row of the arguments ``names``."""
     return lambda given, i: given | {name: given[name][i : i + 1] for name in names if given[name] is not None}
+
+
+# Of products whose results are below 8 in size: fp32 sums in two orders; two roundings to bf16 in two ways.
+_LINEAR_TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2**-4}
+
+
+def _layer(columns: int, dtype: torch.dtype, seed: int) -> kernels.Layer:
+    """Of 77 numbers; of a variance that gives results of about 1."""
+    weight = _normal(columns, 77, dtype=torch.float32, seed=seed) / math.sqrt(77)
+    return weight.to(dtype), _normal(columns, dtype=dtype, seed=seed + 1) / 2
+
+
+def _multiply(
+    x: Tensor,
+    layers: Sequence[kernels.Layer],
+    *,
+    residual: Tensor | None = None,
+    backend: kernels.Backend,
+    **outs: Tensor,
+) -> Sequence[Tensor]:
+    """kernels.linear to arrays of its own, or to ``outs``; with a residual, that is put there first and added to."""
+    arrays = list(outs.values()) or [x.new_empty(len(x), len(weight)) for weight, _ in layers]
+    if residual is not None:
+        arrays[0].copy_(residual)
+    return kernels.linear(x, layers, arrays, add=residual is not None, backend=backend)
+
+
+def _linear(dtype: torch.dtype) -> Case:
+    layers = [_layer(33, dtype, 1), (_layer(16, dtype, 3)[0], None), _layer(5, dtype, 5)]
+    return Case(
+        "linear",
+        {"x": _normal(9, 77, dtype=dtype, seed=0), "layers": layers},
+        items=9,
+        alone=_rows("x"),
+        part=lambda i: (slice(i, i + 1),) * 3,
+        spoil=("x", lambda i: (i, 76)),
+        outs=("first", "second", "third"),
+        apart=("x", "layers"),
+        tolerance=_LINEAR_TOLERANCES[dtype],
+        function=_multiply,
+    )
+
+
+def _linear_add(dtype: torch.dtype) -> Case:
+    x, residual = _normal(9, 77, dtype=dtype, seed=0), _normal(9, 33, dtype=dtype, seed=1)
+    return Case(
+        "linear",
+        {"x": x, "layers": [_layer(33, dtype, 2)], "residual": residual},
+        items=9,
+        alone=_rows("x", "residual"),
+        part=lambda i: (slice(i, i + 1),),
+        spoil=("x", lambda i: (i, 7)),
+        may_be=({"out": "residual"},),
+        apart=("x", "layers"),
+        tolerance=_LINEAR_TOLERANCES[dtype],
+        function=_multiply,
+    )
+
+
+def _swiglu(dtype: torch.dtype) -> Case:
+    return Case(
+        "swiglu",
+        {"x": _normal(9, 77, dtype=dtype, seed=0), "gate": _layer(33, dtype, 1), "up": _layer(33, dtype, 3)},
+        items=9,
+        alone=_rows("x"),
+        part=lambda i: (slice(i, i + 1),),
+        spoil=("x", lambda i: (i, 7)),
+        apart=("x", "gate", "up"),
+        tolerance=_LINEAR_TOLERANCES[dtype],
+    )
 
 
 def _option_logprobs(dtype: torch.dtype) -> Case:
