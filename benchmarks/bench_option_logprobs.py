@@ -150,16 +150,19 @@ def bench(rows: int, hidden_size: int, repeats: int) -> list[dict[str, object]]:
     hidden = torch.randn(rows, hidden_size)
     weight = torch.randn(VOCABULARY, hidden_size) * 0.02
     token_ids = torch.randint(VOCABULARY, (rows,), dtype=torch.int32)
-    half = weight.bfloat16()
+    half, hidden_half = weight.bfloat16(), hidden.bfloat16()
     providers: dict[str, Callable[[], Tensor]] = {
         "psykern": lambda: psykern(hidden, weight, token_ids),
-        "psykern_bf16": lambda: psykern(hidden, half, token_ids),
+        "psykern_bf16": lambda: psykern(hidden, half, token_ids),  # of the weight
+        "psykern_all_bf16": lambda: psykern(hidden_half, half, token_ids),
     }
     if rows <= TORCH_ROWS:
         providers["log_softmax"] = lambda: log_softmax(hidden, weight, token_ids)
         torch.testing.assert_close(psykern(hidden, weight, token_ids), providers["log_softmax"](), atol=2e-5, rtol=0)
     rounded = psykern(hidden[:8], half.float(), token_ids[:8])
     torch.testing.assert_close(psykern(hidden[:8], half, token_ids[:8]), rounded, atol=0, rtol=0)
+    exact = psykern(hidden_half[:8].float(), half, token_ids[:8])  # products of bf16 are
+    torch.testing.assert_close(psykern(hidden_half[:8], half, token_ids[:8]), exact, atol=OWN_TOLERANCE, rtol=0)
     timings = time_side_by_side({**providers, "sgemm": sgemm}, repeats)
     rates = {name: 2 * rows * VOCABULARY * hidden_size / timings[name].median / 1e9 for name in providers}
     rates["sgemm"] = SGEMM_FLOPS / timings["sgemm"].median / 1e9
