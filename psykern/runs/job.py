@@ -2,9 +2,9 @@
 
     EncodedUnit ─ plan ─► PlannedUnit ─ Engine.pairs ─► TargetScores ─ table ─► part of RUN
 
-Transcripts go through in units: neighbours of one study, planned together so that they share prefixes, and written as
-one part. Planning of the next units and writing of the last go on in threads beside the computing of one; memory is
-bounded by the unit, not by the data.
+Transcripts go through in units: some of one study, planned together so that they share prefixes, and written as one
+part. Planning of the next units and writing of the last go on in threads beside the computing of one; memory is
+bounded by the unit and the window that it is cut of, not by the data.
 """
 
 from __future__ import annotations

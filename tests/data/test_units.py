@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tracemalloc
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,26 @@ def test_every_row_is_in_one_unit_of_bounded_size(
         own = [t for unit in found if unit.info.group == group for t in unit.transcripts]
         assert sorted(t.place for t in own) == list(range(len(own)))
         assert [t.source.line for t in sorted(own, key=lambda t: t.place)] == sorted(t.source.line for t in own)
+
+
+def distinct_characters(texts: Sequence[str]) -> int:
+    """Nodes of the texts' trie: each text but what it begins with as its neighbour in order does."""
+    order = [np.frombuffer(text.encode("utf-32-le"), np.uint32) for text in sorted(texts)]
+    alike = (int(np.argmin(np.append(s[: len(t)] == t[: len(s)], False))) for s, t in pairwise(order))
+    return sum(map(len, texts)) - sum(alike)
+
+
+@pytest.mark.parametrize(("study", "along_the_file"), [("frey2017mpl", 1.4), ("thoma2025riskychoice", 1.05)])
+def test_units_of_a_real_study_are_near_one_trie(study: str, along_the_file: float, shared: Path) -> None:
+    rows = list(read(find(shared / "psych" / f"{study}.jsonl.gz")))
+    bound = distinct_characters([t.text for t in rows if isinstance(t, Transcript)])
+
+    def computed(window_tokens: int) -> int:
+        cut = units(rows, unit_tokens=2**17, window_tokens=window_tokens)
+        return sum(distinct_characters([t.text for t in unit.transcripts]) for unit in cut)
+
+    assert computed(WINDOW_TOKENS) <= 1.015 * bound
+    assert computed(1) > along_the_file * bound
 
 
 def transcript(study: str, text: str, line: int) -> Transcript:
