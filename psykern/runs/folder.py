@@ -8,8 +8,8 @@
 The rule: a file is there whole or not at all, and what a part holds follows from its name: the number of its unit, and
 a hash of the unit's rows, the model and the settings. So the parts that are there are all that a run has to remember:
 it can be stopped at any moment and go on, and several processes can write parts of one run. A part also holds, in its
-schema's metadata, what its unit adds to counts, rejects and summary, and where its transcripts belong (``order``). Equal
-tables give equal bytes.
+schema's metadata, what its unit adds to counts, rejects and summary, and where its transcripts belong (``order``).
+Equal tables give equal bytes.
 """
 
 from __future__ import annotations
