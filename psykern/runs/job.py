@@ -2,9 +2,9 @@
 
     EncodedUnit ─ plan ─► PlannedUnit ─ Engine.pairs ─► TargetScores ─ table ─► part of RUN
 
-Transcripts go through in units: neighbours of one study, planned together so that they share prefixes, and written as
-one part. Planning of the next units and writing of the last go on in threads beside the computing of one; memory is
-bounded by the unit, not by the data.
+Transcripts go through in units: some of one study, planned together so that they share prefixes, and written as one
+part. Planning of the next units and writing of the last go on in threads beside the computing of one; memory is
+bounded by the unit and the window that it is cut of, not by the data.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from psykern.runs.manifest import (
     library_versions,
     peak_memory_bytes,
 )
+from psykern.runs.order import PartOrder
 from psykern.runs.progress import Progress
 from psykern.runs.summary import Summary, SummaryAccumulator
 from psykern.scoring.scorer import Scorer
@@ -156,7 +157,8 @@ class RunJob:
             summary = SummaryAccumulator()
             summary.add(table)
             counts = _counts(item, table.num_rows - table.column("logprob").null_count)
-            self.folder.write_part(item.unit.info, table, UnitReport(counts, item.unit.rejects, summary.sums))
+            report = UnitReport(counts, item.unit.rejects, summary.sums)
+            self.folder.write_part(item.unit.info, table, report, _order(item))
         done.append(counts)
 
     def check_stopped(self, units: Sequence[UnitInfo], wanted: Sequence[UnitInfo], stop: Callable[[], bool]) -> None:
@@ -191,6 +193,13 @@ class RunJob:
             self.folder.finish(manifest, summary.to_json(), (error for report in reports for error in report.rejects))
         local = self.folder.folder.local
         return Run(self.folder.folder.path if local is None else local, manifest, summary, len(reports), len(units))
+
+
+def _order(item: PlannedUnit) -> PartOrder | None:
+    if item.unit.info.group is None:
+        return None
+    places = [transcript.place for transcript in item.transcripts]
+    return PartOrder(item.unit.info.group, places, [len(transcript.responses) for transcript in item.transcripts])
 
 
 def _counts(item: PlannedUnit, scored_responses: int) -> Counts:

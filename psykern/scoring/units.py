@@ -2,8 +2,8 @@
 
     EncodedUnit ─ fit ─ plan ─► PlannedUnit ─ Engine.pairs ─► TargetScores
 
-Transcripts go through in units: neighbours of one study, planned together so that they share prefixes. Memory is
-bounded by the unit, not by the data.
+Transcripts go through in units: some of one study, planned together so that they share prefixes (``data.units``).
+Memory is bounded by the unit, not by the data.
 """
 
 from __future__ import annotations
