@@ -154,13 +154,14 @@ class Timing:
     median: float
     p20: float
     p80: float
+    best: float
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> Timing:
         if len(seconds) == 1:
-            return cls(seconds[0], seconds[0], seconds[0])
+            return cls(*[seconds[0]] * 4)
         fifths = statistics.quantiles(seconds, n=5, method="inclusive")
-        return cls(statistics.median(seconds), fifths[0], fifths[3])
+        return cls(statistics.median(seconds), fifths[0], fifths[3], min(seconds))
 
     def columns(self) -> dict[str, object]:
         return {
