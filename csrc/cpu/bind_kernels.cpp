@@ -76,16 +76,24 @@ void prefix_attention(const py::array& q, const py::array& k, const py::array& v
                       const py::array& out, float softmax_scale, std::optional<int64_t> window, int num_threads,
                       const Isa& isa) {
   psykern::PrefixAttention p{};
-  const auto q_rows = get_rows<const float>("q", q, {"N", "Hq", "Dh"});
+  const FloatRows q_rows = get_float_rows("q", q, {"N", "Hq", "Dh"});
   const int64_t num_queries = q.shape(0);
   p.num_heads = q.shape(1), p.head_dim = q.shape(2);
-  const auto k_rows = get_rows<const float>("k", k, {"M", "Hkv", p.head_dim}, " like q");
+  const auto get_like_q = [&](const char* name, const py::array& array, std::initializer_list<Size> shape,
+                              const char* like) {
+    const FloatRows rows = get_float_rows(name, array, shape, like);
+    expect(rows.type == q_rows.type, name, dtype_text(q.dtype()) + " like q", dtype_text(array.dtype()));
+    return rows;
+  };
+  const FloatRows k_rows = get_like_q("k", k, {"M", "Hkv", p.head_dim}, " like q");
   const int64_t num_keys = k.shape(0);
   p.num_kv_heads = k.shape(1);
   expect(p.num_kv_heads > 0 && p.num_heads % p.num_kv_heads == 0, "k",
          "a number of heads that divides the " + std::to_string(p.num_heads) + " of q", shape_text(k));
-  const auto v_rows = get_rows<const float>("v", v, {num_keys, p.num_kv_heads, p.head_dim}, " like k");
-  const auto out_rows = get_rows<float>("out", out, {num_queries, p.num_heads, p.head_dim}, " like q");
+  const FloatRows v_rows = get_like_q("v", v, {num_keys, p.num_kv_heads, p.head_dim}, " like k");
+  const FloatRows out_rows = get_like_q("out", out, {num_queries, p.num_heads, p.head_dim}, " like q");
+  expect(out.writeable(), "out", "an array to write to", "a read-only one");
+  p.type = q_rows.type;
   p.q = q_rows.data, p.q_stride = q_rows.stride;
   p.k = k_rows.data, p.k_stride = k_rows.stride;
   p.v = v_rows.data, p.v_stride = v_rows.stride;
@@ -116,25 +124,34 @@ void prefix_attention(const py::array& q, const py::array& k, const py::array& v
   kernels.prefix_attention(p, num_threads);
 }
 
+// Rows of activations beside others of `type`; written where `is_out`.
+FloatRows get_like(const char* name, const py::array& array, psykern::FloatType type, std::initializer_list<Size> shape,
+                   const char* like, bool is_out = false) {
+  const FloatRows rows = get_float_rows(name, array, shape, like);
+  if (rows.type != type) fail(name, std::string("the dtype of ") + (like + sizeof(" like")), dtype_text(array.dtype()));
+  if (is_out) expect(array.writeable(), name, "an array to write to", "a read-only one");
+  return rows;
+}
+
 void add_rms_norm(const py::array& x, const std::optional<py::array>& residual, const py::array& weight,
                   const std::optional<py::array>& normed, const std::optional<py::array>& summed, float eps,
                   bool norm_first, int num_threads, const Isa& isa) {
   psykern::AddRmsNorm p{};
-  const auto x_rows = get_rows<const float>("x", x, {"N", "D"});
+  const FloatRows x_rows = get_float_rows("x", x, {"N", "D"});
   const Size rows = x.shape(0), size = x.shape(1);
-  p.num_rows = rows.size, p.size = size.size, p.eps = eps, p.norm_first = norm_first;
+  p.type = x_rows.type, p.num_rows = rows.size, p.size = size.size, p.eps = eps, p.norm_first = norm_first;
   p.x = x_rows.data, p.x_stride = x_rows.stride;
   if (residual) {
-    const auto r = get_rows<const float>("residual", *residual, {rows, size}, " like x");
+    const FloatRows r = get_like("residual", *residual, p.type, {rows, size}, " like x");
     p.residual = r.data, p.residual_stride = r.stride;
   }
   p.weight = get_values<const float>("weight", weight, {size});
   if (normed) {
-    const auto n = get_rows<float>("normed", *normed, {rows, size}, " like x");
+    const FloatRows n = get_like("normed", *normed, p.type, {rows, size}, " like x", true);
     p.normed = n.data, p.normed_stride = n.stride;
   }
   if (summed) {
-    const auto s = get_rows<float>("summed", *summed, {rows, size}, " like x");
+    const FloatRows s = get_like("summed", *summed, p.type, {rows, size}, " like x", true);
     p.summed = s.data, p.summed_stride = s.stride;
   }
   const psykern::Kernels& kernels = choose(num_threads, isa);
@@ -146,9 +163,9 @@ void qk_norm_rope(const py::array& x, const std::optional<py::array>& weight, co
                   const py::array& sin, const py::array& positions, const py::array& out, float eps, int num_threads,
                   const Isa& isa) {
   psykern::QkNormRope p{};
-  const auto x_rows = get_rows<const float>("x", x, {"N", "H", "Dh"});
+  const FloatRows x_rows = get_float_rows("x", x, {"N", "H", "Dh"});
   expect(x.shape(2) % 2 == 0, "x", "[N, H, Dh] with even Dh", shape_text(x));
-  p.num_rows = x.shape(0), p.num_heads = x.shape(1), p.head_dim = x.shape(2), p.eps = eps;
+  p.type = x_rows.type, p.num_rows = x.shape(0), p.num_heads = x.shape(1), p.head_dim = x.shape(2), p.eps = eps;
   p.x = x_rows.data, p.x_stride = x_rows.stride;
   if (weight) {
     p.weight = get_values<const float>("weight", *weight, {"Dh or H * Dh"});
@@ -161,7 +178,7 @@ void qk_norm_rope(const py::array& x, const std::optional<py::array>& weight, co
   p.sin = get_values<const float>("sin", sin, {cos.shape(0), p.head_dim / 2}, " like cos");
   p.positions = get_values<const int32_t>("positions", positions, {p.num_rows});
   check_range("positions", p.positions, p.num_rows, cos.shape(0));
-  const auto out_rows = get_rows<float>("out", out, {p.num_rows, p.num_heads, p.head_dim}, " like x");
+  const FloatRows out_rows = get_like("out", out, p.type, {p.num_rows, p.num_heads, p.head_dim}, " like x", true);
   p.out = out_rows.data, p.out_stride = out_rows.stride;
   const psykern::Kernels& kernels = choose(num_threads, isa);
   const py::gil_scoped_release release;
@@ -169,11 +186,11 @@ void qk_norm_rope(const py::array& x, const std::optional<py::array>& weight, co
 }
 
 void silu_mul(const py::array& gate, const py::array& up, const py::array& out, int num_threads, const Isa& isa) {
-  const auto g = get_rows<const float>("gate", gate, {"N", "F"});
+  const FloatRows g = get_float_rows("gate", gate, {"N", "F"});
   const Size rows = gate.shape(0), size = gate.shape(1);
-  const auto u = get_rows<const float>("up", up, {rows, size}, " like gate");
-  const auto o = get_rows<float>("out", out, {rows, size}, " like gate");
-  const psykern::SiluMul p{g.data, u.data, o.data, g.stride, u.stride, o.stride, rows.size, size.size};
+  const FloatRows u = get_like("up", up, g.type, {rows, size}, " like gate");
+  const FloatRows o = get_like("out", out, g.type, {rows, size}, " like gate", true);
+  const psykern::SiluMul p{g.type, g.data, u.data, o.data, g.stride, u.stride, o.stride, rows.size, size.size};
   const psykern::Kernels& kernels = choose(num_threads, isa);
   const py::gil_scoped_release release;
   kernels.silu_mul(p, num_threads);

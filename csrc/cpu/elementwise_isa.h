@@ -16,6 +16,7 @@
 namespace {
 
 using psykern::AddRmsNorm;
+using psykern::FloatType;
 using psykern::QkNormRope;
 using psykern::SiluMul;
 
@@ -30,16 +31,44 @@ struct Part {
   int64_t count;  // less than kLanes
 };
 
-inline Vec get(const float* p, Whole) { return load(p); }
-inline Vec get(const float* p, Streamed) { return load(p); }
-inline Vec get(const float* p, Part part) {
-  Vec x = {};
-  std::memcpy(&x, p, static_cast<size_t>(part.count) * sizeof(float));
+template <typename T>
+inline Vec get(const T* p, Whole) {
+  return load(p);
+}
+template <typename T>
+inline Vec get(const T* p, Streamed) {
+  return load(p);
+}
+template <typename T>
+inline Vec get(const T* p, Part part) {
+  T lanes[kLanes] = {};
+  std::memcpy(lanes, p, static_cast<size_t>(part.count) * sizeof(T));
+  return load(lanes);
+}
+template <typename T>
+inline void put(T* p, Vec x, Whole) {
+  store(p, x);
+}
+inline void put(float* p, Vec x, Streamed) { stream(p, x); }
+inline void put(uint16_t* p, Vec x, Streamed) { store(p, x); }
+template <typename T>
+inline void put(T* p, Vec x, Part part) {
+  T lanes[kLanes];
+  store(lanes, x);
+  std::memcpy(p, lanes, static_cast<size_t>(part.count) * sizeof(T));
+}
+
+// What a store to T and a load would give.
+template <typename T>
+inline Vec as_stored(Vec x) {
+  T lanes[kLanes];
+  store(lanes, x);
+  return load(lanes);
+}
+template <>
+inline Vec as_stored<float>(Vec x) {
   return x;
 }
-inline void put(float* p, Vec x, Whole) { store(p, x); }
-inline void put(float* p, Vec x, Streamed) { stream(p, x); }
-inline void put(float* p, Vec x, Part part) { std::memcpy(p, &x, static_cast<size_t>(part.count) * sizeof(float)); }
 
 // step(i, slot, Full or Part) for the vectors from i on of [0, size), in order; neighbours have different slots.
 template <typename Full = Whole, typename Step>
@@ -65,7 +94,9 @@ void for_rows(int64_t num_rows, int64_t size, int num_threads, const Rows& row_k
 
 // Whether an output of `num_rows` rows is written past the caches: a new array that is too large for them anyway. Its
 // lines are then not read before they are written. Rows must begin at whole vectors.
-inline bool is_streamed(const float* out, int64_t stride, int64_t num_rows, int64_t size, bool is_input) {
+inline bool is_streamed(const void* out, FloatType type, int64_t stride, int64_t num_rows, int64_t size,
+                        bool is_input) {
+  if (type != FloatType::kFloat32) return false;
   const bool is_aligned = reinterpret_cast<uintptr_t>(out) % sizeof(Vec) == 0 && stride % kLanes == 0;
   return !is_input && is_aligned && num_rows * size >= kStreamedFloats;
 }
@@ -75,7 +106,8 @@ inline float inverse_rms(const Vec (&squares)[kSums], int64_t size, float eps) {
   const float total = sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
   return 1.0f / std::sqrt(total / static_cast<float>(size) + eps);
 }
-inline float inverse_rms(const float* x, int64_t size, float eps) {
+template <typename T>
+inline float inverse_rms(const T* x, int64_t size, float eps) {
   Vec squares[kSums] = {};
   for_vectors(size, [&](int64_t i, int slot, auto lanes) {
     const Vec s = get(x + i, lanes);
@@ -84,15 +116,26 @@ inline float inverse_rms(const float* x, int64_t size, float eps) {
   return inverse_rms(squares, size, eps);
 }
 
-// As in Llama and Qwen. kStoreSum: `summed` is wanted; the second loop then reads it, else it adds again.
-template <bool kResidual, bool kStoreSum, typename Full>
+// Row `row` of an array of T, or null where there is none.
+template <typename T>
+inline T* row_of(void* data, int64_t stride, int64_t row) {
+  return data == nullptr ? nullptr : static_cast<T*>(data) + row * stride;
+}
+template <typename T>
+inline const T* row_of(const void* data, int64_t stride, int64_t row) {
+  return data == nullptr ? nullptr : static_cast<const T*>(data) + row * stride;
+}
+
+// As in Llama and Qwen. kStoreSum: `summed` is wanted; the second loop then reads it, else it adds again. What is
+// normed is the sum as it is stored.
+template <typename T, bool kResidual, bool kStoreSum, typename Full>
 void add_then_norm(const AddRmsNorm& p, int64_t row) {
-  const float* x = p.x + row * p.x_stride;
-  const float* residual = kResidual ? p.residual + row * p.residual_stride : nullptr;
-  float* normed = p.normed + row * p.normed_stride;
-  float* summed = kStoreSum ? p.summed + row * p.summed_stride : nullptr;
+  const T* x = row_of<T>(p.x, p.x_stride, row);
+  const T* residual = kResidual ? row_of<T>(p.residual, p.residual_stride, row) : nullptr;
+  T* normed = row_of<T>(p.normed, p.normed_stride, row);
+  T* summed = kStoreSum ? row_of<T>(p.summed, p.summed_stride, row) : nullptr;
   const auto add = [&](int64_t i, auto lanes) {
-    return kResidual ? get(x + i, lanes) + get(residual + i, lanes) : get(x + i, lanes);
+    return kResidual ? as_stored<T>(get(x + i, lanes) + get(residual + i, lanes)) : get(x + i, lanes);
   };
   Vec squares[kSums] = {};
   for_vectors(p.size, [&](int64_t i, int slot, auto lanes) {
@@ -109,11 +152,12 @@ void add_then_norm(const AddRmsNorm& p, int64_t row) {
 }
 
 // As in OLMo.
+template <typename T>
 void norm_then_add(const AddRmsNorm& p, int64_t row) {
-  const float* x = p.x + row * p.x_stride;
-  const float* residual = p.residual == nullptr ? nullptr : p.residual + row * p.residual_stride;
-  float* normed = p.normed == nullptr ? nullptr : p.normed + row * p.normed_stride;
-  float* summed = p.summed == nullptr ? nullptr : p.summed + row * p.summed_stride;
+  const T* x = row_of<T>(p.x, p.x_stride, row);
+  const T* residual = row_of<T>(p.residual, p.residual_stride, row);
+  T* normed = row_of<T>(p.normed, p.normed_stride, row);
+  T* summed = row_of<T>(p.summed, p.summed_stride, row);
   const Vec scale = broadcast(inverse_rms(x, p.size, p.eps));
   for_vectors(p.size, [&](int64_t i, int, auto lanes) {
     const Vec norm = get(x + i, lanes) * scale * get(p.weight + i, lanes);
@@ -123,26 +167,34 @@ void norm_then_add(const AddRmsNorm& p, int64_t row) {
   });
 }
 
-template <typename Full>
+template <typename T, typename Full>
 auto choose_norm(const AddRmsNorm& p) {
-  if (p.norm_first) return &norm_then_add;
+  if (p.norm_first) return &norm_then_add<T>;
   if (p.residual == nullptr) {
-    return p.summed != nullptr ? &add_then_norm<false, true, Full> : &add_then_norm<false, false, Full>;
+    return p.summed != nullptr ? &add_then_norm<T, false, true, Full> : &add_then_norm<T, false, false, Full>;
   }
-  return p.summed != nullptr ? &add_then_norm<true, true, Full> : &add_then_norm<true, false, Full>;
+  return p.summed != nullptr ? &add_then_norm<T, true, true, Full> : &add_then_norm<T, true, false, Full>;
+}
+
+// Whole vectors, or where they are streamed fp32; bf16 is never streamed.
+template <typename Choose>
+auto choose_kernel(FloatType type, bool streamed, const Choose& choose) {
+  if (type == FloatType::kBfloat16) return choose(uint16_t{}, Whole{});
+  return streamed ? choose(float{}, Streamed{}) : choose(float{}, Whole{});
 }
 
 void add_rms_norm_isa(const AddRmsNorm& p, int num_threads) {
   const bool in_place = p.normed == p.x || p.normed == p.residual;
-  const bool streamed = is_streamed(p.normed, p.normed_stride, p.num_rows, p.size, in_place);
-  auto* kernel = streamed ? choose_norm<Streamed>(p) : choose_norm<Whole>(p);
+  const bool streamed = is_streamed(p.normed, p.type, p.normed_stride, p.num_rows, p.size, in_place);
+  auto* kernel = choose_kernel(
+      p.type, streamed, [&](auto number, auto full) { return choose_norm<decltype(number), decltype(full)>(p); });
   for_rows(p.num_rows, p.size, num_threads, [&](int64_t row) { kernel(p, row); });
 }
 
-template <bool kNorm, typename Full>
+template <typename T, bool kNorm, typename Full>
 void norm_and_rotate(const QkNormRope& p, int64_t row) {
-  const float* x = p.x + row * p.x_stride;
-  float* out = p.out + row * p.out_stride;
+  const T* x = row_of<T>(p.x, p.x_stride, row);
+  T* out = row_of<T>(p.out, p.out_stride, row);
   const int64_t half = p.head_dim / 2, row_size = p.num_heads * p.head_dim;
   const float* cos = p.cos + p.positions[row] * half;
   const float* sin = p.sin + p.positions[row] * half;
@@ -168,9 +220,12 @@ void norm_and_rotate(const QkNormRope& p, int64_t row) {
 void qk_norm_rope_isa(const QkNormRope& p, int num_threads) {
   const int64_t size = p.num_heads * p.head_dim;
   const bool whole_vectors = p.head_dim / 2 % kLanes == 0;  // where each half of a head begins
-  const bool streamed = whole_vectors && is_streamed(p.out, p.out_stride, p.num_rows, size, p.out == p.x);
-  auto* kernel = streamed ? &norm_and_rotate<false, Streamed> : &norm_and_rotate<false, Whole>;
-  if (p.weight != nullptr) kernel = streamed ? &norm_and_rotate<true, Streamed> : &norm_and_rotate<true, Whole>;
+  const bool streamed = whole_vectors && is_streamed(p.out, p.type, p.out_stride, p.num_rows, size, p.out == p.x);
+  auto* kernel = choose_kernel(p.type, streamed, [&](auto number, auto full) {
+    using T = decltype(number);
+    using Full = decltype(full);
+    return p.weight != nullptr ? &norm_and_rotate<T, true, Full> : &norm_and_rotate<T, false, Full>;
+  });
   for_rows(p.num_rows, size, num_threads, [&](int64_t row) { kernel(p, row); });
 }
 
@@ -185,11 +240,11 @@ inline Vec silu(Vec z) {
   return z * ((z > 0.0f ? one : e) / (one + e));
 }
 
-template <typename Full>
+template <typename T, typename Full>
 void silu_then_mul(const SiluMul& p, int64_t row) {
-  const float* gate = p.gate + row * p.gate_stride;
-  const float* up = p.up + row * p.up_stride;
-  float* out = p.out + row * p.out_stride;
+  const T* gate = row_of<T>(p.gate, p.gate_stride, row);
+  const T* up = row_of<T>(p.up, p.up_stride, row);
+  T* out = row_of<T>(p.out, p.out_stride, row);
   for_vectors<Full>(p.size, [&](int64_t i, int, auto lanes) {
     put(out + i, silu(get(gate + i, lanes)) * get(up + i, lanes), lanes);
   });
@@ -197,8 +252,9 @@ void silu_then_mul(const SiluMul& p, int64_t row) {
 
 void silu_mul_isa(const SiluMul& p, int num_threads) {
   const bool in_place = p.out == p.gate || p.out == p.up;
-  const bool streamed = is_streamed(p.out, p.out_stride, p.num_rows, p.size, in_place);
-  auto* kernel = streamed ? &silu_then_mul<Streamed> : &silu_then_mul<Whole>;
+  const bool streamed = is_streamed(p.out, p.type, p.out_stride, p.num_rows, p.size, in_place);
+  auto* kernel = choose_kernel(p.type, streamed,
+                               [](auto number, auto full) { return &silu_then_mul<decltype(number), decltype(full)>; });
   for_rows(p.num_rows, p.size, num_threads, [&](int64_t row) { kernel(p, row); });
 }
 

@@ -38,7 +38,7 @@ extern const Kernels kAmxKernels;  // and AMX: products of tiles of bf16, summed
 
 inline constexpr const char* kKernelNames[] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};  // slowest first
 
-// The fastest set that this machine has, or the one of kKernelNames that `name` asks for. Throws std::invalid_argument
+// The fastest set for this machine, or the one of kKernelNames that `name` asks for. Throws std::invalid_argument
 // where the machine or the build does not have it.
 const Kernels& kernels(const char* name = nullptr);
 

@@ -26,12 +26,17 @@ Buffer allocate(int64_t floats) {
   return Buffer(static_cast<float*>(p));
 }
 
-// A run of rows cut in panels, as even as possible: panel p holds rows [start(p), start(p + 1)).
+// A run of rows cut in panels of at most `panel_rows`: panel p holds rows [start(p), start(p + 1)). They are as even as
+// possible, which is best for vectors, or full but for the last, which is best for tiles.
 struct RowPanels {
-  int64_t num_rows, count;
+  int64_t num_rows, panel_rows, count;
+  bool are_full;
 
-  explicit RowPanels(int64_t rows) : num_rows(rows), count((rows + kMaxPanel - 1) / kMaxPanel) {}
-  int64_t start(int64_t panel) const { return num_rows * panel / count; }
+  explicit RowPanels(int64_t rows, int64_t most = kMaxPanel, bool full = false)
+      : num_rows(rows), panel_rows(most), count((rows + most - 1) / most), are_full(full) {}
+  int64_t start(int64_t panel) const {
+    return are_full ? std::min(panel * panel_rows, num_rows) : num_rows * panel / count;
+  }
 };
 
 // The depths [0, result) of pack_half_panel, in whole vectors of the columns' rows.

@@ -56,7 +56,15 @@ inline Vec broadcast(float x) {
 #endif
 }
 
-inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }  // a NaN in b stays, one in a is lost: see has_nan
+// a > b ? a : b. A NaN in b stays, one in a is lost: see has_nan.
+inline Vec maximum(Vec a, Vec b) {
+#if defined(__AVX512F__)  // compilers make two operations of the rule; the mask keeps GCC 12 from a false warning
+  const auto x = reinterpret_cast<__m512>(a), y = reinterpret_cast<__m512>(b);
+  return reinterpret_cast<Vec>(_mm512_mask_max_ps(x, 0xffff, x, y));
+#else
+  return a > b ? a : b;
+#endif
+}
 
 inline float widen(uint16_t bf16) {
   const uint32_t bits = static_cast<uint32_t>(bf16) << 16;
@@ -178,6 +186,44 @@ inline Vec exp_nonpositive(Vec x) {
   Vec scale;
   std::memcpy(&scale, &bits, sizeof scale);
   return p * scale;
+}
+
+template <int kCount, typename F>
+inline void for_each(const F& f) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kCount; ++i) f(i);
+}
+
+// 2^x for several x <= 0 (and NaN) at once, step by step, so that none waits for its own last step: x = n + f with
+// |f| <= 1/2, a polynomial in f, times 2^n. Below -126.5, where 2^n would leave the normal numbers, it is 0, and at 0
+// it is 1. Coefficients from the highest down; that of degree 0 is 1.
+template <int kDegree, int kVectors>
+inline void exp2_nonpositive(Vec (&x)[kVectors], const float (&coefficients)[kDegree]) {
+  const Vec shifter = broadcast(12582912.0f + 127.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
+  Vec shifted[kVectors], p[kVectors];
+  for_each<kVectors>([&](int i) { x[i] = maximum(broadcast(-127.0f), x[i]); });
+  for_each<kVectors>([&](int i) { shifted[i] = x[i] + shifter; });
+  for_each<kVectors>([&](int i) { p[i] = shifted[i] - shifter; });
+  for_each<kVectors>([&](int i) { x[i] = x[i] - p[i]; });
+  for_each<kVectors>([&](int i) { p[i] = broadcast(coefficients[0]); });
+#pragma GCC unroll 8
+  for (int k = 1; k < kDegree; ++k) {
+    for_each<kVectors>([&](int i) { p[i] = p[i] * x[i] + broadcast(coefficients[k]); });
+  }
+  for_each<kVectors>([&](int i) { p[i] = p[i] * x[i] + broadcast(1.0f); });
+  for_each<kVectors>([&](int i) { x[i] = p[i] * reinterpret_cast<Vec>(reinterpret_cast<IntVec>(shifted[i]) << 23); });
+}
+
+template <int kVectors>
+inline void exp2_nonpositive(Vec (&x)[kVectors]) {  // to 0.7 ulp
+  static constexpr float kCoefficients[] = {1.53533620e-4f, 1.33988739e-3f, 9.61843692e-3f,
+                                            5.55033237e-2f, 2.40226477e-1f, 6.93147182e-1f};
+  exp2_nonpositive(x, kCoefficients);
+}
+template <int kVectors>
+inline void exp2_coarse(Vec (&x)[kVectors]) {  // to 3e-6, for what is rounded to bf16
+  static constexpr float kCoefficients[] = {9.58285294e-3f, 5.59064262e-2f, 2.40240991e-1f, 6.93124175e-1f};
+  exp2_nonpositive(x, kCoefficients);
 }
 
 }  // namespace

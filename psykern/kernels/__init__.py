@@ -176,11 +176,15 @@ def prefix_attention(
 
     q: [N, Hq, Dh]; k, v: [M, Hkv, Dh] with Hq a multiple of Hkv. Key j of a segment's list is token j of its path; a
     query at position p sees keys 0..p, with ``window`` the last ``window`` of these (p - window < j <= p). The keys
-    from a segment's first query on must stand in one range. Softmax in fp32. ``out`` may be q itself.
+    from a segment's first query on must stand in one range. q, k, v and ``out``, which may be q itself, have one dtype.
+    Softmax and sums are fp32; in bf16 and fp16 its weights may be rounded for the product with v.
+    Raises ``ValueError`` for shapes or dtypes that do not fit and for rows outside the store.
     """
     expect("q", q.dim() == 3, "[N, Hq, Dh]", q)
     expect("k", k.dim() == 3 and k.shape[2] == q.shape[2] and q.shape[1] % k.shape[1] == 0, "[M, Hkv, Dh] to fit q", k)
     expect("v", v.shape == k.shape, lambda: f"{list(k.shape)} like k", v)
+    expect_dtype("k", k, (q.dtype,))
+    expect_dtype("v", v, (q.dtype,))
     expect("positions", segments.positions.shape == q.shape[:1], lambda: f"[{q.shape[0]}]", segments.positions)
     expect_span("key_ranges", segments.key_span, k.shape[0], "rows of k")
     if not softmax_scale > 0:

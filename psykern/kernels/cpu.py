@@ -1,9 +1,10 @@
-"""The operations in C++ (csrc/cpu), for fp32 tensors on the CPU, on as many threads as torch uses.
+"""The operations in C++ (csrc/cpu), for fp32 and bf16 tensors on the CPU, on as many threads as torch uses.
 
 Tensors reach C++ as numpy arrays on the same memory. Rows may lie apart, as in a slice of a projection; a row itself
-must be dense, else an input is copied and an output is written by way of a dense array. All arithmetic is fp32: bf16
-weights of the head are widened inside the kernel, whatever else is not fp32 is widened here and rounded at the end.
-Shapes are checked by ``psykern.kernels``, where the operations are described, and again by the binding.
+must be dense, else an input is copied and an output is written by way of a dense array. bf16 is read and written as it
+is, and where the processor can, multiplied so; sums and all else are fp32. fp16 is widened here and rounded at the end,
+but for weights of products. Shapes are checked by ``psykern.kernels``, where the operations are described, and again by
+the binding.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _Part = tuple[np.ndarray, np.ndarray | None, np.ndarray | None, np.ndarray | Non
 
 
 def linear(x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]], outs: Sequence[Tensor], add: bool) -> None:
-    targets = [_product_target(x, out, add) for out in outs]
+    targets = [out.float() if add and out.dtype == torch.float16 else _target(out) for out in outs]
     parts: list[_Part] = [
         (_weight(weight), _bias(bias), None, None, _floats(target))
         for (weight, bias), target in zip(layers, targets, strict=True)
@@ -33,7 +34,7 @@ def linear(x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]], outs: Sequ
 
 
 def swiglu(x: Tensor, gate: tuple[Tensor, Tensor | None], up: tuple[Tensor, Tensor | None], out: Tensor) -> None:
-    target = _product_target(x, out, add=False)
+    target = _target(out)
     (weight, bias), (up_weight, up_bias) = gate, up
     part: _Part = (_weight(weight), _bias(bias), _weight(up_weight), _bias(up_bias), _floats(target))
     _multiply(x, [part], "silu_mul")
@@ -44,16 +45,8 @@ def _multiply(x: Tensor, parts: Sequence[_Part], epilogue: str) -> None:
     _cpu.linear(_floats(x), parts, epilogue=epilogue, num_threads=torch.get_num_threads())
 
 
-def _product_target(x: Tensor, out: Tensor, add: bool) -> Tensor:
-    """``out`` itself where the kernel can write it, else an array that is copied to it afterwards."""
-    if x.dtype == torch.float16:
-        return out.float() if add else torch.empty(out.shape)
-    return _dense_rows(out)
-
-
-def _finish(out: Tensor, target: Tensor) -> None:
-    if target is not out:
-        out.copy_(target)
+def _finish(out: Tensor, target: Tensor) -> Tensor:
+    return out if target is out else out.copy_(target)
 
 
 def _floats(x: Tensor) -> np.ndarray:
@@ -68,7 +61,7 @@ def _weight(weight: Tensor) -> np.ndarray:
 
 
 def _bias(bias: Tensor | None) -> np.ndarray | None:
-    return None if bias is None else _norm_weight(bias)
+    return None if bias is None else _vector(bias)
 
 
 def option_logprobs(
@@ -78,7 +71,7 @@ def option_logprobs(
     lse, entropy = torch.empty(num_rows), torch.empty(num_rows)
     logits, argmax = torch.empty(num_tokens), torch.empty(num_rows, dtype=torch.int64)
     _cpu.option_logprobs(
-        _activations(hidden),
+        _floats(hidden.float()),
         _head_weight(weight),
         _array(token_offsets),
         _array(token_ids),
@@ -102,19 +95,19 @@ def prefix_attention(
 ) -> Tensor:
     target = _target(out)
     _cpu.prefix_attention(
-        _activations(q),
-        _activations(k),
-        _activations(v),
+        _floats(q),
+        _floats(k),
+        _floats(v),
         _array(segments.positions),
         _array(segments.query_offsets),
         _array(segments.range_offsets),
         _array(segments.key_ranges),
-        target.numpy(),
+        _floats(target),
         softmax_scale=softmax_scale,
         window=window,
         num_threads=torch.get_num_threads(),
     )
-    return out if target is out else out.copy_(target)
+    return _finish(out, target)
 
 
 def add_rms_norm(
@@ -128,17 +121,17 @@ def add_rms_norm(
 ) -> None:
     targets = [None if out is None else _target(out) for out in (normed, summed)]
     _cpu.add_rms_norm(
-        _activations(x),
-        None if residual is None else _activations(residual),
-        _norm_weight(weight),
-        *(None if target is None else target.numpy() for target in targets),
+        _floats(x),
+        None if residual is None else _floats(residual),
+        _vector(weight),
+        *(None if target is None else _floats(target) for target in targets),
         eps=eps,
         norm_first=norm_first,
         num_threads=torch.get_num_threads(),
     )
     for out, target in zip((normed, summed), targets, strict=True):
-        if out is not None and target is not None and target is not out:
-            out.copy_(target)
+        if out is not None and target is not None:
+            _finish(out, target)
 
 
 def qk_norm_rope(
@@ -146,36 +139,31 @@ def qk_norm_rope(
 ) -> Tensor:
     target = _target(out)
     _cpu.qk_norm_rope(
-        _activations(x),
-        None if weight is None else _norm_weight(weight),
+        _floats(x),
+        None if weight is None else _vector(weight),
         _array(cos),
         _array(sin),
         _array(positions),
-        target.numpy(),
+        _floats(target),
         eps=eps,
         num_threads=torch.get_num_threads(),
     )
-    return out if target is out else out.copy_(target)
+    return _finish(out, target)
 
 
 def silu_mul(gate: Tensor, up: Tensor, out: Tensor) -> Tensor:
     target = _target(out)
-    _cpu.silu_mul(_activations(gate), _activations(up), target.numpy(), num_threads=torch.get_num_threads())
-    return out if target is out else out.copy_(target)
+    _cpu.silu_mul(_floats(gate), _floats(up), _floats(target), num_threads=torch.get_num_threads())
+    return _finish(out, target)
 
 
 def gather_rows(source: Tensor, rows: Tensor, out: Tensor) -> Tensor:
     return torch.index_select(source, 1, rows, out=out)
 
 
-def _activations(x: Tensor) -> np.ndarray:
-    return _dense_rows(x if x.dtype == torch.float32 else x.float()).detach().numpy()
-
-
 def _target(out: Tensor) -> Tensor:
-    """``out`` itself where the kernel can write it, else an fp32 array that is copied to it afterwards."""
-    dense = _dense_rows(out)
-    return dense if dense.dtype == torch.float32 else torch.empty(out.shape)
+    """``out`` itself where the kernel can write it, else an array that is copied to it afterwards."""
+    return torch.empty(out.shape) if out.dtype == torch.float16 else _dense_rows(out)
 
 
 def _dense_rows(x: Tensor) -> Tensor:
@@ -189,7 +177,7 @@ def _array(x: Tensor) -> np.ndarray:
     return (x if x.is_contiguous() else x.contiguous()).detach().numpy()
 
 
-def _norm_weight(weight: Tensor) -> np.ndarray:
+def _vector(weight: Tensor) -> np.ndarray:
     return _array(weight if weight.dtype == torch.float32 else weight.float())  # [D]
 
 
