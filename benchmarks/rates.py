@@ -27,7 +27,7 @@ from torch import Tensor
 from psykern import _cpu
 
 _PEAK_SECONDS = 0.01  # of a run: short, to be alone on the cores now and then
-_SQUARE = 2048  # side of the libraries' product
+SQUARE = 2048  # side of the libraries' product
 # They hold a library to the kernels of an older processor, from when it is loaded on.
 HOLDING_BACK = ("OPENBLAS_CORETYPE", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
 
@@ -67,14 +67,15 @@ class Rates:
         return {"peak_gflops": round(self.peak, 1), **values}
 
 
-def measure(dtype: torch.dtype, side: int = _SQUARE, repeats: int = 7) -> Rates:
+def measure(dtype: torch.dtype, side: int | None = None, repeats: int = 7) -> Rates:
     """The rates now."""
     works = denominators(dtype, side)
     return Rates.of(works, time_side_by_side({name: work.run for name, work in works.items()}, repeats))
 
 
-def denominators(dtype: torch.dtype, side: int = _SQUARE) -> dict[str, Work]:
+def denominators(dtype: torch.dtype, side: int | None = None) -> dict[str, Work]:
     """``peak`` and the libraries' products of squares, to be timed with what they are compared with."""
+    side = side or SQUARE
     products = {name: Work(run, 2.0 * side**3) for name, run in _squares(dtype, side).items()}
     return {"peak": peak(dtype), **products}
 

@@ -16,6 +16,7 @@ import bench_option_logprobs
 import bench_prefix_attention
 import bench_scale
 import bench_score
+import comparison
 import exactness
 import gpu_summary
 import harness
@@ -51,6 +52,13 @@ def test_kernels_with_tiny_shapes(tmp_path: Path) -> None:
     assert providers(tmp_path, "p") == shared | {"sdpa_sequences"}
     bench_elementwise.main([*common, "e"])
     assert providers(tmp_path, "e") == {"psykern", "torch", "copy"}
+
+
+def test_the_head_beside_the_peak_with_a_tiny_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rates, "SQUARE", 64)
+    rows = {str(row["provider"]): row for row in bench_option_logprobs.bench(9, 64, repeats=1, vocab_size=1000)}
+    assert set(rows) == {"psykern", "psykern_bf16", "psykern_bf16_both", "log_softmax"}
+    assert all(float(str(row["share_of_peak"])) > 0 for row in rows.values())
 
 
 def test_products_with_a_tiny_shape(tmp_path: Path) -> None:
@@ -145,17 +153,21 @@ def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_scores_far_from_the_first_providers_or_of_other_bytes_get_no_row() -> None:
     """By hand: 3 and 4 nats off of two scores are an RMS of sqrt(12.5), 3.54."""
     right, near, far = (Scored(np.array(x, np.float32)) for x in ([-1, -2], [-1.5, -2], [-4, -6]))
-    comparison = bench_score.Comparison("a study", bench_score.rms_of, 1.0, "{:.2f} RMS")
+    compared = comparison.Comparison("a study")
+    check = partial(compared.check, distance=comparison.Distance(comparison.rms_of, 1.0, "{:.2f} RMS"))
     given = {"one": right, "two": near, "three": far}
     runs = {name: lambda scored=scored: scored for name, scored in given.items()}
-    timed = [bench_score.Provider(name, run, 2, partial(comparison.check, name)) for name, run in runs.items()]
-    found = bench_score.bench(timed, harness.CPU, torch.float32)
+    timed = [
+        bench_score.Provider(name, run, torch.float32, 2, lambda scored, name=name: check(name, scored=scored))
+        for name, run in runs.items()
+    ]
+    found = bench_score.bench(timed, harness.CPU, square=64)
     assert [next(found).difference for _ in range(2)] == [0.0, pytest.approx(0.125**0.5)]
     with pytest.raises(SystemExit, match=r"^a study: three differs from one by 3\.54 RMS: refused$"):
         next(found)
-    assert comparison.check("one", right, right.logprob.copy()) == 0.0
+    assert check("one", scored=right, before=right.logprob.copy()) == 0.0
     with pytest.raises(SystemExit, match="a study: two: two runs give different bytes: refused"):
-        comparison.check("two", near, near.logprob + 1e-6)
+        check("two", scored=near, before=near.logprob + 1e-6)
 
 
 def test_a_provider_of_others_that_fails_loses_only_itself(capsys: pytest.CaptureFixture[str]) -> None:
