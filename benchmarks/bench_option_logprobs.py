@@ -1,6 +1,7 @@
 """option_logprobs beside what a user writes, ``log_softmax(hidden @ weight.T)`` and a gather, at the study's
-vocabularies; and beside the machine's own matrix rate (``sgemm``: a square product of the same run; on a GPU ``gemm``:
-the plain product ``hidden @ weight.T`` itself).
+vocabularies; and beside the processor's own peak and the libraries' square products of the same run (``rates.py``; on
+a GPU ``gemm``: the plain product ``hidden @ weight.T`` itself). psykern_bf16 has weights in bf16, psykern_bf16_both the
+hidden states too, so its peak is that of bf16.
 
 On a GPU also beside torch compiled, liger-kernel and cut-cross-entropy (where they are installed), in bf16; and all of
 psykern's own backends. One target a row, as in most studies. FLOPs: 2 R V D, the logits alone. Memory: the peak above
@@ -18,7 +19,6 @@ from functools import partial
 
 import torch
 from harness import (
-    SGEMM_FLOPS,
     PeakMemory,
     add_arguments,
     available,
@@ -26,17 +26,18 @@ from harness import (
     dtype_of,
     keep_working,
     print_row,
-    sgemm,
     time_side_by_side,
     write_csv,
     write_results,
 )
+from rates import Rates, begin_unheld, denominators, peak
 from torch import Tensor
 
 from psykern import kernels
 
 VOCABULARY = 151_936
 HIDDEN_SIZES = (896, 1024)
+BF16_PRODUCTS = ("psykern_bf16_both",)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048)
 TORCH_ROWS = 512  # beyond these its logits take gigabytes
 MEMORY_ROWS = 8192
@@ -145,42 +146,53 @@ def bench_device(
     return table
 
 
-def bench(rows: int, hidden_size: int, repeats: int) -> list[dict[str, object]]:
-    torch.manual_seed(0)
-    hidden = torch.randn(rows, hidden_size)
-    weight = torch.randn(VOCABULARY, hidden_size) * 0.02
-    token_ids = torch.randint(VOCABULARY, (rows,), dtype=torch.int32)
-    half, hidden_half = weight.bfloat16(), hidden.bfloat16()
+def host_providers(hidden: Tensor, weight: Tensor, token_ids: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """On a CPU; raises AssertionError where psykern is wrong."""
+    half, half_hidden = weight.bfloat16(), hidden.bfloat16()
     providers: dict[str, Callable[[], Tensor]] = {
         "psykern": lambda: psykern(hidden, weight, token_ids),
-        "psykern_bf16": lambda: psykern(hidden, half, token_ids),  # of the weight
-        "psykern_all_bf16": lambda: psykern(hidden_half, half, token_ids),
+        "psykern_bf16": lambda: psykern(hidden, half, token_ids),
+        "psykern_bf16_both": lambda: psykern(half_hidden, half, token_ids),
     }
-    if rows <= TORCH_ROWS:
+    if len(hidden) <= TORCH_ROWS:
         providers["log_softmax"] = lambda: log_softmax(hidden, weight, token_ids)
         torch.testing.assert_close(psykern(hidden, weight, token_ids), providers["log_softmax"](), atol=2e-5, rtol=0)
-    rounded = psykern(hidden[:8], half.float(), token_ids[:8])
-    torch.testing.assert_close(psykern(hidden[:8], half, token_ids[:8]), rounded, atol=0, rtol=0)
-    exact = psykern(hidden_half[:8].float(), half, token_ids[:8])  # products of bf16 are
-    torch.testing.assert_close(psykern(hidden_half[:8], half, token_ids[:8]), exact, atol=OWN_TOLERANCE, rtol=0)
-    timings = time_side_by_side({**providers, "sgemm": sgemm}, repeats)
-    rates = {name: 2 * rows * VOCABULARY * hidden_size / timings[name].median / 1e9 for name in providers}
-    rates["sgemm"] = SGEMM_FLOPS / timings["sgemm"].median / 1e9
+    for some_hidden in (hidden[:8], half_hidden[:8]):
+        rounded = log_softmax(some_hidden.float(), half.float(), token_ids[:8])
+        torch.testing.assert_close(psykern(some_hidden, half, token_ids[:8]), rounded, atol=2e-5, rtol=0)
+    return providers
+
+
+def bench(rows: int, hidden_size: int, repeats: int, vocab_size: int = VOCABULARY) -> list[dict[str, object]]:
+    torch.manual_seed(0)
+    hidden = torch.randn(rows, hidden_size)
+    weight = torch.randn(vocab_size, hidden_size) * 0.02
+    providers = host_providers(hidden, weight, torch.randint(vocab_size, (rows,), dtype=torch.int32))
+    works, bf16_peak = denominators(torch.float32), peak(torch.bfloat16)
+    others = {name: work.run for name, work in works.items()} | {"bf16_peak": bf16_peak.run}
+    timings = time_side_by_side({**providers, **others}, repeats)
+    flops, beside = 2.0 * rows * vocab_size * hidden_size, Rates.of(works, timings)
+    bf16_gflops = bf16_peak.gflops(timings["bf16_peak"])
     table = []
     for name in providers:
-        with PeakMemory().watch() as peak:
+        own_peak = bf16_gflops if name in BF16_PRODUCTS else beside.peak
+        with PeakMemory().watch() as memory:
             providers[name]()
         table.append(
             {
                 "rows": rows,
                 "hidden_size": hidden_size,
-                "vocab_size": VOCABULARY,
+                "vocab_size": vocab_size,
                 "provider": name,
                 **timings[name].columns(),
-                "gflops": round(rates[name], 1),
-                "share_of_sgemm": round(rates[name] / rates["sgemm"], 3),
-                "times_log_softmax": round(rates[name] / rates["log_softmax"], 2) if "log_softmax" in rates else "",
-                "peak_mb": round(peak.bytes / 1e6, 1),
+                "gflops": round(flops / timings[name].median / 1e9, 1),
+                "share_of_peak": round(flops / timings[name].best / 1e9 / own_peak, 3),
+                "times_log_softmax": round(timings["log_softmax"].median / timings[name].median, 2)
+                if "log_softmax" in timings
+                else "",
+                "peak_mb": round(memory.bytes / 1e6, 1),
+                **beside.columns(),
+                "bf16_peak_gflops": round(bf16_gflops, 1),
             }
         )
         print_row(table[-1])
@@ -223,8 +235,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         table.append({**dict.fromkeys(table[0], ""), **bench_memory(hidden_size)})
         print_row(table[-1])
     if options.name:
-        write_results(options.name, table, x="rows", y="gflops", panel="hidden_size", folder=options.folder)
+        write_results(options.name, table, x="rows", y="share_of_peak", panel="hidden_size", folder=options.folder)
 
 
 if __name__ == "__main__":
+    begin_unheld()
     main()

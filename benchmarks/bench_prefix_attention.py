@@ -9,7 +9,8 @@ Qwen3-0.6B, and beside itself without what it shares.
 
 FLOPs: 4 Hq Dh for each pair of a query and a key that it sees, in each provider those of its own work. `psykern_times`
 is a provider's time in times of psykern's. Sharing half of 8 sequences leaves 0.78 of the pairs, so 1.28 is what it can
-gain at an equal rate.
+gain at an equal rate. On a CPU stand beside it the processor's own peak for the inputs' dtype and the libraries' square
+products (``rates.py``); `share_of_peak` compares best runs.
 
 On a GPU (bf16, heads of 128) SDPA is torch's flash attention, and beside it stand psykern's other backends and, for
 the first heads and the longest sequence, FlexAttention (compiled, with a block mask made beforehand). The sequences of
@@ -36,12 +37,12 @@ from harness import (
     compiled,
     dtype_of,
     keep_working,
-    matrix_gflops,
     print_row,
     time_side_by_side,
     write_csv,
     write_results,
 )
+from rates import Rates, begin_unheld, denominators
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
@@ -67,6 +68,7 @@ class Place(NamedTuple):
     dtype: torch.dtype = torch.float32
     beside: bool = False  # whatever else a user of a GPU would pick
     flex: bool = False  # FlexAttention too, which takes many seconds to compile
+    square: int = 2048  # side of the libraries' product
 
 
 class Provider(NamedTuple):
@@ -291,12 +293,14 @@ def bench(case: str, heads: Heads, tokens: int, repeats: int, place: Place) -> l
     runs = keep_working({name: provider.run for name, provider in providers.items()}, check)
     if case != "window" and not {"sdpa", "sdpa_apart"} & runs.keys():
         raise SystemExit(f"{case} {tokens}: psykern agrees with no other provider: refused")
-    rate = matrix_gflops(place.device, place.dtype)
-    timings = time_side_by_side(runs, repeats, device=place.device)
+    works = denominators(place.dtype, place.square) if place.device == CPU else {}
+    beside = {name: work.run for name, work in works.items()}
+    timings = time_side_by_side(runs | beside, repeats, device=place.device)
+    rates = Rates.of(works, timings) if works else None
     table = []
-    for name, timing in timings.items():
-        pairs = providers[name].pairs
-        gflops = 4 * heads.queries * heads.size * pairs / timing.median / 1e9
+    for name in runs:
+        timing = timings[name]
+        gflop = 4 * heads.queries * heads.size * providers[name].pairs / 1e9
         table.append(
             {
                 "case": f"{case} {tokens}",
@@ -304,9 +308,10 @@ def bench(case: str, heads: Heads, tokens: int, repeats: int, place: Place) -> l
                 "tokens": tokens,
                 "provider": name,
                 **timing.columns(),
-                "gflops": round(gflops, 1),
-                "sgemm_gflops": round(rate, 1),
+                "gflops": round(gflop / timing.median, 1),
+                "share_of_peak": "" if rates is None else rates.share(gflop / timing.best),
                 "psykern_times": round(timing.median / timings["psykern"].median, 2),
+                **({} if rates is None else rates.columns()),
             }
         )
         print_row(table[-1])
@@ -321,6 +326,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_arguments(parser)
     options = parser.parse_args(arguments)
     place = Place(options.device, dtype_of(options), beside=options.quick or options.device.type == "cuda")
+    place = place._replace(square=64) if options.quick else place
     some_heads = (Heads(4, 2, 16),) if options.quick else HEADS if options.device.type == "cpu" else GPU_HEADS
     table = []
     for case in options.cases:
@@ -332,9 +338,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 if options.name:
                     write_csv(options.name, table, options.folder, options.device)
     if options.name:
-        drawing = {"x": "case", "y": "psykern_times", "panel": "heads"}
+        y = "share_of_peak" if options.device.type == "cpu" else "psykern_times"
+        drawing = {"x": "case", "y": y, "panel": "heads"}
         write_results(options.name, table, **drawing, folder=options.folder, device=options.device)
 
 
 if __name__ == "__main__":
+    begin_unheld()
     main()

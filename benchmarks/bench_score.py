@@ -3,10 +3,12 @@
     study     the study's procedure: one transcript at a time, logits of all tokens, cross-entropy of all of them
     careful   a careful user's: transformers, one transcript at a time, only the predicting rows through the head
     psykern   from the texts on (the other two are given tokens and spans), tokenizing and planning included;
-              psykern:cpu and psykern:reference name the backend; psykern:bf16 reads a checkpoint in bf16
+              psykern:cpu and psykern:reference name the backend; psykern:stored reads a checkpoint in bf16
+    careful:bf16, psykern:bf16   the same in bf16, from a checkpoint in bf16
 
 Random weights at the shape of Qwen2.5-0.5B, with 4 layers unless ``--layers 24`` asks for all, and Qwen3's tokenizer.
-The weights are numbers that bf16 holds, so that the checkpoint in bf16 is the same model.
+The weights are numbers that bf16 holds, so that the checkpoint in bf16 is the same model. What computes in bf16 is
+compared with what the first provider in fp32 gave by the RMS of differences of tokens' log-probabilities.
 
 ``--shape Qwen3-8B --device cuda`` takes another shape (``shapes.py``) and runs all studies together, in bf16 on a GPU.
 Weights are drawn there, all layers different, and saved with the shape's tokenizer, one shard a layer; the drawn model
@@ -20,8 +22,8 @@ saw of one more run on CUDA: the share of the time from the first kernel to the 
 written after each provider.
 
 Tokens per second count the tokens of the transcripts, not those computed; GFLOP/s count what psykern computed
-(``budgets.cost``), over the whole time, and ``share_of_sgemm`` compares them with a square product just before. Needs
-the shared transcripts.
+(``budgets.cost``), over the whole time, and ``share_of_peak`` compares them with the processor's own peak for the
+dtype, measured just before, as are the libraries' square products (``rates.py``). Needs the shared transcripts.
 
     python benchmarks/bench_score.py --device cuda --shape Qwen3-8B --mix gpu --name score_gpu_qwen3-8b
     python benchmarks/bench_score.py [--layers 4] [--mix full|medium|small|many|longest] [--repeats 1] [--name FILE]
@@ -40,7 +42,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import rates
 import torch
+from comparison import Comparison, Distance, rms_of
 from harness import (
     CPU,
     Timing,
@@ -67,7 +71,9 @@ from providers import (
     together,
     weight_bytes,
 )
+from rates import Rates, begin_unheld
 from shapes import SHAPES
+from transformers import AutoModelForCausalLM
 
 from psykern import demo
 from psykern.core.settings import MIN_SHARE
@@ -81,11 +87,13 @@ from psykern.models.spec import ModelSpec
 TOLERANCE = 1e-4  # nats per response
 RMS_TOLERANCE = {torch.float32: 0.003, torch.bfloat16: 0.035}  # nats per token, against transformers in fp32
 ORACLE_TOKENS = 6000  # of a transcript that is scored in fp32 on a GPU, at most
-CHECKPOINTS = {"psykern:bf16": torch.bfloat16}  # of the other providers: fp32
+CHECKPOINTS = dict.fromkeys(("careful:bf16", "psykern:bf16", "psykern:stored"), torch.bfloat16)  # of others: fp32
+BF16 = ("careful:bf16", "psykern:bf16")  # they compute in it
 OWN: dict[str, Backend] = {
     "psykern": "auto",
     "psykern:cpu": "cpu",
     "psykern:reference": "reference",
+    "psykern:stored": "auto",
     "psykern:bf16": "auto",
 }
 BASELINES = {"study": run_study_procedure, "careful": run_careful_user}
@@ -98,6 +106,7 @@ class Provider:
 
     name: str
     run: Callable[[], Scored]
+    dtype: torch.dtype  # in which it computes
     repeats: int
     verify: Callable[[Scored], float]  # how far from what is expected; raises SystemExit where that is too far
 
@@ -111,15 +120,16 @@ class Measured:
     timing: Timing
     repeats: int
     peak_bytes: int
-    matrix_gflops: float  # the machine's rate just before
+    rates: Rates  # the machine's, just before; a GPU's square product stands for its peak
     difference: float  # as ``verify`` gave it
 
-    def gflops(self, spec: ModelSpec) -> float | None:
-        """The rate of what psykern computed; None for another's."""
+    def gflops(self, spec: ModelSpec) -> tuple[float | str, float | str]:
+        """The rate of what psykern computed, and its share of the peak; nothing for another's."""
         if self.scored.plan is None:
-            return None
+            return "", ""
         work = cost(self.scored.plan, spec, torch.float32)  # the type counts for the bytes alone
-        return (work.flops_body + work.flops_attention + work.flops_head) / self.timing.median / 1e9
+        rate = (work.flops_body + work.flops_attention + work.flops_head) / self.timing.median / 1e9
+        return round(rate, 1), self.rates.share(rate * self.timing.median / self.timing.best)
 
     def columns(self, study: Study) -> dict[str, object]:
         """Those that both kinds of rows have."""
@@ -136,35 +146,15 @@ class Measured:
         }
 
 
-class Comparison:
-    """With the scores of the first provider that is checked, which are right by themselves."""
-
-    def __init__(self, study: str, distance: Callable[[np.ndarray, np.ndarray], float], most: float, shown: str):
-        """``shown``: the format of a distance, with its unit."""
-        self._study, self._distance, self._most, self._shown = study, distance, most, shown
-        self._first: tuple[str, np.ndarray] | None = None
-
-    def check(self, name: str, scored: Scored, before: np.ndarray | None = None) -> float:
-        """The distance from the first provider's scores. Raises SystemExit where it is too large, or where the bytes
-        are not those of ``before``, an earlier run's."""
-        if before is not None and scored.logprob.tobytes() != before.tobytes():
-            raise SystemExit(f"{self._study}: {name}: two runs give different bytes: refused")
-        self._first = self._first or (name, scored.logprob)
-        first, expected = self._first
-        difference = self._distance(scored.logprob, expected)
-        if difference > self._most:
-            differs = self._shown.format(difference)
-            raise SystemExit(f"{self._study}: {name} differs from {first} by {differs}: refused")
-        return difference
-
-
-def bench(providers: Iterable[Provider], device: torch.device, dtype: torch.dtype) -> Iterator[Measured]:
-    """Each provider in turn. One whose result is wrong is refused, and with it the rest."""
+def bench(providers: Iterable[Provider], device: torch.device, square: int = 2048) -> Iterator[Measured]:
+    """Each provider in turn. One whose result is wrong is refused, and with it the rest. ``square``: side of the
+    product whose rate is measured before."""
     for provider in providers:
-        rate = matrix_gflops(device, dtype)
+        on_cpu = device.type == "cpu"
+        now = rates.measure(provider.dtype, square) if on_cpu else Rates(matrix_gflops(device, provider.dtype), {})
         scored, timing, peak = measure(provider.run, provider.repeats, device)
         difference = provider.verify(scored)
-        yield Measured(provider.name, scored, timing, provider.repeats, peak, rate, difference)
+        yield Measured(provider.name, scored, timing, provider.repeats, peak, now, difference)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -201,18 +191,29 @@ def bench_studies(options: argparse.Namespace) -> list[dict[str, object]]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         oracle = make_checkpoint(folder, options.layers)
-        models = {name: Model(folder_of(name, folder), Compute.resolve("cpu", backend=OWN[name])) for name in OWN}
+        models = {
+            name: Model(folder_of(name, folder), Compute(CPU, computes_in(name), resolve(OWN[name], CPU)))
+            for name in OWN
+        }
+        rounded = None
+        if "careful:bf16" in options.providers:
+            rounded = AutoModelForCausalLM.from_pretrained(folder_of("careful:bf16", folder), dtype=torch.bfloat16)
         tokenizer = Tokenizer.load(folder_of("study", folder))
         own = partial(run_psykern, tokenizer=tokenizer, min_share=options.min_share)
         studies = load_studies(chosen(MIXES[options.mix], options), tokenizer)
         print(f"{sum(s.num_tokens for s in studies):,} tokens, {sum(s.num_responses for s in studies):,} responses")
         for study in studies:
             runs = {name: partial(run, oracle, study) for name, run in BASELINES.items()}
+            runs |= {"careful:bf16": partial(run_careful_user, rounded, study)} if rounded else {}
             runs |= {name: partial(own, model, study) for name, model in models.items()}
-            for measured in bench(study_providers(study, runs, options), CPU, torch.float32):
+            for measured in bench(study_providers(study, runs, options), CPU):
                 rows.append(study_row(study, measured, models["psykern"].spec, folder_of(measured.name, folder)))
                 print_row(rows[-1])
     return rows
+
+
+def computes_in(provider: str) -> torch.dtype:
+    return torch.bfloat16 if provider in BF16 else torch.float32
 
 
 def folder_of(provider: str, folder: Path) -> Path:
@@ -229,26 +230,32 @@ def study_providers(study: Study, runs: Runs, options: argparse.Namespace) -> It
         responses, right = (np.add.reduceat(scores.astype(np.float64), starts) for scores in (got, expected))
         return float(np.abs(responses - right).max())
 
-    comparison = Comparison(study.name, distance, TOLERANCE, "{:.1e} nats")
+    exact = Distance(distance, TOLERANCE, "{:.1e} nats")
+    rounded = Distance(rms_of, RMS_TOLERANCE[torch.bfloat16], "{:.3f} RMS")
+    comparison = Comparison(study.name)
     for name in options.providers:
         repeats = 1 if name == "study" else options.repeats
-        yield Provider(name, runs[name], repeats, partial(comparison.check, name))
+        verify = partial(comparison.check, name, rounded if name in BF16 else exact)
+        yield Provider(name, runs[name], computes_in(name), repeats, verify)
 
 
 def study_row(study: Study, measured: Measured, spec: ModelSpec, folder: Path) -> dict[str, object]:
     """``folder``: of the checkpoint that was read."""
-    gflops = measured.gflops(spec)
+    gflops, share = measured.gflops(spec)
+    is_exact = measured.name not in BF16
     return {
         "study": study.name,
         "provider": measured.name,
         "layers": spec.num_layers,
         "checkpoint": folder.name.removeprefix("torch."),
+        "dtype": str(computes_in(measured.name)).removeprefix("torch."),
         **measured.columns(study),
-        "max_difference_nats": f"{measured.difference:.1e}",
+        "max_difference_nats": f"{measured.difference:.1e}" if is_exact else "",
+        "rms_of_differences": "" if is_exact else round(measured.difference, 5),
         "weights_mb": round(weight_bytes(folder) / 1e6),
-        "sgemm_gflops": round(measured.matrix_gflops, 1),
-        "gflops": "" if gflops is None else round(gflops, 1),
-        "share_of_sgemm": "" if gflops is None else round(gflops / measured.matrix_gflops, 3),
+        "gflops": gflops,
+        "share_of_peak": share,
+        **measured.rates.columns(),
     }
 
 
@@ -274,8 +281,8 @@ def bench_shape(options: argparse.Namespace) -> None:
         runs = {name: partial(run, user, whole) for name, run in BASELINES.items()}
         runs |= {name: partial(own, model, whole) for name, model in models.items()}
         warm_ups = {name: partial(run, user, short) for name, run in BASELINES.items()}
-        rows = []
-        for measured in bench(shape_providers(whole.name, runs, warm_ups, options), device, dtype):
+        rows, square = [], 64 if options.quick else 2048
+        for measured in bench(shape_providers(whole.name, runs, warm_ups, options), device, square):
             rows.append(shape_row(whole, measured, model.spec, rms, options))
             print_row(rows[-1])
             save(rows, options)
@@ -313,10 +320,6 @@ def check_exact(got: Scored, expected: Scored, dtype: torch.dtype) -> float:
     return found
 
 
-def rms_of(got: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.sqrt(np.mean((got - expected) ** 2.0)))
-
-
 def release(device: torch.device) -> None:
     """What is no longer used goes back to the device, whose free memory decides how many layers stay on it."""
     gc.collect()
@@ -328,20 +331,21 @@ def shape_providers(study: str, runs: Runs, warm_ups: Runs, options: argparse.Na
     """As asked for, each after a run that compiles, allocates and reads: psykern's own, which must repeat itself, or
     what ``warm_ups`` has for the provider."""
     most = 2 * RMS_TOLERANCE[torch.bfloat16]  # both are rounded, and each may be that far from fp32
-    comparison = Comparison(study, rms_of, most, "{:.3f} RMS")
+    comparison, distance = Comparison(study), Distance(rms_of, most, "{:.3f} RMS")
     for name in options.providers:
         release(options.device)
         first = warm_ups.get(name, runs[name])()
         before = None if name in warm_ups else first.logprob
         repeats = options.repeats if name == "psykern" else 1
-        yield Provider(name, runs[name], repeats, partial(comparison.check, name, before=before))
+        verify = partial(comparison.check, name, distance, before=before)
+        yield Provider(name, runs[name], dtype_of(options), repeats, verify)
 
 
 def shape_row(
     study: Study, measured: Measured, spec: ModelSpec, rms: float, options: argparse.Namespace
 ) -> dict[str, object]:
     """``rms``: from fp32, as the exactness check found it."""
-    gflops, idle = measured.gflops(spec), measured.scored.idle_share
+    (gflops, share), idle = measured.gflops(spec), measured.scored.idle_share
     return {
         "shape": options.shape,
         "study": study.name,
@@ -349,9 +353,9 @@ def shape_row(
         "dtype": str(dtype_of(options)).removeprefix("torch."),
         **measured.columns(study),
         "rms_against_fp32": round(rms, 6),
-        "matrix_gflops": round(measured.matrix_gflops, 1),
-        "gflops": "" if gflops is None else round(gflops, 1),
-        "share_of_matrix": "" if gflops is None else round(gflops / measured.matrix_gflops, 3),
+        "matrix_gflops": round(measured.rates.peak, 1),
+        "gflops": gflops,
+        "share_of_matrix": share,
         "idle_share": "" if idle is None else round(idle, 4),
         "kernel_idle_share": "",
     }
@@ -379,4 +383,5 @@ def print_totals(rows: list[dict[str, object]], providers: Sequence[str]) -> Non
 
 
 if __name__ == "__main__":
+    begin_unheld()
     main()

@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import date
-from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -29,7 +28,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 import transformers
-from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -154,13 +152,14 @@ class Timing:
     median: float
     p20: float
     p80: float
+    best: float
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> Timing:
         if len(seconds) == 1:
-            return cls(seconds[0], seconds[0], seconds[0])
+            return cls(*[seconds[0]] * 4)
         fifths = statistics.quantiles(seconds, n=5, method="inclusive")
-        return cls(statistics.median(seconds), fifths[0], fifths[3])
+        return cls(statistics.median(seconds), fifths[0], fifths[3], min(seconds))
 
     def columns(self) -> dict[str, object]:
         return {
@@ -204,30 +203,8 @@ def _time_on_gpu(
     return {name: Timing.of([a.elapsed_time(b) / 1e3 for a, b in pairs]) for name, pairs in events.items()}
 
 
-_SQUARE = 2048
-SGEMM_FLOPS = 2 * _SQUARE**3
-
-
-@cache
-def _squares() -> Tensor:
-    return torch.randn(3, _SQUARE, _SQUARE)
-
-
-def sgemm() -> None:
-    """One square fp32 product through torch, SGEMM_FLOPS operations: the machine's own matrix rate."""
-    a, b, out = _squares()
-    torch.mm(a, b, out=out)
-
-
-def sgemm_gflops() -> float:
-    """The machine's matrix rate now."""
-    return SGEMM_FLOPS / time_side_by_side({"sgemm": sgemm}, repeats=7)["sgemm"].median / 1e9
-
-
 def matrix_gflops(device: torch.device, dtype: torch.dtype, repeats: int = 9) -> float:
-    """The device's matrix rate now: ``sgemm`` on a CPU, a square product of 8,192 in ``dtype`` on a GPU."""
-    if device.type == "cpu":
-        return sgemm_gflops()
+    """The matrix rate of a GPU now: a square product of 8,192 in ``dtype``. For a CPU see ``rates.py``."""
     side = 8192
     a, b, out = (torch.randn(side, side, device=device).to(dtype) for _ in range(3))
     timing = time_side_by_side({"product": lambda: torch.mm(a, b, out=out)}, repeats, 3, device)["product"]

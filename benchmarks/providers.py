@@ -172,7 +172,7 @@ def run_careful_user(model: PreTrainedModel, study: Study) -> Scored:
         ids = torch.from_numpy(t.token_ids.astype(np.int64))[None].to(model.device)
         targets = np.concatenate([np.arange(start, end) for start, end in t.spans_tok.tolist()])
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[0, targets - 1]
-        logprobs = torch.log_softmax(model.lm_head(hidden), dim=-1)
+        logprobs = torch.log_softmax(model.lm_head(hidden).float(), dim=-1)  # else bf16 would round them to 1/16
         scores.append(logprobs.gather(1, ids[0, targets][:, None])[:, 0])
     return Scored(torch.cat(scores).float().cpu().numpy())
 

@@ -40,6 +40,7 @@ class PrefixTrie:
 
 # Outputs are written in place; arrays are used where they are.
 def instruction_sets() -> list[str]: ...
+def peak(dtype: str, num_blocks: int, *, num_threads: int, isa: str | None = None) -> float: ...
 def linear(
     x: np.ndarray,
     parts: Sequence[tuple[np.ndarray, np.ndarray | None, np.ndarray | None, np.ndarray | None, np.ndarray]],

@@ -196,6 +196,15 @@ void silu_mul(const py::array& gate, const py::array& up, const py::array& out, 
   kernels.silu_mul(p, num_threads);
 }
 
+double peak(const std::string& dtype, int64_t num_blocks, int num_threads, const Isa& isa) {
+  const bool is_fp32 = dtype == "float32";
+  expect(is_fp32 || dtype == "bfloat16", "dtype", "float32 or bfloat16", dtype);
+  const psykern::Peak p{is_fp32 ? psykern::FloatType::kFloat32 : psykern::FloatType::kBfloat16, num_blocks};
+  const psykern::Kernels& kernels = choose(num_threads, isa);
+  const py::gil_scoped_release release;
+  return kernels.peak(p, num_threads);
+}
+
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> found;
   for (const char* name : psykern::kKernelNames) {
@@ -213,6 +222,8 @@ void bind_kernels(py::module_& m) {
   using py::arg;
   const py::none none;
   m.def("instruction_sets", &instruction_sets, "Values of `isa` that this machine and build have, slowest first.");
+  m.def("peak", &peak, arg("dtype"), arg("num_blocks"), py::kw_only(), arg("num_threads"), arg("isa") = none,
+        "Multiply-adds in registers alone; gives the operations done, 0 where the set multiplies no such numbers.");
   m.def("option_logprobs", &option_logprobs, arg("hidden"), arg("weight"), arg("token_offsets"), arg("token_ids"),
         arg("lse"), arg("logits"), arg("argmax"), arg("entropy"), py::kw_only(), arg("num_threads"), arg("isa") = none);
   m.def("prefix_attention", &prefix_attention, arg("q"), arg("k"), arg("v"), arg("positions"), arg("query_offsets"),

@@ -8,6 +8,7 @@
 #include "elementwise.h"
 #include "linear.h"
 #include "option_logprobs.h"
+#include "peak.h"
 #include "prefix_attention.h"
 
 namespace psykern {
@@ -20,6 +21,7 @@ struct Kernels {
   void (*qk_norm_rope)(const QkNormRope&, int num_threads);
   void (*silu_mul)(const SiluMul&, int num_threads);
   void (*linear)(const Linear&, int num_threads);
+  double (*peak)(const Peak&, int num_threads);  // gives the floating-point operations done
 };
 
 extern const Kernels kPortableKernels;

@@ -4,13 +4,14 @@
 #include "isa.h"
 #include "linear_isa.h"
 #include "option_logprobs_isa.h"
+#include "peak_isa.h"
 #include "prefix_attention_isa.h"
 
 namespace psykern {
 
 extern const Kernels PSYKERN_TABLE = {
     PSYKERN_NAME,      &option_logprobs_isa, &prefix_attention_isa, &add_rms_norm_isa,
-    &qk_norm_rope_isa, &silu_mul_isa,        &linear_isa,
+    &qk_norm_rope_isa, &silu_mul_isa,        &linear_isa,           &peak_isa,
 };
 
 }  // namespace psykern

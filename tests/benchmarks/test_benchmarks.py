@@ -11,15 +11,18 @@ from functools import partial
 from pathlib import Path
 
 import bench_elementwise
+import bench_linear
 import bench_option_logprobs
 import bench_prefix_attention
 import bench_scale
 import bench_score
+import comparison
 import exactness
 import gpu_summary
 import harness
 import numpy as np
 import pytest
+import rates
 import torch
 from providers import Scored
 from support.checkpoints import CONFIGS, make_model
@@ -49,6 +52,52 @@ def test_kernels_with_tiny_shapes(tmp_path: Path) -> None:
     assert providers(tmp_path, "p") == shared | {"sdpa_sequences"}
     bench_elementwise.main([*common, "e"])
     assert providers(tmp_path, "e") == {"psykern", "torch", "copy"}
+
+
+def test_the_head_beside_the_peak_with_a_tiny_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rates, "SQUARE", 64)
+    rows = {str(row["provider"]): row for row in bench_option_logprobs.bench(9, 64, repeats=1, vocab_size=1000)}
+    assert set(rows) == {"psykern", "psykern_bf16", "psykern_bf16_both", "log_softmax"}
+    assert all(float(str(row["share_of_peak"])) > 0 for row in rows.values())
+
+
+def test_products_with_a_tiny_shape(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    bench_linear.main([*QUICK, "--folder", str(tmp_path), "--name", "l"])
+    assert providers(tmp_path, "l") >= {"psykern", "mm", "openblas"}
+
+
+def test_layers_are_those_of_the_models() -> None:
+    """From Qwen2.5-0.5B's config.json, by hand."""
+    expected = {"qkv": (896, [896, 128, 128]), "o": (896, [896]), "gate_up": (896, [4864, 4864]), "down": (4864, [896])}
+    assert bench_linear.layers_of("Qwen2.5-0.5B") == expected
+    assert bench_linear.layers_of("Qwen3-0.6B")["o"] == (2048, [1024])
+
+
+def test_rates_are_shares_of_the_peak_of_best_runs() -> None:
+    """By hand: 4e9 operations in 2 s at best are 2 GFLOP/s, 1e9 in 1 s half of that."""
+    works = {"peak": rates.Work(lambda: None, 4e9), "mm": rates.Work(lambda: None, 1e9)}
+    found = rates.Rates.of(works, {"peak": harness.Timing.of([3, 2, 5]), "mm": harness.Timing.of([4, 4, 1])})
+    assert found.columns() == {"peak_gflops": 2.0, "mm_of_peak": 0.5, "onednn_of_peak": "", "openblas_of_peak": ""}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rates_of_this_machine(dtype: torch.dtype) -> None:
+    found = rates.measure(dtype, side=64, repeats=1)
+    assert found.peak > 0 and found.libraries["mm"] > 0
+    assert ("openblas" in found.libraries) == (dtype == torch.float32)
+
+
+def test_a_process_that_holds_libraries_back_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = []
+    monkeypatch.setattr(os, "execv", lambda *command: begun.append((command, "OPENBLAS_CORETYPE" in os.environ)))
+    for name in rates.HOLDING_BACK:
+        monkeypatch.delenv(name, raising=False)
+    rates.begin_unheld()
+    assert begun == []
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")
+    rates.begin_unheld()
+    assert begun == [((sys.executable, [sys.executable, *sys.argv]), False)]
 
 
 def test_exactness_is_measured_and_a_wrong_result_refused(tmp_path: Path) -> None:
@@ -104,17 +153,21 @@ def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_scores_far_from_the_first_providers_or_of_other_bytes_get_no_row() -> None:
     """By hand: 3 and 4 nats off of two scores are an RMS of sqrt(12.5), 3.54."""
     right, near, far = (Scored(np.array(x, np.float32)) for x in ([-1, -2], [-1.5, -2], [-4, -6]))
-    comparison = bench_score.Comparison("a study", bench_score.rms_of, 1.0, "{:.2f} RMS")
+    compared = comparison.Comparison("a study")
+    check = partial(compared.check, distance=comparison.Distance(comparison.rms_of, 1.0, "{:.2f} RMS"))
     given = {"one": right, "two": near, "three": far}
     runs = {name: lambda scored=scored: scored for name, scored in given.items()}
-    timed = [bench_score.Provider(name, run, 2, partial(comparison.check, name)) for name, run in runs.items()]
-    found = bench_score.bench(timed, harness.CPU, torch.float32)
+    timed = [
+        bench_score.Provider(name, run, torch.float32, 2, lambda scored, name=name: check(name, scored=scored))
+        for name, run in runs.items()
+    ]
+    found = bench_score.bench(timed, harness.CPU, square=64)
     assert [next(found).difference for _ in range(2)] == [0.0, pytest.approx(0.125**0.5)]
     with pytest.raises(SystemExit, match=r"^a study: three differs from one by 3\.54 RMS: refused$"):
         next(found)
-    assert comparison.check("one", right, right.logprob.copy()) == 0.0
+    assert check("one", scored=right, before=right.logprob.copy()) == 0.0
     with pytest.raises(SystemExit, match="a study: two: two runs give different bytes: refused"):
-        comparison.check("two", near, near.logprob + 1e-6)
+        check("two", scored=near, before=near.logprob + 1e-6)
 
 
 def test_a_provider_of_others_that_fails_loses_only_itself(capsys: pytest.CaptureFixture[str]) -> None:
