@@ -26,7 +26,8 @@ using psykern::LinearPart;
 using psykern::WeightRows;
 
 constexpr int64_t kChunkPanels = 8;  // of columns
-constexpr int64_t kBlockRows = 192;  // at most: enough that packing columns for them does not matter
+// Rows of a block: so many that packing columns for them does not matter, but that their copy stays near.
+constexpr int64_t kLeastBlockRows = 192, kMostBlockRows = 512, kCopiedBytes = 8 * 1024 * 1024;
 constexpr int64_t kTasksPerThread = 4;
 
 // Panels that a weight of `columns` takes. Gate and up share panels: a vector of one, then the same columns of the
@@ -73,11 +74,16 @@ void pack_panel(const WeightRows& weight, const WeightRows& up, int64_t columns,
 struct LinearTasks {
   int64_t num_rows, num_panels, blocks, groups;
 
-  LinearTasks(int64_t rows, int64_t panels, int64_t panel_rows, int threads) : num_rows(rows), num_panels(panels) {
-    const int64_t most = kBlockRows / panel_rows * panel_rows, wanted = kTasksPerThread * threads;
-    blocks = (rows + most - 1) / most;
+  LinearTasks(int64_t rows, int64_t row_bytes, int64_t panels, int64_t panel_rows, int threads)
+      : num_rows(rows), num_panels(panels) {
+    const int64_t near = std::clamp(kCopiedBytes / row_bytes, kLeastBlockRows, kMostBlockRows);
+    const int64_t most = near / panel_rows * panel_rows;
+    blocks = std::max((rows + most - 1) / most, std::min<int64_t>(threads, rows / kLeastBlockRows));
     if (blocks >= threads) blocks = (blocks + threads - 1) / threads * threads;  // as many for each
-    groups = threads == 1 ? 1 : std::clamp<int64_t>((wanted + blocks - 1) / blocks, 1, num_panels);
+    // Each group copies the rows again: not for less than a chunk of columns, but where threads had nothing to do.
+    const int64_t wanted = (kTasksPerThread * threads + blocks - 1) / blocks;
+    const int64_t needed = (threads + blocks - 1) / blocks;
+    groups = threads == 1 ? 1 : std::min(std::max(std::min(wanted, panels / kChunkPanels), needed), panels);
   }
   int64_t count() const { return blocks * groups; }
   int64_t first_row(int64_t block) const { return num_rows * block / blocks; }
@@ -235,7 +241,8 @@ void linear_as(const Linear& p, int num_threads) {
     panels += column_panels(p.parts[i].columns, p.epilogue == Epilogue::kSiluMul);
   }
   if (panels == 0) return;
-  const LinearTasks tasks(p.num_rows, panels, Product::kPanelRows, num_threads);
+  const int64_t row_bytes = p.depth * static_cast<int64_t>(sizeof(typename Product::Number));
+  const LinearTasks tasks(p.num_rows, row_bytes, panels, Product::kPanelRows, num_threads);
   psykern::parallel_for(tasks.count(), num_threads, [&](int64_t i) {
     const int64_t block = i % tasks.blocks, group = i / tasks.blocks;  // neighbours read the same weights
     Product::begin();
