@@ -4,7 +4,10 @@ A share saves its tokens' arithmetic and costs attention calls over one more ran
 computed, segments, seconds to plan and seconds to run, side by side, at the shape of Qwen2.5-0.5B with 4 layers and
 random weights. Then a plan of 100,000 transcripts of 1,000 tokens. Needs the shared transcripts.
 
-    python benchmarks/bench_plan.py [--repeats 2] [--name plan.csv]
+With ``--units`` instead: tokens computed in units of several sizes, cut along the file and along the texts, beside what
+one trie for each study computes (Qwen3's tokenizer, no options, nothing is run).
+
+    python benchmarks/bench_plan.py [--repeats 2] [--name plan.csv] [--units]
 """
 
 from __future__ import annotations
@@ -19,11 +22,16 @@ from pathlib import Path
 
 import numpy as np
 from harness import time_side_by_side, write_csv
-from providers import load_studies, make_checkpoint
+from providers import SHARED, accepted, load_studies, make_checkpoint
 
 from psykern.core.errors import Source
+from psykern.core.settings import MIN_SHARE, Settings
 from psykern.core.types import EncodedTranscript, TargetScores
+from psykern.data.dataset import Dataset
+from psykern.data.encode import Encoder
+from psykern.data.read import read
 from psykern.data.tokenizer import Tokenizer
+from psykern.data.units import WINDOW_TOKENS, units
 from psykern.engine.budgets import CPU_BUDGETS
 from psykern.engine.engine import Engine
 from psykern.engine.plan import Plan, plan
@@ -38,7 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--name", help="CSV file in results/; default: no file")
+    parser.add_argument("--units", action="store_true", help="what units of several sizes compute")
     options = parser.parse_args(arguments)
+    if options.units:
+        rows = bench_units()
+        if options.name:
+            print(f"written: {write_csv(options.name, rows)}")
+        return
     with tempfile.TemporaryDirectory() as temporary:
         make_checkpoint(Path(temporary), layers=4)
         folder = Path(temporary) / "torch.float32"
@@ -80,6 +94,28 @@ def bench_minima(
         }
         rows.append(row)
         print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+    return rows
+
+
+def bench_units() -> list[dict[str, object]]:
+    encoder = Encoder(Tokenizer.load(SHARED / "tokenizers" / "qwen3"), Settings(options="none"))
+    rows: list[dict[str, object]] = []
+    for path in sorted((SHARED / "psych").glob("*.jsonl.gz")):
+        transcripts = list(accepted(read(Dataset.find(path, hashed=False))))
+        encoded = {t.source.line: t for t in encoder.encode(transcripts).transcripts}
+        row: dict[str, object] = {"study": path.name.removesuffix(".jsonl.gz"), "transcripts": len(transcripts)}
+        row["tokens"] = sum(len(t.token_ids) for t in encoded.values())
+        row["one_trie"] = plan_with(list(encoded.values()), MIN_SHARE).num_computed
+        for size in (17, 21):
+            for order, window in {"file": 1, "text": WINDOW_TOKENS}.items():
+                cut = units(transcripts, unit_tokens=2**size, window_tokens=window)
+                plans = (plan_with([encoded[t.source.line] for t in u.transcripts], MIN_SHARE) for u in cut)
+                row[f"{order}_{size}"] = sum(p.num_computed for p in plans)
+        rows.append(row)
+        print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+    numbers = [name for name in rows[0] if name != "study"]
+    rows.append({"study": "all", **{name: sum(int(str(row[name])) for row in rows) for name in numbers}})
+    print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
     return rows
 
 

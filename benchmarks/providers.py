@@ -181,7 +181,13 @@ def run_psykern(
     model: Model, study: Study, tokenizer: Tokenizer, min_share: int = MIN_SHARE, budgets: Budgets = CPU_BUDGETS
 ) -> Scored:
     encoded = Encoder(tokenizer, Settings()).encode(study.transcripts).transcripts
-    planned = plan(encoded, wave_tokens=budgets.wave_tokens, batch_tokens=budgets.batch_tokens, min_share=min_share)
+    planned = plan(
+        encoded,
+        wave_tokens=budgets.wave_tokens,
+        batch_tokens=budgets.batch_tokens,
+        carried_price=budgets.carried_price,
+        min_share=min_share,
+    )
     engine = Engine(model)
     return Scored(engine.run(planned).logprob, planned, engine.idle_share)
 

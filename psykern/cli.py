@@ -387,8 +387,9 @@ def _plan(options: argparse.Namespace, settings: Settings) -> int:
 
 
 def _plan_table(estimate: Estimate) -> str:
-    """A line per study and the sums; FLOPs in units of 10^12, memory in MiB."""
-    header = ["study", "transcripts", "responses", "tokens", "to compute", "scored rows", "branches"]
+    """A line per study and the sums; FLOPs in units of 10^12, memory in MiB. "one trie": what there were to compute if
+    each study were one unit."""
+    header = ["study", "transcripts", "responses", "tokens", "to compute", "one trie", "scored rows", "branches"]
     header += ["body TFLOP", "attention", "head", "wave MiB"]
     rows = [header]
     for s in estimate.studies:
@@ -410,5 +411,5 @@ def _plan_row(name: str, studies: Sequence[StudyPlan]) -> list[str]:
     return [name, *counts, *(f"{total(column) / 1e12:,.2f}" for column in _FLOPS), f"{memory / 2**20:,.0f}"]
 
 
-_COUNTS = ("transcripts", "responses", "tokens", "computed_tokens", "scored_rows", "branches")
+_COUNTS = ("transcripts", "responses", "tokens", "computed_tokens", "bound_tokens", "scored_rows", "branches")
 _FLOPS = ("flops_body", "flops_attention", "flops_head")

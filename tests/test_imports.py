@@ -30,7 +30,7 @@ ROOMS: dict[str, set[str]] = {
     "engine": {"core", "kernels", "models", "_cpu"},
     "scoring": {"core", "kernels", "data", "models", "engine"},
     "runs": {"core", "kernels", "data", "models", "engine", "scoring", "version"},
-    "study": {"core", "runs.summary", "version"},
+    "study": {"core", "runs.order", "runs.summary", "version"},
     "integrations": {"psykern"},
     "demo": set(),
     "demo.train": {"demo"},

@@ -49,7 +49,7 @@ class BoundTrie {
   BoundTrie(Array<int32_t> token_ids, Array<int64_t> offsets, Array<int64_t> lengths, Array<int32_t> root,
             Array<int32_t> root_base, Array<int64_t> branch_sequence, Array<int32_t> branch_parent,
             Array<int32_t> branch_scored, Array<int64_t> branch_offsets, Array<int32_t> branch_token_ids,
-            int64_t min_share, int64_t wave_tokens)
+            int64_t min_share, int64_t wave_tokens, double carried_price)
       : token_ids_(std::move(token_ids)), branch_token_ids_(std::move(branch_token_ids)) {
     check_offsets("offsets", offsets, token_ids_.size());
     check_offsets("branch_offsets", branch_offsets, branch_token_ids_.size());
@@ -65,7 +65,7 @@ class BoundTrie {
     const psykern::Branches b{branch_sequence.data(), branch_parent.data(),     branch_scored.data(),
                               branch_offsets.data(),  branch_token_ids_.data(), branches};
     py::gil_scoped_release release;
-    trie_ = std::make_unique<psykern::PrefixTrie>(s, b, min_share, wave_tokens);
+    trie_ = std::make_unique<psykern::PrefixTrie>(s, b, min_share, psykern::WaveBudget{wave_tokens, carried_price});
   }
 
   const psykern::PrefixTrie& trie() const { return *trie_; }
@@ -120,19 +120,19 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.doc() = "psykern's C++ code for the CPU";
   py::class_<BoundTrie>(m, "PrefixTrie", "Sequences and branches as rows and waves; see csrc/cpu/prefix_trie.h.")
       .def(py::init<Array<int32_t>, Array<int64_t>, Array<int64_t>, Array<int32_t>, Array<int32_t>, Array<int64_t>,
-                    Array<int32_t>, Array<int32_t>, Array<int64_t>, Array<int32_t>, int64_t, int64_t>(),
+                    Array<int32_t>, Array<int32_t>, Array<int64_t>, Array<int32_t>, int64_t, int64_t, double>(),
            py::kw_only(), py::arg("token_ids").noconvert(), py::arg("offsets").noconvert(),
            py::arg("lengths").noconvert(), py::arg("root").noconvert(), py::arg("root_base").noconvert(),
            py::arg("branch_sequence").noconvert(), py::arg("branch_parent").noconvert(),
            py::arg("branch_scored").noconvert(), py::arg("branch_offsets").noconvert(),
-           py::arg("branch_token_ids").noconvert(), py::arg("min_share"), py::arg("wave_tokens"))
+           py::arg("branch_token_ids").noconvert(), py::arg("min_share"), py::arg("wave_tokens"),
+           py::arg("carried_price") = 0.0)
       .def_property_readonly("num_rows", [](const BoundTrie& t) { return t.trie().num_rows(); })
       .def_property_readonly("num_segments", [](const BoundTrie& t) { return t.trie().num_segments(); })
       .def_property_readonly("num_waves", [](const BoundTrie& t) { return t.trie().num_waves(); })
-      .def_property_readonly("max_wave_rows", [](const BoundTrie& t) { return t.trie().max_wave_rows(); })
-      .def_property_readonly("max_carried_rows", [](const BoundTrie& t) { return t.trie().max_carried_rows(); })
       .def_property_readonly("wave_starts",
                              [](const BoundTrie& t) { return to_numpy(std::vector<int64_t>(t.trie().wave_starts())); })
+      .def_property_readonly("carried_rows", [](const BoundTrie& t) { return to_numpy(t.trie().carried_rows()); })
       .def_property_readonly(
           "branch_target_rows",
           [](const BoundTrie& t) { return to_numpy(std::vector<int64_t>(t.trie().branch_target_rows())); })

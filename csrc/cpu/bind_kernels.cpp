@@ -18,10 +18,10 @@ void option_logprobs(const py::array& hidden, const py::array& weight, const py:
                      const py::array& token_ids, const py::array& lse, const py::array& logits, const py::array& argmax,
                      const py::array& entropy, int num_threads, const Isa& isa) {
   psykern::OptionLogprobs p{};
-  const auto h = get_rows<const float>("hidden", hidden, {"R", "D"});
+  const FloatRows h = get_float_rows("hidden", hidden, {"R", "D"});
   p.num_rows = hidden.shape(0), p.hidden_size = hidden.shape(1);
   expect(p.hidden_size > 0, "hidden", "[R, D] with D at least 1", shape_text(hidden));
-  p.hidden = h.data, p.hidden_stride = h.stride;
+  p.hidden = h.data, p.hidden_stride = h.stride, p.hidden_type = h.type;
 
   const std::string like_hidden = " like hidden [.., " + std::to_string(p.hidden_size) + "]";
   const FloatRows w = get_float_rows("weight", weight, {"V", p.hidden_size}, like_hidden.c_str());

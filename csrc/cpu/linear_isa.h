@@ -146,11 +146,8 @@ class LinearTask {
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t d = block * Product::kDepth, depth = std::min(Product::kDepth, p.depth - d);
         Number* to = copied_rows(block, panel);
-        for (int64_t i = 0; i < count; ++i) {
-          Product::copy_row(x + (start(panel) + i) * p.x_stride + d, depth, to + i * Product::kDepth);
-          const int64_t padded = padded_depth<Product>(depth);
-          std::fill(to + i * Product::kDepth + depth, to + i * Product::kDepth + padded, Number{0});
-        }
+        const T* rows = x + start(panel) * p.x_stride + d;
+        Product::copy_rows([&](int64_t i) { return rows + i * p.x_stride; }, count, depth, to);
         if (Product::kHasTiles) {  // rows of the last tile that are none
           std::fill(to + count * Product::kDepth, to + Product::kPanelRows * Product::kDepth, Number{0});
         }

@@ -1,31 +1,30 @@
-// option_logprobs for one instruction set; included once per set by isa_*.cpp, which name the namespace.
+// option_logprobs for one instruction set; included once per set by kernels_isa.cpp.
 //
-// Rows are packed in panels of at most kMaxPanel, [d][row], and a block of the vocabulary in panels of two vectors,
-// [d][token], so that the inner loop reads both in order. A block's packed tokens stay in the L2 cache while all rows
-// pass; a panel's logits are reduced while they are in the L1 cache, and are gone then.
+// Rows are copied in panels once, and a block of the vocabulary is packed as products take it. Its packed tokens stay
+// in the L2 cache while all panels of rows pass; a panel's logits are reduced while they are in the L1 cache, and are
+// gone then.
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <limits>
 #include <numeric>
 #include <vector>
 
+#include "linear_isa.h"
 #include "option_logprobs.h"
 #include "panels.h"
 #include "parallel.h"
+#include "product_isa.h"
 #include "simd.h"
 
 namespace {
 
-using psykern::FloatType;
 using psykern::OptionLogprobs;
 
-constexpr int64_t kBlockBytes = 256 * 1024;            // packed tokens of a block: half an L2 cache
-constexpr int64_t kPackedRowBytes = 16 * 1024 * 1024;  // packed rows
+constexpr int64_t kBlockBytes = 512 * 1024;            // packed tokens of a block: half an L2 cache
+constexpr int64_t kPackedRowBytes = 16 * 1024 * 1024;  // copied rows
 constexpr int64_t kChunkColumns = 2048;                // of the vocabulary, for one task
-constexpr int64_t kSummed = 256;                       // products that are summed in order
 constexpr float kNoToken = -1e30f;                     // logit of the padding behind the vocabulary
 
 struct Partial {  // one row over one chunk; see option_logprobs.h
@@ -34,55 +33,22 @@ struct Partial {  // one row over one chunk; see option_logprobs.h
   int32_t argmax = 0;
 };
 
-// tile[i][0..kColumns) = sum over d of rows[d][i] * tokens[d][..], of kSummed products in order and then of those sums:
-// the rounding of one long sum grows with the root of its length, to five times torch's at 4,096 products.
-template <int kRows>
-void multiply_panels(const float* __restrict rows, const float* __restrict tokens, int64_t depth,
-                     float* __restrict tile, int64_t tile_stride) {
-  int64_t d = 0;
-  do {
-    const bool is_first = d == 0;
-    const int64_t end = std::min(d + kSummed, depth);
-    Vec sums[kRows][2] = {};
-    for (; d < end; ++d) {
-      const Vec t0 = load(tokens + d * kColumns), t1 = load(tokens + d * kColumns + kLanes);
-#pragma GCC unroll 12
-      for (int i = 0; i < kRows; ++i) {
-        const Vec h = broadcast(rows[d * kRows + i]);
-        sums[i][0] += h * t0;
-        sums[i][1] += h * t1;
-      }
-    }
-#pragma GCC unroll 12
-    for (int i = 0; i < kRows; ++i) {
-      float* out = tile + i * tile_stride;
-      store(out, is_first ? sums[i][0] : load(out) + sums[i][0]);
-      store(out + kLanes, is_first ? sums[i][1] : load(out + kLanes) + sums[i][1]);
-    }
-  } while (d < depth);
-}
+// One row's logits, in panels of kColumns that stand `stride` apart.
+struct Logits {
+  float* z;
+  int64_t stride;
+  float& of(int64_t i) const { return z[i / kColumns * stride + i % kColumns]; }
+};
 
-using MultiplyPanels = void (*)(const float*, const float*, int64_t, float*, int64_t);
-
-template <int... kRows>
-constexpr std::array<MultiplyPanels, sizeof...(kRows)> multiply_table(std::integer_sequence<int, kRows...>) {
-  return {&multiply_panels<kRows + 1>...};
-}
-
-// tokens[0..count) of `weight`, count <= kColumns, to packed[d][token]; missing tokens are zeros.
-template <typename T>
-void pack_tokens(const T* weight, int64_t stride, int64_t count, int64_t depth, float* packed) {
-  for (int64_t first = 0; first < kColumns; first += kLanes) {
-    const int64_t present = std::clamp<int64_t>(count - first, 0, kLanes);
-    pack_half_panel([&](int64_t i) { return weight + (first + i) * stride; }, present, depth, packed + first);
+// `count` logits of a row, padded with kNoToken to whole panels, into its partial result.
+void reduce_logits(const Logits& logits, int64_t count, int64_t first_token, Partial& partial) {
+  const float *begin = logits.z, *end = begin + (count + kColumns - 1) / kColumns * logits.stride;
+  Vec highest[2] = {load(begin), load(begin + kLanes)};
+  for (const float* z = begin + logits.stride; z < end; z += logits.stride) {
+    highest[0] = maximum(highest[0], load(z));
+    highest[1] = maximum(highest[1], load(z + kLanes));
   }
-}
-
-// One row's logits z[0..count), padded with kNoToken to whole vectors, into its partial result.
-void reduce_logits(const float* z, int64_t count, int64_t first_token, Partial& partial) {
-  Vec highest = load(z);
-  for (int64_t i = kLanes; i < count; i += kLanes) highest = maximum(highest, load(z + i));
-  const float maximum_here = max_lane(highest);
+  const float maximum_here = max_lane(maximum(highest[0], highest[1]));
   if (maximum_here > partial.maximum) {
     if (partial.total > 0) {
       const double shift = static_cast<double>(partial.maximum) - maximum_here, scale = std::exp(shift);
@@ -90,29 +56,24 @@ void reduce_logits(const float* z, int64_t count, int64_t first_token, Partial& 
       partial.total *= scale;
     }
     partial.maximum = maximum_here;
-    partial.argmax = static_cast<int32_t>(first_token + (std::find(z, z + count, maximum_here) - z));
+    int64_t first = 0;
+    while (first < count && logits.of(first) != maximum_here) ++first;
+    partial.argmax = static_cast<int32_t>(first_token + first);
   }
-  const Vec shift = broadcast(partial.maximum);
-  Vec total = {}, moment = {};
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const Vec below = load(z + i) - shift, weight = exp_nonpositive(below);
-    total += weight;
-    moment += weight * below;
+  const Vec shift = broadcast(partial.maximum), log2_e = broadcast(1.44269504f);
+  Vec totals[2] = {}, moments[2] = {};
+  for (const float* z = begin; z < end; z += logits.stride) {
+    Vec below[2], weights[2];
+    for_each<2>([&](int i) { below[i] = load(z + i * kLanes) - shift; });
+    for_each<2>([&](int i) { weights[i] = below[i] * log2_e; });
+    exp2_nonpositive(weights);
+    for_each<2>([&](int i) {
+      totals[i] += weights[i];
+      moments[i] += weights[i] * below[i];
+    });
   }
-  partial.total += sum(total);
-  partial.moment += sum(moment);
-}
-
-Buffer pack_rows(const OptionLogprobs& p, int64_t first_row, const RowPanels& panels, int num_threads) {
-  Buffer packed = allocate(panels.num_rows * p.hidden_size);
-  psykern::parallel_for(panels.count, num_threads, [&](int64_t panel) {
-    const int64_t begin = panels.start(panel), rows = panels.start(panel + 1) - begin;
-    float* out = packed.get() + begin * p.hidden_size;
-    for (int64_t d = 0; d < p.hidden_size; ++d) {
-      for (int64_t i = 0; i < rows; ++i) out[d * rows + i] = p.hidden[(first_row + begin + i) * p.hidden_stride + d];
-    }
-  });
-  return packed;
+  partial.total += sum(totals[0] + totals[1]);
+  partial.moment += sum(moments[0] + moments[1]);
 }
 
 // Targets of every row in order of token, so that a block's targets are neighbours: indices into token_ids.
@@ -124,42 +85,6 @@ std::vector<int64_t> sort_targets(const OptionLogprobs& p) {
               [&](int64_t a, int64_t b) { return p.token_ids[a] < p.token_ids[b]; });
   }
   return order;
-}
-
-template <typename T>
-void score_chunk(const OptionLogprobs& p, int64_t first_row, const RowPanels& panels, const float* packed_rows,
-                 const std::vector<int64_t>& order, int64_t first_token, int64_t last_token, Partial* partials) {
-  static constexpr auto kMultiply = multiply_table(std::make_integer_sequence<int, kMaxPanel>{});
-  const int64_t depth = p.hidden_size;
-  const int64_t fitting = kBlockBytes / (kColumns * depth * static_cast<int64_t>(sizeof(float)));
-  const int64_t block = kColumns * std::clamp<int64_t>(fitting, 1, kChunkColumns / kColumns);
-  const Buffer packed = allocate(block * depth), tile = allocate(kMaxPanel * block);
-  const T* weight = static_cast<const T*>(p.weight);
-  for (int64_t begin = first_token; begin < last_token; begin += block) {
-    const int64_t count = std::min(block, last_token - begin);
-    for (int64_t t = 0; t < count; t += kColumns) {
-      pack_tokens(weight + (begin + t) * p.weight_stride, p.weight_stride, count - t, depth, packed.get() + t * depth);
-    }
-    for (int64_t panel = 0; panel < panels.count; ++panel) {
-      const int64_t start = panels.start(panel), rows = panels.start(panel + 1) - start;
-      for (int64_t t = 0; t < count; t += kColumns) {
-        kMultiply[static_cast<size_t>(rows - 1)](packed_rows + start * depth, packed.get() + t * depth, depth,
-                                                 tile.get() + t, block);
-      }
-      for (int64_t i = 0; i < rows; ++i) {
-        float* z = tile.get() + i * block;
-        const int64_t row = first_row + start + i;
-        const auto targets_end = order.begin() + p.token_offsets[row + 1];
-        auto target = std::lower_bound(order.begin() + p.token_offsets[row], targets_end, begin,
-                                       [&](int64_t a, int64_t token) { return p.token_ids[a] < token; });
-        for (; target != targets_end && p.token_ids[*target] < begin + count; ++target) {
-          p.logits[*target] = z[p.token_ids[*target] - begin];
-        }
-        std::fill(z + count, z + (count + kColumns - 1) / kColumns * kColumns, kNoToken);
-        reduce_logits(z, count, begin, partials[start + i]);
-      }
-    }
-  }
 }
 
 void combine(const OptionLogprobs& p, int64_t row, int64_t chunks, const Partial* partials, int64_t stride) {
@@ -183,22 +108,131 @@ void combine(const OptionLogprobs& p, int64_t row, int64_t chunks, const Partial
   p.argmax[row] = all.argmax;
 }
 
-void option_logprobs_isa(const OptionLogprobs& p, int num_threads) {
+// Rows [first_row, first_row + panels.num_rows) of hidden, of type T, against the vocabulary.
+template <typename Product, typename T>
+class HeadRows {
+ public:
+  HeadRows(const OptionLogprobs& problem, const std::vector<int64_t>& sorted_targets, int64_t first, int64_t count)
+      : p(problem),
+        order(sorted_targets),
+        first_row(first),
+        panels(count, Product::kPanelRows, Product::kHasTiles),
+        depth(padded_depth<Product>(p.hidden_size)),
+        panel_numbers(blocks_of(p.hidden_size) * kPanel),
+        copied(allocate_numbers(panels.count * panel_numbers)) {}
+
+  static int64_t most_rows(int64_t hidden_size) {
+    const int64_t bytes = blocks_of(hidden_size) * kPanel * static_cast<int64_t>(sizeof(Number));
+    return std::max<int64_t>(kPackedRowBytes / bytes, 1) * Product::kPanelRows;
+  }
+
+  int64_t num_panels() const { return panels.count; }
+
+  void copy_panel(int64_t panel) {
+    const int64_t begin = panels.start(panel), count = panels.start(panel + 1) - begin;
+    const T* rows = static_cast<const T*>(p.hidden) + (first_row + begin) * p.hidden_stride;
+    Number* to = rows_of(panel);
+    for (int64_t d = 0; d < p.hidden_size; d += Product::kDepth, to += kPanel) {
+      Product::copy_rows([&](int64_t i) { return rows + i * p.hidden_stride + d; }, count,
+                         std::min(Product::kDepth, p.hidden_size - d), to);
+    }
+  }
+
+  // Tokens [first_token, last_token), into a partial result of each row.
+  void score_chunk(int64_t first_token, int64_t last_token, Partial* partials) const {
+    const int64_t fitting = kBlockBytes / (kColumns * depth * static_cast<int64_t>(sizeof(Number)));
+    const int64_t block = kColumns * std::clamp<int64_t>(fitting, 1, kChunkColumns / kColumns);
+    const Buffer packed = allocate_numbers(block * depth), tile = allocate(Product::kPanelRows * block);
+    Number* columns = reinterpret_cast<Number*>(packed.get());
+    Product::begin();
+    for (int64_t begin = first_token; begin < last_token; begin += block) {
+      const int64_t count = std::min(block, last_token - begin);
+      for (int64_t t = 0; t < count; t += kColumns) pack_tokens(begin + t, columns + t * depth);
+      for (int64_t panel = 0; panel < panels.count; ++panel) {
+        multiply(panel, columns, count, tile.get());
+        for (int64_t row = panels.start(panel); row < panels.start(panel + 1); ++row) {
+          float* z = tile.get() + (row - panels.start(panel)) * kColumns;
+          finish_row(row, {z, Product::kPanelRows * kColumns}, begin, count, partials[row]);
+        }
+      }
+    }
+    Product::end();
+  }
+
+ private:
+  using Number = typename Product::Number;
+  static constexpr int64_t kPanel = Product::kPanelRows * Product::kDepth;
+
+  static int64_t blocks_of(int64_t hidden_size) { return (hidden_size + Product::kDepth - 1) / Product::kDepth; }
+  static Buffer allocate_numbers(int64_t count) {
+    return allocate((count * static_cast<int64_t>(sizeof(Number)) + 3) / static_cast<int64_t>(sizeof(float)));
+  }
+  Number* rows_of(int64_t panel) const { return reinterpret_cast<Number*>(copied.get()) + panel * panel_numbers; }
+
+  void pack_tokens(int64_t token, Number* columns) const {
+    const WeightRows weight{p.weight, p.weight_stride, p.weight_type}, none{};
+    for (int64_t d = 0; d < p.hidden_size; d += Product::kDepth) {
+      pack_panel<Product>(weight, none, p.vocab_size, token / kColumns, d, std::min(Product::kDepth, p.hidden_size - d),
+                          columns + d * kColumns);
+    }
+  }
+
+  // tile[t / kColumns][row][kColumns], for `count` tokens t.
+  void multiply(int64_t panel, const Number* columns, int64_t count, float* tile) const {
+    const int64_t rows = panels.start(panel + 1) - panels.start(panel);
+    const Number* row = rows_of(panel);
+    for (int64_t d = 0; d < depth; d += Product::kDepth, row += kPanel) {
+      for (int64_t t = 0; t < count; t += kColumns) {
+        Product::multiply(rows, row, columns + t * depth + d * kColumns, std::min(Product::kDepth, depth - d),
+                          tile + t * Product::kPanelRows, d == 0);
+      }
+    }
+  }
+
+  void finish_row(int64_t row, const Logits& logits, int64_t first_token, int64_t count, Partial& partial) const {
+    const auto targets_end = order.begin() + p.token_offsets[first_row + row + 1];
+    auto target = std::lower_bound(order.begin() + p.token_offsets[first_row + row], targets_end, first_token,
+                                   [&](int64_t a, int64_t token) { return p.token_ids[a] < token; });
+    for (; target != targets_end && p.token_ids[*target] < first_token + count; ++target) {
+      p.logits[*target] = logits.of(p.token_ids[*target] - first_token);
+    }
+    for (int64_t i = count; i % kColumns != 0; ++i) logits.of(i) = kNoToken;
+    reduce_logits(logits, count, first_token, partial);
+  }
+
+  const OptionLogprobs& p;
+  const std::vector<int64_t>& order;  // see sort_targets
+  const int64_t first_row;
+  const RowPanels panels;
+  const int64_t depth, panel_numbers;  // hidden_size in whole units of depth; numbers of a panel of rows
+  const Buffer copied;                 // [panels, blocks of depth, kPanelRows, kDepth]
+};
+
+template <typename Product, typename T>
+void option_logprobs_as(const OptionLogprobs& p, int num_threads) {
   const std::vector<int64_t> order = sort_targets(p);
   const int64_t chunks = (p.vocab_size + kChunkColumns - 1) / kChunkColumns;
-  const int64_t most_rows = std::max<int64_t>(kPackedRowBytes / (p.hidden_size * 4) / kMaxPanel, 1) * kMaxPanel;
+  const int64_t most_rows = HeadRows<Product, T>::most_rows(p.hidden_size);
   for (int64_t first = 0; first < p.num_rows; first += most_rows) {
-    const RowPanels panels(std::min(most_rows, p.num_rows - first));
-    const Buffer packed_rows = pack_rows(p, first, panels, num_threads);
-    std::vector<Partial> partials(static_cast<size_t>(chunks * panels.num_rows));
+    const int64_t num_rows = std::min(most_rows, p.num_rows - first);
+    HeadRows<Product, T> rows(p, order, first, num_rows);
+    psykern::parallel_for(rows.num_panels(), num_threads, [&](int64_t panel) { rows.copy_panel(panel); });
+    std::vector<Partial> partials(static_cast<size_t>(chunks * num_rows));
     psykern::parallel_for(chunks, num_threads, [&](int64_t c) {
-      const auto score = p.weight_type == FloatType::kFloat32 ? &score_chunk<float> : &score_chunk<uint16_t>;
-      score(p, first, panels, packed_rows.get(), order, c * kChunkColumns,
-            std::min((c + 1) * kChunkColumns, p.vocab_size), partials.data() + c * panels.num_rows);
+      const int64_t begin = c * kChunkColumns;
+      rows.score_chunk(begin, std::min(begin + kChunkColumns, p.vocab_size), partials.data() + c * num_rows);
     });
-    for (int64_t row = 0; row < panels.num_rows; ++row) {
-      combine(p, first + row, chunks, partials.data() + row, panels.num_rows);
-    }
+    for (int64_t row = 0; row < num_rows; ++row) combine(p, first + row, chunks, partials.data() + row, num_rows);
+  }
+}
+
+void option_logprobs_isa(const OptionLogprobs& p, int num_threads) {
+  if (p.hidden_type == FloatType::kFloat32) {
+    option_logprobs_as<Fp32Product, float>(p, num_threads);
+  } else if (p.weight_type == FloatType::kBfloat16) {
+    option_logprobs_as<Bf16Product, uint16_t>(p, num_threads);
+  } else {
+    option_logprobs_as<Fp32Product, uint16_t>(p, num_threads);
   }
 }
 

@@ -142,7 +142,6 @@ class AttentionTask {
           const int64_t here = std::min(kDepth, p.head_dim - d);
           Number* to = queries + d / kDepth * query_block + row * kDepth;
           Product::copy_row(from + d, here, to);
-          std::fill(to + here, to + padded_depth<Product>(here), Number{0});
         }
         row_positions[row] = p.positions[n];
       }
@@ -285,12 +284,15 @@ class AttentionTask {
 
   // The scores of keys that row i does not see become -inf.
   void mask(const Panel& panel, int64_t i) {
-    for (int64_t c = panel.first_column; c < panel.end_column; c += kColumns) {
-      const int64_t low = std::clamp<int64_t>(panel.low[i] - c, 0, kColumns);
-      const int64_t high = std::clamp<int64_t>(panel.high[i] - c, 0, kColumns);
+    constexpr float kUnseen = -std::numeric_limits<float>::infinity();
+    const int64_t low = panel.low[i], high = panel.high[i];
+    for (int64_t c = panel.first_column; c < low; c += kColumns) {
       float* z = scores_of(c, i);
-      std::fill(z, z + low, -std::numeric_limits<float>::infinity());
-      std::fill(z + high, z + kColumns, -std::numeric_limits<float>::infinity());
+      std::fill(z, z + std::min<int64_t>(low - c, kColumns), kUnseen);
+    }
+    for (int64_t c = high / kColumns * kColumns; c < panel.end_column; c += kColumns) {
+      float* z = scores_of(c, i);
+      std::fill(z + std::max<int64_t>(high - c, 0), z + kColumns, kUnseen);
     }
   }
 
@@ -400,9 +402,9 @@ void prefix_attention_as(const PrefixAttention& p, int num_threads) {
 
 void prefix_attention_isa(const PrefixAttention& p, int num_threads) {
   if (p.type == psykern::FloatType::kBfloat16) {
-    prefix_attention_as<Bf16Product, uint16_t>(p, num_threads);
+    prefix_attention_as<Bf16RowProduct, uint16_t>(p, num_threads);
   } else {
-    prefix_attention_as<Fp32Product, float>(p, num_threads);
+    prefix_attention_as<Fp32RowProduct, float>(p, num_threads);
   }
 }
 

@@ -1,6 +1,7 @@
 #include "prefix_trie.h"
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 #include <stdexcept>
 #include <string>
@@ -46,9 +47,12 @@ void check(bool holds, const std::string& message) {
   if (!holds) throw std::invalid_argument(message);
 }
 
-void check_arguments(const Sequences& sequences, const Branches& branches, int64_t min_share, int64_t wave_tokens) {
+void check_arguments(const Sequences& sequences, const Branches& branches, int64_t min_share,
+                     const WaveBudget& budget) {
   check(min_share >= 1, "min_share: expected at least 1 token, got " + std::to_string(min_share));
-  check(wave_tokens >= 1, "wave_tokens: expected at least 1, got " + std::to_string(wave_tokens));
+  check(budget.rows >= 1, "wave_tokens: expected at least 1, got " + std::to_string(budget.rows));
+  check(budget.carried_price >= 0 && std::isfinite(budget.carried_price),
+        "carried_price: expected a finite number, not negative, got " + std::to_string(budget.carried_price));
   check(sequences.count < INT32_MAX, "a group of at most 2^31 - 2 transcripts can be planned");
   check(sequences.roots < INT32_MAX, "at most 2^31 - 2 roots can be planned");
   for (int64_t r = 0; r < sequences.roots; ++r) {
@@ -81,13 +85,14 @@ void check_arguments(const Sequences& sequences, const Branches& branches, int64
 
 }  // namespace
 
-PrefixTrie::PrefixTrie(const Sequences& sequences, const Branches& branches, int64_t min_share, int64_t wave_tokens) {
-  check_arguments(sequences, branches, min_share, wave_tokens);
+PrefixTrie::PrefixTrie(const Sequences& sequences, const Branches& branches, int64_t min_share,
+                       const WaveBudget& budget) {
+  check_arguments(sequences, branches, min_share, budget);
   root_base_.assign(sequences.root_base, sequences.root_base + sequences.roots);
   add_sequences(sequences, min_share);
   add_branches(sequences, branches);
   lay_out_rows();
-  cut_waves(wave_tokens);
+  cut_waves(budget);
   find_carried();
 }
 
@@ -226,78 +231,55 @@ void PrefixTrie::lay_out_rows() {
   branch_targets_ = {};
 }
 
-// A segment that fits a wave but not the rest of this one starts the next, so that less is carried.
-void PrefixTrie::cut_waves(int64_t wave_tokens) {
+void PrefixTrie::cut_waves(const WaveBudget& budget) {
   wave_starts_.assign(1, 0);
-  int64_t used = 0;
-  auto close = [&](int64_t row) {
-    wave_starts_.push_back(row);
-    used = 0;
-  };
-  for (const int32_t index : layout_) {
-    const Segment& s = segments_[static_cast<size_t>(index)];
-    if (used > 0 && s.length > wave_tokens - used && s.length <= wave_tokens) close(s.row);
-    for (int64_t done = 0; done < s.length;) {
-      const int64_t take = std::min(s.length - done, wave_tokens - used);
-      done += take;
-      used += take;
-      if (used == wave_tokens) close(s.row + done);
-    }
-  }
-  if (wave_starts_.back() != num_rows_) close(num_rows_);
+  while (wave_starts_.back() != num_rows_) wave_starts_.push_back(wave_end(wave_starts_.back(), budget));
 }
 
-// A row is carried to every wave up to the last one that holds a descendant of it.
+// The cheapest end of the wave that begins at row `begin`, in rows: those beyond the budget, and those that the next
+// wave carries at their price. These are as many as the depth of the first row behind the end, so an end within a
+// segment is worse than one before it, and is taken only where the segment began the wave.
+int64_t PrefixTrie::wave_end(int64_t begin, const WaveBudget& budget) const {
+  const int64_t full = begin + budget.rows;
+  if (full >= num_rows_) return num_rows_;
+  auto segment = [&](size_t at) -> const Segment& { return segments_[static_cast<size_t>(layout_[at])]; };
+  auto price_of = [&](int64_t carried) { return budget.carried_price * static_cast<double>(carried); };
+  size_t at = static_cast<size_t>(segment_at(full));  // the first that is not whole within the budget
+  int64_t end = segment(at).row > begin ? segment(at).row : full;
+  double price = price_of(segment(at).position + end - segment(at).row);
+  while (at < layout_.size()) {
+    const bool is_last = ++at == layout_.size();
+    const int64_t row = is_last ? num_rows_ : segment(at).row;
+    const auto beyond = static_cast<double>(row - full);
+    if (beyond >= price) break;
+    const double there = beyond + price_of(is_last ? 0 : segment(at).position);
+    if (there < price) {
+      end = row;
+      price = there;
+    }
+  }
+  return end;
+}
+
+// Children that attach late come first, so what is still needed at a wave's beginning is the path to its first row.
 void PrefixTrie::find_carried() {
-  auto wave_of = [&](int64_t row) {
-    return static_cast<int32_t>(std::upper_bound(wave_starts_.begin(), wave_starts_.end(), row) - wave_starts_.begin() -
-                                1);
-  };
-  std::vector<int32_t> last_wave(static_cast<size_t>(num_rows_), -1);
-  for (auto it = layout_.rbegin(); it != layout_.rend(); ++it) {  // children before parents
-    const Segment& s = segments_[static_cast<size_t>(*it)];
-    int32_t last = wave_of(s.row + s.length - 1);
-    for (int64_t row = s.row + s.length - 1; row >= s.row; --row) {
-      last = std::max(last, last_wave[static_cast<size_t>(row)]);
-      last_wave[static_cast<size_t>(row)] = last;
-    }
-    if (s.parent < 0) continue;
-    const Segment& parent = segments_[static_cast<size_t>(s.parent)];
-    int32_t& before = last_wave[static_cast<size_t>(parent.row + s.position - 1 - parent.position)];
-    before = std::max(before, last);
-  }
   carried_offsets_.assign(1, 0);
-  std::vector<Interval> carried;
   for (int64_t w = 0; w < num_waves(); ++w) {
-    carried_.insert(carried_.end(), carried.begin(), carried.end());
+    const int64_t begin = wave_starts_[static_cast<size_t>(w)];
+    const int32_t segment = layout_[static_cast<size_t>(segment_at(begin))];
+    for (const Interval& path : path_rows(segment, begin)) carried_.push_back(path);
     carried_offsets_.push_back(static_cast<int64_t>(carried_.size()));
-    append(carried, wave_starts_[static_cast<size_t>(w)], wave_starts_[static_cast<size_t>(w) + 1]);
-    std::vector<Interval> next;
-    for (const Interval& interval : carried) {
-      for (int64_t row = interval.begin; row < interval.end; ++row) {
-        if (last_wave[static_cast<size_t>(row)] > w) append(next, row, row + 1);
-      }
-    }
-    carried = std::move(next);
   }
 }
 
-int64_t PrefixTrie::max_wave_rows() const {
-  int64_t rows = 0;
-  for (size_t w = 1; w < wave_starts_.size(); ++w) rows = std::max(rows, wave_starts_[w] - wave_starts_[w - 1]);
-  return rows;
-}
-
-int64_t PrefixTrie::max_carried_rows() const {
-  int64_t most = 0;
-  for (size_t w = 0; w + 1 < carried_offsets_.size(); ++w) {
-    int64_t rows = 0;
+std::vector<int64_t> PrefixTrie::carried_rows() const {
+  std::vector<int64_t> rows(static_cast<size_t>(num_waves()), 0);
+  for (size_t w = 0; w < rows.size(); ++w) {
     for (int64_t c = carried_offsets_[w]; c < carried_offsets_[w + 1]; ++c) {
-      rows += carried_[static_cast<size_t>(c)].end - carried_[static_cast<size_t>(c)].begin;
+      rows[w] += carried_[static_cast<size_t>(c)].end - carried_[static_cast<size_t>(c)].begin;
     }
-    most = std::max(most, rows);
   }
-  return most;
+  return rows;
 }
 
 void PrefixTrie::locate(const int64_t* sequence, const int32_t* position, int64_t count, int64_t* rows) const {

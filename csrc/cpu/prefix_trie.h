@@ -6,8 +6,13 @@
 // no row, and what it shares with a transcript or with another branch is stored once too.
 //
 // Rows are laid out depth first, parents before children, and children that attach late first, so that what later
-// rows still need of a segment is always a prefix of it. A wave is a run of rows within a budget. What later waves
-// need of earlier ones is carried: `carried` holds those rows as intervals.
+// rows still need of a segment is always a prefix of it. A wave is a run of rows about as many as its budget. What
+// later waves need of earlier ones is carried: `carried` holds those rows as intervals. It is the path to the wave's
+// first row.
+//
+// A carried row is kept for all layers, one of the wave only for the layer in hand. So a wave goes beyond its budget
+// where that takes less memory than to end within it: a transcript that is longer than a wave gets one of its own
+// length, and what is carried are fronts that many transcripts share.
 //
 // A sequence may go on from a *root*: tokens that are known, of which only the number matters here (`root_base`).
 // Sequences of different roots share nothing. Positions count a root's tokens in; places in a sequence and `parent` do
@@ -38,6 +43,11 @@ struct Branches {
   int64_t count;
 };
 
+struct WaveBudget {
+  int64_t rows;          // that a wave has at most, unless more need less memory
+  double carried_price;  // rows of a wave that need the memory of one carried row; 0: no wave has more than `rows`
+};
+
 struct Segment {
   const int32_t* token_ids;  // [length] borrowed from the sequences or branches
   int32_t length;            // tokens, at least 1
@@ -63,14 +73,13 @@ class PrefixTrie {
  public:
   // Sequences and branches must outlive the trie. A share of fewer than `min_share` tokens of a segment is not taken.
   // Throws std::invalid_argument for arguments that do not fit together.
-  PrefixTrie(const Sequences& sequences, const Branches& branches, int64_t min_share, int64_t wave_tokens);
+  PrefixTrie(const Sequences& sequences, const Branches& branches, int64_t min_share, const WaveBudget& budget);
 
   int64_t num_rows() const { return num_rows_; }
   int64_t num_segments() const { return static_cast<int64_t>(segments_.size()); }
   int64_t num_waves() const { return static_cast<int64_t>(wave_starts_.size()) - 1; }
-  int64_t max_wave_rows() const;
-  int64_t max_carried_rows() const;
   const std::vector<int64_t>& wave_starts() const { return wave_starts_; }
+  std::vector<int64_t> carried_rows() const;  // [waves] from the wave before each
 
   // rows[i] = the row that predicts token `position[i]` of sequence `sequence[i]`; both ascending together.
   void locate(const int64_t* sequence, const int32_t* position, int64_t count, int64_t* rows) const;
@@ -92,7 +101,8 @@ class PrefixTrie {
   void add_sequences(const Sequences& sequences, int64_t min_share);
   void add_branches(const Sequences& sequences, const Branches& branches);
   void lay_out_rows();
-  void cut_waves(int64_t wave_tokens);
+  void cut_waves(const WaveBudget& budget);
+  int64_t wave_end(int64_t begin, const WaveBudget& budget) const;
   void find_carried();
   std::vector<int32_t> path_of(int64_t sequence) const;
   int64_t segment_at(int64_t row) const;

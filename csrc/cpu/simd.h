@@ -146,22 +146,25 @@ inline void transpose(Vec rows[kLanes]) {
   }
 }
 
-inline float sum(Vec v) {  // pairwise
-  float lanes[kLanes];
-  store(lanes, v);
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  }
-  return lanes[0];
+template <int kShift, int... kLane>
+inline Vec rotate(Vec v, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(v, v, ((kLane + kShift) % kLanes)...);
 }
 
+// f over all lanes, of the halves first.
+template <typename F>
+inline float fold(Vec v, const F& f) {
+  using Lanes = std::make_integer_sequence<int, kLanes>;
+  if constexpr (kLanes > 8) v = f(v, rotate<8>(v, Lanes{}));
+  if constexpr (kLanes > 4) v = f(v, rotate<4>(v, Lanes{}));
+  v = f(v, rotate<2>(v, Lanes{}));
+  return f(v, rotate<1>(v, Lanes{}))[0];
+}
+inline float sum(Vec v) {
+  return fold(v, [](Vec a, Vec b) { return a + b; });
+}
 inline float max_lane(Vec v) {
-  float lanes[kLanes];
-  store(lanes, v);
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
-  }
-  return lanes[0];
+  return fold(v, [](Vec a, Vec b) { return maximum(a, b); });
 }
 
 // exp(x) for x <= 0 (and NaN), to about 1 ulp: x = n log 2 + r with |r| <= log(2) / 2, a polynomial in r, times 2^n.

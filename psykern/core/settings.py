@@ -105,7 +105,10 @@ class Settings:
     device: Annotated[Device, About("where to compute: auto, cpu, cuda, or cuda:1 where there are several")] = "auto"
     wave_tokens: Annotated[
         int | None,
-        About("tokens computed together, layer by layer: more need more memory; not given: as suits the device"),
+        About(
+            "tokens computed together, layer by layer: more need more memory, but a long transcript is computed whole "
+            "where that needs less; not given: as suits the device"
+        ),
     ] = None
     batch_tokens: Annotated[int | None, About("tokens in one matrix product; likewise")] = None
     min_share: Annotated[

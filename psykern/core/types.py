@@ -31,16 +31,20 @@ class Transcript:
     has_id: bool = True  # False: the row names no participant
     joins_files: bool = False  # the first row by which a participant of one file is in a second one too
     repeats: bool = False  # an earlier row has the same participant and text
+    place: int = 0  # in the data, among what its unit's group holds; see UnitInfo
 
 
 @dataclass(frozen=True, slots=True)
 class UnitInfo:
     """What is known of a unit of work before its rows are read again. Filled by ``data.units.units``."""
 
-    index: int  # from 0, in order of the data
+    index: int  # from 0
     study: str  # of its transcripts; empty: it has none
     key: str  # hexadecimal hash of its rows
     characters: int  # of its texts
+    group: int | None = (
+        None  # index of the first of those units whose rows lie among each other in the data; None: alone
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,6 +73,7 @@ class EncodedTranscript:
     branch_offsets: np.ndarray  # [B+1] int64, into branch_token_ids
     branch_token_ids: np.ndarray  # [branch_offsets[-1]] int32
     num_dropped: int  # responses that the over-length policy "truncate" left out
+    place: int = 0  # as Transcript has it
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -293,6 +293,7 @@ def _assembled(draft: Draft, placed: Sequence[Placed | None]) -> EncodedTranscri
         branch_offsets=np.cumsum([0, *(length for of in every for length in of.lengths)], dtype=np.int64),
         branch_token_ids=np.array([token for of in every for token in of.token_ids], dtype=np.int32),
         num_dropped=0,
+        place=transcript.place,
     )
 
 

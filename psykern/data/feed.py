@@ -7,13 +7,13 @@ that are wanted. With a warm token cache they are not read at all.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 
 from psykern.core.clock import Clock, timed
 from psykern.core.errors import DataError, RowError
 from psykern.core.stages import ahead
-from psykern.core.types import EncodedUnit, UnitInfo
+from psykern.core.types import EncodedUnit, Transcript, UnitInfo
 from psykern.data.dataset import Dataset
 from psykern.data.draft import responses_of
 from psykern.data.encode import Encoder
@@ -23,21 +23,29 @@ from psykern.data.units import Unit, units
 
 
 class Observed:
-    """The distinct scored responses of each experiment, for ``options="observed-experiment"``; none otherwise."""
+    """The distinct scored responses of each experiment, for ``options="observed-experiment"``; none otherwise. They
+    stand in the order in which the data have them, however units are cut."""
 
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
         self._most = encoder.settings.max_options
         self._seen: dict[tuple[str, str], dict[str, None]] = defaultdict(dict)  # up to one more than are options
 
-    def add(self, unit: Unit) -> None:
+    def seeing(self, rows: Iterable[Transcript | RowError]) -> Iterator[Transcript | RowError]:
+        """``rows``, of which each is looked at when it is asked for."""
         if self._encoder.settings.options != "observed-experiment":
+            yield from rows
             return
-        for transcript in unit.transcripts:
-            seen = self._seen[transcript.study, transcript.experiment]
-            for response in responses_of(transcript):
-                if response.strip() and len(seen) <= self._most and self._encoder.scores(response):
-                    seen.setdefault(response)
+        for row in rows:
+            if not isinstance(row, RowError):
+                self._add(row)
+            yield row
+
+    def _add(self, transcript: Transcript) -> None:
+        seen = self._seen[transcript.study, transcript.experiment]
+        for response in responses_of(transcript):
+            if response.strip() and len(seen) <= self._most and self._encoder.scores(response):
+                seen.setdefault(response)
 
     def options(self) -> Mapping[tuple[str, str], tuple[str, ...]]:
         """By study and experiment, where they are few enough to be its options."""
@@ -97,10 +105,11 @@ class Feed:
                 self._refuse(unit.rejects)
                 yield unit
 
-    def _rows(self) -> Iterator[Unit]:
+    def _rows(self, observed: Observed | None = None) -> Iterator[Unit]:
+        """All units; ``observed`` sees their transcripts."""
         of = self._settings
         rows = read(self._dataset, studies=of.studies, limit=of.limit, same_participants=of.same_participants)
-        return units(rows, unit_tokens=self._unit_tokens)
+        return units(observed.seeing(rows) if observed else rows, unit_tokens=self._unit_tokens)
 
     def _rows_ahead(self) -> Generator[Unit, None, None]:
         """All units as rows, read in a thread of their own from the moment that the first is asked for."""
@@ -113,13 +122,12 @@ class Feed:
         first_reject: RowError | None = None
         num_rejects = 0
         observed = Observed(self._encoder)
-        for unit in self._rows():
+        for unit in self._rows(observed):
             self._refuse(unit.rejects)
             found.append(unit.info)
             studies.add(unit.info.study)
             num_rejects += len(unit.rejects)
             first_reject = first_reject or next(iter(unit.rejects), None)
-            observed.add(unit)
         self._dataset.check_unchanged()
         absent = sorted(set(self._settings.studies or ()) - studies)
         if absent:

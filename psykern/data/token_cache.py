@@ -34,7 +34,7 @@ from psykern.core.types import EncodedTranscript, EncodedUnit, UnitInfo
 from psykern.data.dataset import Dataset
 from psykern.version import __version__
 
-VERSION = 3  # of what is written here; another is not read
+VERSION = 4  # of what is written here; another is not read
 _MAGIC = b"psykern tokens\x00\x00"  # 16 bytes
 _HEADER = 64  # bytes before the content: the magic, 32 bytes of SHA-256, zeros; Arrow wants its buffers aligned
 
@@ -138,7 +138,8 @@ def _table(unit: EncodedUnit, files: Sequence[str]) -> pa.Table:
     distinct = dict.fromkeys(chain.from_iterable(t.options for t in transcripts))
     numbers = {options: number for number, options in enumerate(distinct)}
     columns["options"] = _lists([np.array([numbers[o] for o in t.options], np.int32) for t in transcripts], np.int32)
-    columns["num_dropped"] = pa.array([t.num_dropped for t in transcripts], pa.int64())
+    for name in ("num_dropped", "place"):
+        columns[name] = pa.array([getattr(t, name) for t in transcripts], pa.int64())
     rest = {
         "index": unit.info.index,
         "key": unit.info.key,
@@ -168,7 +169,18 @@ def _unit(info: UnitInfo, table: pa.Table, files: Sequence[str]) -> EncodedUnit 
     if (rest["index"], rest["key"]) != (info.index, info.key):
         return None
     known = [None if options is None else tuple(options) for options in rest["options"]]
-    names = ("study", "experiment", "participant", "file", "member", "line", "responses", "flags", "num_dropped")
+    names = (
+        "study",
+        "experiment",
+        "participant",
+        "file",
+        "member",
+        "line",
+        "responses",
+        "flags",
+        "num_dropped",
+        "place",
+    )
     columns = {name: table.column(name).to_pylist() for name in names}
     arrays = {name: _arrays(table, name) for name in (*_ARRAYS, "options")}
     transcripts = tuple(
@@ -182,6 +194,7 @@ def _unit(info: UnitInfo, table: pa.Table, files: Sequence[str]) -> EncodedUnit 
             options=tuple(known[number] for number in arrays["options"][i].tolist()),
             spans_tok=arrays["spans_tok"][i].reshape(-1, 2),
             num_dropped=columns["num_dropped"][i],
+            place=columns["place"][i],
             **{name: arrays[name][i] for name in _ARRAYS if name != "spans_tok"},
         )
         for i in range(table.num_rows)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from psykern.core.settings import Settings
 from psykern.engine.plan import Plan
+from psykern.engine.readout import readout_bytes
 from psykern.models.slots import free_bytes
 from psykern.models.spec import ModelSpec
 
@@ -16,12 +18,14 @@ from psykern.models.spec import ModelSpec
 class Budgets:
     """Rows that are computed together."""
 
-    wave_tokens: int  # a layer's weights are read once for these
+    wave_tokens: int  # a layer's weights are read once for these, and for more where that needs less memory
     batch_tokens: int  # what one product of a layer takes
+    carried_price: float = 0.0  # rows of a wave that need the memory of one that is carried; 0: no wave is larger
 
     def under(self, settings: Settings) -> Budgets:
         """What ``settings`` say; these where they say nothing."""
-        return Budgets(settings.wave_tokens or self.wave_tokens, settings.batch_tokens or self.batch_tokens)
+        wave, batch = settings.wave_tokens or self.wave_tokens, settings.batch_tokens or self.batch_tokens
+        return replace(self, wave_tokens=wave, batch_tokens=batch)
 
 
 # A product with a wide weight is 8 % faster with 2,048 rows than with 1,024 (benchmarks/results).
@@ -29,7 +33,8 @@ CPU_BUDGETS = Budgets(wave_tokens=32_768, batch_tokens=2048)
 
 _DEVICE_BATCH = 16_384  # rows: a launch costs the host more than the smallest model's product of fewer
 _DEVICE_WAVE = (16_384, 131_072)  # rows at least, where memory is short, and at most
-_CARRIED = 45_056  # rows from wave to wave: a tenth more than the longest transcript of the 15 studies, 41,002 tokens
+# Rows whose memory is left for those beyond the budget and for what is carried: 59,000 in the worst of the 15 studies.
+_BEYOND = 65_536
 _WAVE_SHARE = 0.6  # of a device's free memory; the rest is for fragments and for what others take
 
 _HEAD_TILES = 3 * 32 * 2**20  # bytes that option_logprobs holds in the reference backend
@@ -59,32 +64,38 @@ def cost(plan: Plan, spec: ModelSpec, dtype: torch.dtype) -> Cost:
         flops_body=body,
         flops_attention=sum(layer.per_visible_key * seen for layer, seen in zip(flops, keys, strict=True)),
         flops_head=2 * plan.num_response_rows * spec.hidden_size * spec.vocab_size,
-        wave_bytes=_wave_numbers(plan, spec) * dtype.itemsize + _HEAD_TILES,
+        wave_bytes=_wave_numbers(plan, spec) * dtype.itemsize + _HEAD_TILES + readout_bytes(plan.wanted, spec),
     )
 
 
 def _wave_numbers(plan: Plan, spec: ModelSpec) -> int:
     """Numbers that the largest wave holds."""
-    rows, carried = plan.max_wave_rows, plan.max_carried_rows
-    hidden = rows * spec.hidden_size
+    rows, carried = plan.wave_rows, plan.carried_rows
+    hidden = (rows + 2 * plan.response_rows) * spec.hidden_size
     store = (rows + carried) * _store_numbers(spec)
-    kept = 2 * carried * _carried_numbers(spec)  # from the last wave, and to the next
-    out = 2 * plan.max_response_rows * spec.hidden_size
-    return hidden + store + kept + out + min(plan.batch_tokens, rows) * _batch_numbers(spec)
+    kept = (carried + np.append(carried[1:], 0)) * _carried_numbers(spec)  # from the last wave, and to the next
+    batch = np.minimum(rows, plan.batch_tokens) * _batch_numbers(spec)
+    return int((hidden + store + kept + batch).max(initial=0))
+
+
+def _carried_price(spec: ModelSpec) -> float:
+    """A carried row is kept in all layers, twice while a wave hands it on; one of a wave is there for one layer. Free
+    memory needs no say in it: where a longer wave does not fit, what it spares the next to carry would do so less."""
+    carried = 2 * _carried_numbers(spec) + _store_numbers(spec)
+    return carried / (spec.hidden_size + _store_numbers(spec))
 
 
 def budgets(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Budgets:
     """Budgets that fit ``device`` as it is now: on a device with memory of its own, waves as large as that allows when
-    one of the longest transcripts is carried from wave to wave."""
+    a long transcript makes one larger."""
     if device.type == "cpu":
-        return CPU_BUDGETS
-    longest = min(spec.max_positions, _CARRIED)
-    fixed = _DEVICE_BATCH * _batch_numbers(spec) + longest * (2 * _carried_numbers(spec) + 2 * _store_numbers(spec))
+        return replace(CPU_BUDGETS, carried_price=_carried_price(spec))
     free = _WAVE_SHARE * (free_bytes(device) or 0) - _HEAD_TILES
-    rows = int((free / dtype.itemsize - fixed) // (2 * spec.hidden_size + _store_numbers(spec)))
+    row = 2 * spec.hidden_size + _store_numbers(spec)
+    rows = int((free / dtype.itemsize - _DEVICE_BATCH * _batch_numbers(spec)) // row) - _BEYOND
     least, most = _DEVICE_WAVE
     rows = max(least, min(rows - rows % _DEVICE_BATCH, most))
-    return Budgets(wave_tokens=rows, batch_tokens=min(_DEVICE_BATCH, rows))
+    return Budgets(rows, min(_DEVICE_BATCH, rows), _carried_price(spec))
 
 
 def _store_numbers(spec: ModelSpec) -> int:

@@ -35,9 +35,11 @@ def memory_errors(plan: Plan) -> Iterator[None]:
 
 
 def _what_to_lower(plan: Plan) -> str:
+    is_larger = plan.max_wave_rows > plan.wave_tokens
     return (
-        f"lower --wave-tokens (the largest wave has {plan.max_wave_rows:,} rows, and carries "
-        f"{plan.max_carried_rows:,}) or --batch-tokens ({plan.batch_tokens:,})"
+        f"lower --wave-tokens (the largest wave has {plan.max_wave_rows:,} rows, and at most "
+        f"{plan.max_carried_rows:,} are carried) or --batch-tokens ({plan.batch_tokens:,})"
+        + ("; where a transcript is long it is computed whole, as in parts it would need more" if is_larger else "")
     )
 
 

@@ -125,7 +125,7 @@ class Engine:
         with self._lock:
             if self._pages is None:
                 self._pages = self._make_pages(budgets)
-            return Extension(self._pages, partial(self._run_with, stop), budgets.batch_tokens, wanted).of(trees)
+            return Extension(self._pages, partial(self._run_with, stop), budgets, wanted).of(trees)
 
     def _make_pages(self, budgets: Budgets) -> Pages:
         num_bytes = suitable_bytes(self.model) if self._session_bytes is None else self._session_bytes

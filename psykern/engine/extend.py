@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from psykern.core.types import Targeted, TargetScores, TokenTree, Wanted
+from psykern.engine.budgets import Budgets
 from psykern.engine.pages import Pages
 from psykern.engine.plan import Past, Pasts, Plan, joined, most_past, plan, scores_of_each
 from psykern.engine.store import Store
@@ -26,7 +27,7 @@ class Extension:
 
     pages: Pages
     run: Callable[[Plan, Store | None], TargetScores]  # a store of its own: None
-    batch_tokens: int
+    budgets: Budgets
     wanted: Wanted
     _waiting: deque[Targeted] = field(init=False, default_factory=deque)
 
@@ -83,7 +84,8 @@ class Extension:
         return plan(
             trees,
             wave_tokens=self.pages.landing_rows,
-            batch_tokens=self.batch_tokens,
+            batch_tokens=self.budgets.batch_tokens,
+            carried_price=self.budgets.carried_price,
             wanted=self.wanted,
             pasts=pasts,
         )

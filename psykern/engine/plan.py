@@ -115,7 +115,8 @@ class Plan:
     num_branches: int  # options of several tokens that are not one token only
     num_targets: int
     wanted: Wanted
-    batch_tokens: int
+    wave_tokens: int  # rows of a wave, unless more need less memory
+    batch_tokens: int  # rows of a batch, at most
     _roots: _Roots | None  # None: no transcript has a past
     _trie: _cpu.PrefixTrie
     _target_rows: np.ndarray  # [targets] int64, ascending
@@ -132,18 +133,32 @@ class Plan:
         return int((np.diff(self._target_rows, prepend=-1) != 0).sum())
 
     @property
+    def wave_rows(self) -> np.ndarray:
+        """[waves] int64, rows of each wave."""
+        return np.diff(self._trie.wave_starts)
+
+    @property
+    def carried_rows(self) -> np.ndarray:
+        """[waves] int64, rows that each wave carries from those before."""
+        return self._trie.carried_rows
+
+    @property
+    def response_rows(self) -> np.ndarray:
+        """[waves] int64, rows of each wave that predict a target."""
+        return np.diff(np.searchsorted(np.unique(self._target_rows), self._trie.wave_starts))
+
+    @property
     def max_wave_rows(self) -> int:
-        return self._trie.max_wave_rows
+        return int(self.wave_rows.max(initial=0))
 
     @property
     def max_carried_rows(self) -> int:
-        return self._trie.max_carried_rows
+        return int(self.carried_rows.max(initial=0))
 
     @property
     def max_response_rows(self) -> int:
         """The most response rows of one wave."""
-        rows = np.unique(self._target_rows)
-        return int(np.diff(np.searchsorted(rows, self._trie.wave_starts)).max(initial=0))
+        return int(self.response_rows.max(initial=0))
 
     def visible_keys(self, window: int | None) -> int:
         """Keys that all rows see together, under a sliding window or without: what a layer's attention costs."""
@@ -218,7 +233,7 @@ class _Group:
         np.maximum.at(lengths, self.branch_sequence, self.branch_parent)
         return lengths
 
-    def trie(self, roots: _Roots | None, *, wave_tokens: int, min_share: int) -> _cpu.PrefixTrie:
+    def trie(self, roots: _Roots | None, *, wave_tokens: int, carried_price: float, min_share: int) -> _cpu.PrefixTrie:
         return _cpu.PrefixTrie(
             token_ids=self.token_ids,
             offsets=self.offsets,
@@ -232,6 +247,7 @@ class _Group:
             branch_token_ids=self.branch_token_ids,
             min_share=min_share,
             wave_tokens=wave_tokens,
+            carried_price=carried_price,
         )
 
     def targets(self, trie: _cpu.PrefixTrie) -> tuple[np.ndarray, np.ndarray]:
@@ -252,16 +268,20 @@ def plan(
     *,
     wave_tokens: int,
     batch_tokens: int,
+    carried_price: float = 0.0,
     min_share: int = MIN_SHARE,
     wanted: Wanted = NOTHING_MORE,
     pasts: Pasts | None = None,
 ) -> Plan:
     """Plan ``transcripts``, which should be of one study: prefixes are shared among them.
 
-    A wave computes at most ``wave_tokens`` rows, a batch at most ``batch_tokens``; a prefix is shared from
-    ``min_share`` tokens on. ``wanted``: of every target's distribution. ``pasts``: of each transcript, of no more
-    than its :func:`most_past`; then all tokens behind get rows, whether something scored comes after them or not, for
-    they will be a past. Raises ``ValueError`` for budgets below 1.
+    A wave computes at most ``wave_tokens`` rows, and more where that needs less memory than what the next one would
+    carry: a carried row needs as much as ``carried_price`` rows of a wave (of a model, ``Budgets`` says it; 0: no wave
+    has more). A batch computes at most ``batch_tokens``; a prefix is shared from ``min_share`` tokens on. ``wanted``:
+    of every target's distribution. ``pasts``: of each transcript, of no more than its :func:`most_past`; then all
+    tokens behind get rows, whether something scored comes after them or not, for they will be a past.
+
+    Raises ``ValueError`` for budgets below 1, and a price below 0.
     """
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens: expected at least 1, got {batch_tokens}")
@@ -270,7 +290,7 @@ def plan(
         roots = _Roots.distinct(pasts)
         transcripts = [_behind(t, past.length) for t, past in zip(transcripts, pasts.each, strict=True)]
     group = _Group.of(transcripts)
-    trie = group.trie(roots, wave_tokens=wave_tokens, min_share=min_share)
+    trie = group.trie(roots, wave_tokens=wave_tokens, carried_price=carried_price, min_share=min_share)
     rows, token_ids = group.targets(trie)
     order = np.argsort(rows, kind="stable")
     return Plan(
@@ -281,6 +301,7 @@ def plan(
         num_branches=int((np.diff(group.branch_offsets) > 1).sum()),
         num_targets=len(rows),
         wanted=wanted,
+        wave_tokens=wave_tokens,
         batch_tokens=batch_tokens,
         _roots=roots,
         _trie=trie,

@@ -18,6 +18,7 @@ from psykern import kernels
 from psykern.core.types import NOTHING_MORE, Wanted
 from psykern.engine.plan import Wave
 from psykern.models.model import Model
+from psykern.models.spec import ModelSpec
 
 _TABLE = 2**23  # numbers of a table: 32 MiB
 _HEAD_TILE = 8192  # rows of the head that are widened to fp32 together
@@ -51,6 +52,14 @@ class Readout:
             values = getattr(self, field.name)
             if values is not None:
                 values[target_ids] = getattr(part, field.name)
+
+
+def readout_bytes(wanted: Wanted, spec: ModelSpec) -> int:
+    """Of the device's memory, at most: a table, what ranks are compared in, and a tile of the head."""
+    if wanted == NOTHING_MORE:
+        return 0
+    table = 4 * max(_TABLE, spec.vocab_size)
+    return (3 if wanted.rank else 1) * table + 4 * _HEAD_TILE * spec.hidden_size
 
 
 def read_out(model: Model, wave: Wave, hidden: Tensor, lse: Tensor, is_argmax: Tensor) -> Readout:

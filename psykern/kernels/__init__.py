@@ -134,7 +134,8 @@ def option_logprobs(
     """Log-softmax over the vocabulary of ``hidden @ weight.T``, gathered, without ever holding all logits.
 
     hidden: [R, D]; weight: [V, D], fp32, bf16 or fp16; token_offsets: [R+1] int64 and token_ids: [nnz] int32 name the
-    tokens wanted of each row (CSR, any order, duplicates allowed). Logits are fp32 from fp32 accumulators.
+    tokens wanted of each row (CSR, any order, duplicates allowed). Products are of the numbers as given; sums and
+    logits are fp32.
     Raises ``ValueError`` for shapes or dtypes that do not fit and for ids outside the vocabulary.
     """
     expect("hidden", hidden.dim() == 2, "[R, D]", hidden)

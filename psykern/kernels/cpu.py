@@ -71,8 +71,8 @@ def option_logprobs(
     lse, entropy = torch.empty(num_rows), torch.empty(num_rows)
     logits, argmax = torch.empty(num_tokens), torch.empty(num_rows, dtype=torch.int64)
     _cpu.option_logprobs(
-        _floats(hidden.float()),
-        _head_weight(weight),
+        _floats(hidden),
+        _floats(weight),
         _array(token_offsets),
         _array(token_ids),
         lse.numpy(),
@@ -179,10 +179,3 @@ def _array(x: Tensor) -> np.ndarray:
 
 def _vector(weight: Tensor) -> np.ndarray:
     return _array(weight if weight.dtype == torch.float32 else weight.float())  # [D]
-
-
-def _head_weight(weight: Tensor) -> np.ndarray:
-    if weight.dtype == torch.float16:  # rare: not worth a kernel; an array of fp32 lives as long as the call
-        weight = weight.float()
-    weight = _dense_rows(weight.detach())
-    return weight.view(torch.int16).numpy() if weight.dtype == torch.bfloat16 else weight.numpy()

@@ -8,7 +8,8 @@
 The rule: a file is there whole or not at all, and what a part holds follows from its name: the number of its unit, and
 a hash of the unit's rows, the model and the settings. So the parts that are there are all that a run has to remember:
 it can be stopped at any moment and go on, and several processes can write parts of one run. A part also holds, in its
-schema's metadata, what its unit adds to counts, rejects and summary. Equal tables give equal bytes.
+schema's metadata, what its unit adds to counts, rejects and summary, and where its transcripts belong (``order``).
+Equal tables give equal bytes.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from psykern.core.folder import Folder
 from psykern.core.settings import check_date
 from psykern.core.types import UnitInfo
 from psykern.runs.manifest import IDENTITY, Counts, Manifest, Outcome, Recipe, identity, plain
+from psykern.runs.order import PartOrder, in_order
 from psykern.scoring.table import (
     SCHEMA,
 )
@@ -111,12 +113,14 @@ class RunFolder:
                 f"leaves them, or files of data under other names: {foreign[0]}{more}; take a new folder"
             )
 
-    def write_part(self, unit: UnitInfo, table: pa.Table, report: UnitReport) -> str:
-        """Write the unit's records ``table``, of :data:`SCHEMA`; gives the part's name."""
+    def write_part(self, unit: UnitInfo, table: pa.Table, report: UnitReport, order: PartOrder | None = None) -> str:
+        """Write the unit's records ``table``, of :data:`SCHEMA`; gives the part's name. ``order``: where its
+        transcripts belong, of a unit in a group."""
         if table.schema != SCHEMA:
             raise ValueError(f"part: expected the columns of table.SCHEMA, got {table.schema}")
         name = self.part_name(unit)
-        table = table.replace_schema_metadata({_METADATA: json.dumps(_report_json(report))})
+        placed = order.metadata() if order else {}
+        table = table.replace_schema_metadata({_METADATA: json.dumps(_report_json(report)).encode(), **placed})
         self.folder.write(f"responses/{name}", lambda file: pq.write_table(table, file, compression="zstd"))
         self._parts[name] = report
         return name
@@ -219,20 +223,26 @@ def _read_report(folder: Folder, name: str) -> UnitReport:
 
 
 def read_run(path: str | Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """All responses of the run at ``path``, or ``columns`` of them. Raises RunFolderError when there are none."""
+    """All responses of the run at ``path``, or ``columns`` of them, in the order of the data. Raises RunFolderError
+    when there are none."""
     names = SCHEMA.names if columns is None else columns
     schema = pa.schema([SCHEMA.field(name) for name in names])
     return pa.Table.from_batches(iter_run(path, columns), schema=schema)
 
 
 def iter_run(path: str | Path, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-    """The run's responses batch by batch, parts in order, so that memory does not grow with the run."""
+    """The run's responses batch by batch in the order of the data; memory does not grow with the run."""
     folder = Folder.at(path)
     parts = [name for name in folder.files("responses") if name.startswith("part-") and name.endswith(".parquet")]
     if not parts:
         raise RunFolderError(f"{path}: expected a run's folder with responses/part-*.parquet, found no part")
     names = SCHEMA.names if columns is None else list(columns)
     schema = pa.schema([SCHEMA.field(name) for name in names])
+    for batch in in_order(_batches(folder, parts, names)):
+        yield batch.replace_schema_metadata(schema.metadata)
+
+
+def _batches(folder: Folder, parts: Sequence[str], names: Sequence[str]) -> Iterator[pa.RecordBatch]:
     for part in parts:
         try:
             with folder.open(f"responses/{part}") as stream, pq.ParquetFile(stream) as file:
@@ -241,6 +251,6 @@ def iter_run(path: str | Path, columns: Sequence[str] | None = None) -> Iterator
                         f"{folder.name(part)}: expected the columns of a run, got {file.schema_arrow.names}"
                     )
                 for batch in file.iter_batches(columns=names):
-                    yield batch.select(names).replace_schema_metadata(schema.metadata)
+                    yield batch.select(names)
         except (OSError, pa.ArrowException) as error:
             raise RunFolderError(f"{folder.name(part)}: cannot be read: {error}") from error

@@ -2,9 +2,9 @@
 
     EncodedUnit ─ plan ─► PlannedUnit ─ Engine.pairs ─► TargetScores ─ table ─► part of RUN
 
-Transcripts go through in units: neighbours of one study, planned together so that they share prefixes, and written as
-one part. Planning of the next units and writing of the last go on in threads beside the computing of one; memory is
-bounded by the unit, not by the data.
+Transcripts go through in units: some of one study, planned together so that they share prefixes, and written as one
+part. Planning of the next units and writing of the last go on in threads beside the computing of one; memory is
+bounded by the unit and the window that it is cut of, not by the data.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from psykern.core.settings import Settings, Shard
 from psykern.core.stages import ahead, behind
 from psykern.core.types import EncodedUnit, TargetScores, UnitInfo
 from psykern.data.dataset import Dataset
-from psykern.engine.budgets import Budgets
 from psykern.runs.folder import RunFolder, UnitReport, date_in
 from psykern.runs.manifest import (
     Counts,
@@ -35,6 +34,7 @@ from psykern.runs.manifest import (
     library_versions,
     peak_memory_bytes,
 )
+from psykern.runs.order import PartOrder
 from psykern.runs.progress import Progress
 from psykern.runs.summary import Summary, SummaryAccumulator
 from psykern.scoring.scorer import Scorer
@@ -137,7 +137,8 @@ class RunJob:
         stop: Callable[[], bool] = lambda: False,
     ) -> Counts:
         """The pipeline from rows to records: scores ``units`` and writes their parts; gives what went through."""
-        budgets = Budgets(self.recipe.wave_tokens, self.recipe.batch_tokens)
+        recipe = self.recipe
+        budgets = replace(scorer.budgets, wave_tokens=recipe.wave_tokens, batch_tokens=recipe.batch_tokens)
         max_positions = scorer.model.spec.max_positions
         start = progress.start
         done: list[Counts] = []
@@ -158,7 +159,8 @@ class RunJob:
             summary = SummaryAccumulator()
             summary.add(table)
             counts = _counts(item, table.num_rows - table.column("logprob").null_count)
-            self.folder.write_part(item.unit.info, table, UnitReport(counts, item.unit.rejects, summary.sums))
+            report = UnitReport(counts, item.unit.rejects, summary.sums)
+            self.folder.write_part(item.unit.info, table, report, _order(item))
         done.append(counts)
 
     def check_stopped(self, units: Sequence[UnitInfo], wanted: Sequence[UnitInfo], stop: Callable[[], bool]) -> None:
@@ -200,6 +202,13 @@ def _both(at_start: str | None, now: str | None) -> str | None:
     if at_start is None or now is None or now in at_start.split("; "):
         return at_start or now
     return f"{at_start}; {now}"
+
+
+def _order(item: PlannedUnit) -> PartOrder | None:
+    if item.unit.info.group is None:
+        return None
+    places = [transcript.place for transcript in item.transcripts]
+    return PartOrder(item.unit.info.group, places, [len(transcript.responses) for transcript in item.transcripts])
 
 
 def _counts(item: PlannedUnit, scored_responses: int) -> Counts:

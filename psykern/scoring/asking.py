@@ -35,6 +35,7 @@ class Whole:
             trees,
             wave_tokens=self.budgets.wave_tokens,
             batch_tokens=self.budgets.batch_tokens,
+            carried_price=self.budgets.carried_price,
             wanted=self.wanted,
         )
         each = scores_of_each(trees, self.engine.run(planned, stop=stop))

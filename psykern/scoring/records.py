@@ -9,6 +9,7 @@ Reading, encoding and planning of what comes next go on in threads beside the co
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -118,8 +119,7 @@ class Records:
     def _encoded(self, read: Iterator[Unit]) -> Iterator[EncodedUnit]:
         settings, observed = self.encoder.settings, Observed(self.encoder)
         if settings.options == "observed-experiment":
-            for unit in self._units(Event()):
-                observed.add(unit)
+            deque(observed.seeing(self._transcripts(Event())), maxlen=0)
         for unit in read:
             encoded = encode_unit(self.encoder, unit, observed.options())
             if settings.strict and encoded.rejects:
@@ -127,8 +127,10 @@ class Records:
             yield encoded
 
     def _units(self, left: Event) -> Iterator[Unit]:
-        assert self.encoder.settings.unit_tokens is not None
-        return units(self._transcripts(left), unit_tokens=self.encoder.settings.unit_tokens)
+        """In the order of the rows: a stream must not wait for more of them than a unit holds."""
+        unit_tokens = self.encoder.settings.unit_tokens
+        assert unit_tokens is not None
+        return units(self._transcripts(left), unit_tokens=unit_tokens, window_tokens=unit_tokens)
 
     def _transcripts(self, left: Event) -> Iterator[Transcript | RowError]:
         """Until ``left`` is set."""

@@ -2,8 +2,8 @@
 
     EncodedUnit ─ fit ─ plan ─► PlannedUnit ─ Engine.pairs ─► TargetScores
 
-Transcripts go through in units: neighbours of one study, planned together so that they share prefixes. Memory is
-bounded by the unit, not by the data.
+Transcripts go through in units: some of one study, planned together so that they share prefixes (``data.units``).
+Memory is bounded by the unit, not by the data.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ def planned(
                 transcripts,
                 wave_tokens=budgets.wave_tokens,
                 batch_tokens=budgets.batch_tokens,
+                carried_price=budgets.carried_price,
                 min_share=settings.min_share,
             )
         yield PlannedUnit(unit, transcripts, of, begin(unit.info.characters, of.num_responses, of.num_tokens))

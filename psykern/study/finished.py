@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from psykern.core import csr
 from psykern.core.errors import RunFolderError
 from psykern.core.settings import having
+from psykern.runs.order import in_order
 
 # What two runs must agree in before their numbers can be set against each other.
 COMPARED = having("compared")
@@ -161,7 +162,7 @@ def load(run: FinishedRun) -> Responses:
     names: list[tuple[str, str, str]] = []  # of each transcript
     starts: list[np.ndarray] = []  # its first row
     row, last = 0, None
-    for batch in _batches(parts):
+    for batch in in_order(_batches(parts)):
         _fill(columns, batch, row)
         first, owners, last = _transcripts(batch, columns.response_index[row : row + len(batch)], last)
         starts.append(first + row)

@@ -82,16 +82,16 @@ def test_plan_prints_what_the_estimate_holds(toy: Toy, capsys: pytest.CaptureFix
     assert psykern_command("plan", toy.model, toy.data, "--device", "cpu", "--wave-tokens", 64) == 0
     header, *lines = capsys.readouterr().out.splitlines()
     assert [cell.strip() for cell in re.split(r"\s{2,}", header)] == [
-        *("study", "transcripts", "responses", "tokens", "to compute", "scored rows", "branches"),
+        *("study", "transcripts", "responses", "tokens", "to compute", "one trie", "scored rows", "branches"),
         *("body TFLOP", "attention", "head", "wave MiB"),
     ]
     estimate = psykern.estimate(toy.model, toy.data, Settings(device="cpu", wave_tokens=64))
     for line, study in zip(lines, estimate.studies, strict=False):
         cells = line.split()
-        counts = (study.transcripts, study.responses, study.tokens, study.computed_tokens)
-        assert cells[:7] == [study.study, *map(str, (*counts, study.scored_rows, study.branches))]
-        assert cells[7:10] == [f"{n / 1e12:.2f}" for n in (study.flops_body, study.flops_attention, study.flops_head)]
-        assert cells[10] == f"{study.wave_bytes / 2**20:.0f}"
+        counts = (study.transcripts, study.responses, study.tokens, study.computed_tokens, study.bound_tokens)
+        assert cells[:8] == [study.study, *map(str, (*counts, study.scored_rows, study.branches))]
+        assert cells[8:11] == [f"{n / 1e12:.2f}" for n in (study.flops_body, study.flops_attention, study.flops_head)]
+        assert cells[11] == f"{study.wave_bytes / 2**20:.0f}"
     sums = lines[-1].split()
     assert sums[0] == "all"
     assert int(sums[4]) == sum(study.computed_tokens for study in estimate.studies)

@@ -97,7 +97,7 @@ def test_data_that_change_are_seen(tokenizer: Tokenizer, data: Path) -> None:
     rows = data.read_text().splitlines()
     rows[2] = rows[2].replace("press", "touch")
     data.write_text("\n".join(rows))
-    with pytest.raises(DataError, match=r"rows\.jsonl: changed while they were read \(unit 0, study bandit\)"):
+    with pytest.raises(DataError, match=r"rows\.jsonl: changed while they were read \(unit \d, study bandit\)"):
         list(changing.encoded(units))
     shorter = feed(tokenizer, data)
     units = shorter.units()
@@ -141,7 +141,7 @@ def test_a_row_refused_by_its_options_goes_with_its_unit(tokenizer: Tokenizer, t
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     own = feed(tokenizer, data, unit_tokens=1)
     found = list(own.encoded(own.units()))
-    assert [(len(unit.transcripts), len(unit.rejects)) for unit in found[:2]] == [(1, 0), (1, 1)]
+    assert sorted((len(unit.transcripts), len(unit.rejects)) for unit in found[:2]) == [(1, 0), (1, 1)]
     assert sum(len(unit.transcripts) + len(unit.rejects) for unit in found) == len(rows)
 
 

@@ -163,7 +163,7 @@ def test_the_folder_is_called_by_what_tokens_depend_on(tmp_path: Path) -> None:
     text = (
         '{"data": [["study", "d"], ["study", "d"]], "protocol": "exact", "psykern": "'
         + psykern.__version__
-        + '", "tokenizer_hash": "t", "version": 3}'
+        + '", "tokenizer_hash": "t", "version": 4}'
     )
     assert [path.name for path in tmp_path.iterdir()] == [hashlib.sha256(text.encode()).hexdigest()[:32]]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from support.checkpoints import CONFIGS, make_model
 from support.groups import encoded
 
+from psykern.core.settings import Settings
+from psykern.core.types import NOTHING_MORE, Wanted
 from psykern.engine import budgets
 from psykern.engine.plan import plan
 from psykern.models.families import read_spec
@@ -20,17 +23,47 @@ from shapes import model_spec
 
 
 def test_memory_of_a_wave_counts_everything_that_grows_with_it(tmp_path: Path) -> None:
-    """By hand for one transcript of 999 rows in waves of 100: 900 carried rows, in fp32."""
+    """By hand for one transcript of 999 rows in waves of 100, in fp32: the last but one takes 800 and leaves 900."""
     make_model(tmp_path, **CONFIGS["llama"])  # hidden 64, inner 96, 3 layers, 4 query heads and 2 key heads of 16
     spec = read_spec(tmp_path)
     planned = plan([encoded(range(1000), [(500, 501), (999, 1000)])], wave_tokens=100, batch_tokens=50, min_share=1)
-    hidden, store = 100 * 64, 2 * (100 + 900) * 32
-    carried = 2 * (2 * 900 * 32 * 3)  # of the last wave, and what is kept for the next
-    head = 2 * 1 * 64
+    hidden, store = 100 * 64, 2 * (100 + 800) * 32
+    carried = 2 * (800 + 900) * 32 * 3
     batch = 50 * (5 * 64 + 3 * 64 + 3 * 96)
     assert planned.max_carried_rows == 900
-    expected = 4 * (hidden + store + carried + head + batch)
+    expected = 4 * (hidden + store + carried + batch)  # no response is in that wave
     assert budgets.cost(planned, spec, torch.float32).wave_bytes == expected + 3 * 32 * 2**20
+
+
+def test_the_longest_transcript_of_the_studies_is_a_wave_of_its_own() -> None:
+    """41,002 tokens, which carried from wave to wave would take 11 GB and more."""
+    group = [encoded(range(41_002), [(41_001, 41_002)])]
+    spec = model_spec("Qwen3-8B")
+    chosen = budgets.budgets(spec, torch.device("cpu"), torch.float32)
+    planned = plan(group, wave_tokens=32_768, batch_tokens=2048, carried_price=chosen.carried_price)
+    assert (planned.num_waves, planned.max_wave_rows) == (1, 41_001)
+    assert budgets.cost(planned, spec, torch.float32).wave_bytes < 2e9
+    hard = plan(group, wave_tokens=32_768, batch_tokens=2048)
+    assert budgets.cost(hard, spec, torch.float32).wave_bytes > 11e9
+
+
+def test_the_price_of_a_carried_row() -> None:
+    """Qwen3-8B: 36 layers of 2,048 keys and values, twice, and once in the store, against 4,096 and 2,048 of a row."""
+    chosen = budgets.budgets(model_spec("Qwen3-8B"), torch.device("cpu"), torch.float32)
+    assert chosen.carried_price == (2 * 36 * 2048 + 2048) / (4096 + 2048)
+    assert chosen.under(Settings(wave_tokens=7)) == replace(chosen, wave_tokens=7)
+
+
+def test_memory_of_what_is_read_out_is_counted_where_it_is_wanted() -> None:
+    spec = model_spec("Qwen3-8B")
+
+    def wave_bytes(wanted: Wanted) -> int:
+        planned = plan([encoded(range(20), [(10, 11)])], wave_tokens=64, batch_tokens=8, wanted=wanted)
+        return budgets.cost(planned, spec, torch.float32).wave_bytes
+
+    table, tile = 32 * 2**20, 4 * 8192 * 4096
+    assert wave_bytes(Wanted(full=True)) - wave_bytes(NOTHING_MORE) == table + tile
+    assert wave_bytes(Wanted(rank=True)) - wave_bytes(NOTHING_MORE) == 3 * table + tile
 
 
 @pytest.mark.parametrize(
@@ -38,7 +71,7 @@ def test_memory_of_a_wave_counts_everything_that_grows_with_it(tmp_path: Path) -
     [
         ("Qwen3-8B", 60, 131_072),  # resident on an H100
         ("Llama-3.1-70B", 72, 131_072),  # streamed: what is free beside two layers
-        ("OLMo-3-7B", 60, 16_384),  # 32 key heads: a carried transcript takes 24 GB, twice
+        ("OLMo-3-7B", 60, 131_072),  # 32 key heads; 16,384 where a transcript carried in all layers had its place
         ("Qwen3-8B", 1, 16_384),  # at least: a wave that does not fit is refused before it starts
     ],
 )

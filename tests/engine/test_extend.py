@@ -99,13 +99,15 @@ def test_every_family_equals_transformers(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_pages", [0, 1, 4, 8, 200])
-@pytest.mark.parametrize("wave_tokens", [9, 60, 4096])
-def test_neither_pages_nor_waves_change_what_is_computed(num_pages: int, wave_tokens: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("wave_tokens", "carried_price"), [(9, 0.0), (60, 0.0), (60, 8.0), (4096, 0.0)])
+def test_neither_pages_nor_waves_change_what_is_computed(
+    num_pages: int, wave_tokens: int, carried_price: float, tmp_path: Path
+) -> None:
     oracle = Oracle(make_model(tmp_path, **CONFIGS["olmo3"]))
     engine, growing = make_engine(tmp_path, num_pages), Growing(num_pages)
     for _ in range(12):
         trees = growing.trees()
-        assert_same(engine.extend(trees, Budgets(wave_tokens, 16)), trees, oracle)
+        assert_same(engine.extend(trees, Budgets(wave_tokens, 16, carried_price)), trees, oracle)
 
 
 def rows_computed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:

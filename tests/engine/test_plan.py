@@ -51,8 +51,21 @@ def predicted(p: Plan, known: Sequence[int] = ()) -> dict[int, tuple[list[int], 
     return out
 
 
-def check(transcripts: Sequence[EncodedTranscript], **budgets: int) -> Plan:
-    p = plan(transcripts, **({"wave_tokens": 64, "batch_tokens": 16, "min_share": 1} | budgets))
+def check(
+    transcripts: Sequence[EncodedTranscript],
+    *,
+    wave_tokens: int = 64,
+    batch_tokens: int = 16,
+    min_share: int = 1,
+    carried_price: float = 0.0,
+) -> Plan:
+    p = plan(
+        transcripts,
+        wave_tokens=wave_tokens,
+        batch_tokens=batch_tokens,
+        min_share=min_share,
+        carried_price=carried_price,
+    )
     expected = wanted(transcripts)
     got = predicted(p)
     assert p.num_targets == len(expected) == len(got)
@@ -78,6 +91,26 @@ def test_random_groups_mean_what_was_asked(
         p = check(group, wave_tokens=wave_tokens, batch_tokens=batch_tokens, min_share=min_share)
         if min_share == 1:
             assert p.num_computed == trie_nodes(group)
+
+
+@pytest.mark.parametrize("carried_price", [0.0, 0.3, 4.0, 25.0, 1e6])
+@pytest.mark.parametrize("wave_tokens", [1, 20, 150])
+@pytest.mark.parametrize("vocabulary", [2, 1000])
+def test_a_wave_ends_where_least_memory_is_needed(vocabulary: int, wave_tokens: int, carried_price: float) -> None:
+    """A wave's rows beyond the budget, and what the next one carries at its price, are no more than they would be with
+    any end from where the budget is full; what is carried is the path to the next row, so its depth counts it."""
+    rng = np.random.default_rng([vocabulary, wave_tokens, int(carried_price)])
+    for _ in range(8):
+        group = random_group(rng, int(rng.integers(1, 9)), vocabulary, 3)
+        p = check(group, wave_tokens=wave_tokens, carried_price=carried_price)
+        assert p.num_computed == trie_nodes(group)
+        depth = np.array([position for wave in p.waves() for position in wave.positions] + [0])  # 0: behind the last
+        ends = p.wave_rows.cumsum()
+        assert p.carried_rows.tolist() == [0, *depth[ends[:-1]].tolist()][: p.num_waves]
+        for begin, end in zip(ends - p.wave_rows, ends, strict=True):
+            places = np.arange(min(begin + wave_tokens, len(depth) - 1), len(depth))
+            memory = np.maximum(places - begin - wave_tokens, 0) + carried_price * depth[places]
+            assert max(0, end - begin - wave_tokens) + carried_price * depth[end] <= memory.min()
 
 
 def stored(
@@ -220,6 +253,31 @@ def test_a_transcript_longer_than_a_wave_is_split_and_carried() -> None:
     assert p.max_carried_rows == 15 * 64
 
 
+def test_a_transcript_longer_than_a_wave_is_one_where_that_needs_less_memory() -> None:
+    """935 rows beyond the budget against 64 that would be carried first, and 128 then."""
+    group = [encoded(range(1000), [(500, 502), (999, 1000)])]
+    whole = check(group, wave_tokens=64, carried_price=15.0)
+    assert (whole.max_wave_rows, whole.max_carried_rows) == (999, 0)
+    assert check(group, wave_tokens=64, carried_price=14.5).max_wave_rows == 999 - 64
+
+
+def test_options_go_with_the_transcript_that_they_continue() -> None:
+    """The budget is full among options of its last response: a few rows more, and 60 are not carried."""
+    branches = [(0, 60, [200 + i, 300, 301], 0) for i in range(10)]
+    one, other = encoded(range(61), [(60, 61)], branches), encoded(range(100, 150), [(49, 50)])
+    p = check([one, other], wave_tokens=64, carried_price=1.0)
+    assert p.wave_rows.tolist() == [60 + 10 * 2, 49]
+    assert p.max_carried_rows == 0
+
+
+def test_a_front_that_many_share_is_carried_until_it_costs_more_than_all_of_them() -> None:
+    group = [encoded([*range(20), *range(100 * i + 100, 100 * i + 144)], [(63, 64)]) for i in range(30)]
+    p = check(group, wave_tokens=63, carried_price=24.0)
+    assert p.wave_rows.tolist() == [20 + 43, *[43] * 17, 12 * 43]  # the last 12 are 453 rows beyond, or 20 * 24
+    assert p.carried_rows.tolist() == [0, *[20] * 18]
+    assert check(group, wave_tokens=63, carried_price=62.5).num_waves == 1  # 29 * 43 rows beyond, or 20 * 62.5
+
+
 def test_only_what_later_waves_need_is_carried() -> None:
     shared, group = list(range(20)), []
     for i in range(30):
@@ -257,6 +315,12 @@ def test_order_of_transcripts_does_not_change_the_rows() -> None:
 def test_budgets_below_one_are_refused(budget: str) -> None:
     with pytest.raises(ValueError, match=budget):
         check([encoded(range(5), [(4, 5)])], **{budget: 0})
+
+
+@pytest.mark.parametrize("price", [-1.0, float("nan"), float("inf")])
+def test_a_price_that_is_none_is_refused(price: float) -> None:
+    with pytest.raises(ValueError, match="carried_price: expected a finite number"):
+        check([encoded(range(5), [(4, 5)])], carried_price=price)
 
 
 def test_a_branch_without_a_token_before_it_is_refused() -> None:

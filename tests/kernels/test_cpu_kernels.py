@@ -64,15 +64,54 @@ def test_threads_do_not_change_a_bit(instruction_set: str, threads: Callable[[in
             assert got.numpy().tobytes() == expected.numpy().tobytes(), (instruction_set, count)
 
 
+FP32, BF16 = torch.float32, torch.bfloat16
+each_pair = pytest.mark.parametrize(
+    ("hidden_dtype", "weight_dtype"),
+    [(FP32, FP32), (FP32, BF16), (BF16, BF16), (BF16, FP32)],
+    ids=["fp32", "bf16-weight", "bf16", "bf16-hidden"],
+)
+
+
+@each_pair
 @pytest.mark.parametrize("size", [200, 257, 4096])
-def test_logits_round_no_more_in_a_wide_model(size: int, instruction_set: str) -> None:
-    """One sum of 4,096 products in order was 1.3e-6 of the logits' spread from fp64, torch's product is 4e-7."""
+def test_logits_round_no_more_in_a_wide_model(
+    size: int, hidden_dtype: torch.dtype, weight_dtype: torch.dtype, instruction_set: str
+) -> None:
+    """One sum of 4,096 products in order was 1.3e-6 of the logits' spread from fp64, torch's product is 4e-7. Products
+    of bf16 are exact in fp32, so there too only sums round."""
     torch.manual_seed(0)
-    hidden, weight = torch.randn(24, size), torch.randn(700, size)
+    hidden, weight = torch.randn(24, size).to(hidden_dtype), torch.randn(700, size).to(weight_dtype)
     ids, offsets = torch.arange(700, dtype=torch.int32).repeat(24), torch.arange(25) * 700
     logits = kernels.option_logprobs(hidden, weight, offsets, ids, backend="cpu").logits.view(24, 700)
     expected = hidden.double() @ weight.double().T
     assert (logits - expected).square().mean().sqrt() < 6e-7 * expected.std()
+
+
+@each_pair
+@pytest.mark.parametrize("size", [7, 530, 1040])  # one, two and three blocks of depth
+def test_a_row_of_the_head_has_the_same_bits_in_any_company(
+    size: int,
+    hidden_dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    instruction_set: str,
+    threads: Callable[[int], None],
+) -> None:
+    """Alone, in panels that are full and that are not, in one and in two tiles of rows."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(45, size).to(hidden_dtype), (torch.randn(2115, size) / size**0.5).to(weight_dtype)
+    ids = torch.tensor([2114, 0, 2047, 31] * 45, dtype=torch.int32)
+
+    def run(first: int, last: int) -> list[Tensor]:
+        offsets, wanted = 4 * torch.arange(last - first + 1), ids[: 4 * (last - first)]
+        scores = kernels.option_logprobs(hidden[first:last], weight, offsets, wanted, backend="cpu")
+        return [scores.lse, scores.logits.view(-1, 4), scores.argmax, scores.entropy]
+
+    threads(2)
+    together = run(0, 45)
+    threads(1)
+    for part in ((3, 4), (10, 27), (12, 45), (44, 45)):
+        for alone, company in zip(run(*part), together, strict=True):
+            assert_same_bits(alone, company[slice(*part)])
 
 
 @pytest.mark.parametrize("length", [200, 300, 8192])

@@ -99,3 +99,17 @@ def test_a_smaller_wave_needs_less_memory(toy: Toy) -> None:
 def test_the_estimate_does_not_read_files_from_end_to_end(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("psykern.data.dataset.hash_file", lambda _: pytest.fail("a file was hashed"))
     assert psykern.estimate(toy.model, toy.data, Settings(device="cpu")).studies
+
+
+def test_the_bound_is_what_one_unit_would_compute(toy: Toy, tmp_path: Path) -> None:
+    """Of units that are cut within long fronts, which are computed again; a sample of rows is compared."""
+    front = "Thank you for taking part in this experiment. Please read what follows with care. " * 24
+    rows = [{"text": f"{front}{'abc'[i % 3] * 900} You press <<{i % 2}>>."} for i in range(24)]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    ((several,), (one,)) = (
+        psykern.estimate(toy.model, data, Settings(device="cpu", unit_tokens=size)).studies for size in (1500, 10**6)
+    )
+    assert one.bound_tokens == one.computed_tokens
+    assert several.computed_tokens > 1.5 * one.computed_tokens
+    again = several.computed_tokens - one.computed_tokens
+    assert abs(several.bound_tokens - one.computed_tokens) < 0.35 * again

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from dataclasses import astuple
 from datetime import datetime
 from pathlib import Path
 
@@ -38,7 +37,7 @@ def test_the_manifest_says_how_the_run_was_made(toy: Toy, toy_run: Run) -> None:
     settings = Settings()
     for name in ("protocol", "boundary", "options", "max_options", "over_length", "limit", "studies"):
         assert manifest[name] == getattr(settings, name)
-    assert (manifest["wave_tokens"], manifest["batch_tokens"]) == astuple(CPU_BUDGETS)
+    assert (manifest["wave_tokens"], manifest["batch_tokens"]) == (CPU_BUDGETS.wave_tokens, CPU_BUDGETS.batch_tokens)
     assert manifest["peak_device_bytes"] is None and manifest["gpu_idle_share"] is None
     assert (manifest["device"], manifest["dtype"]) == ("cpu", "float32")
     assert manifest["backend"] == psykern.kernels.resolve("auto", torch.device("cpu"))

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.toy import Toy, make_talking, make_toy_data
+from support.toy import Toy, make_talking, make_toy_data, write_rows
 
 import psykern
 from psykern import Settings, _cpu, demo
-from psykern.engine.wave import run_wave
+from psykern.engine.plan import Wave
+from psykern.engine.wave import Launched, run_wave
 from psykern.models.model import Model
 
 
@@ -43,6 +44,33 @@ def test_runs_take_a_loaded_model(
     psykern.score_conditions(scorer, toy.data, tmp_path / "both", ["plain", "chat"], settings)
     assert contents(tmp_path / "both") == contents(tmp_path / "each")
     assert psykern.read_run(tmp_path / "one")["response"].equals(psykern.read_run(tmp_path / "both/plain")["response"])
+
+
+def test_a_text_longer_than_a_wave_is_one_wave_whoever_asks(
+    toy: Toy, scorer: psykern.Scorer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs, rows in memory and questions: what would be carried needs more memory than a wave of twice the budget."""
+    waves: list[tuple[int, int]] = []
+
+    def spy(model: Model, wave: Wave, *others: Any) -> Launched:
+        waves.append((len(wave.token_ids), wave.num_carried))
+        return run_wave(model, wave, *others)
+
+    monkeypatch.setattr("psykern.engine.engine.run_wave", spy)
+    data = write_rows(tmp_path / "rows.jsonl", toy.rows[:1])
+    (study,) = psykern.estimate(toy.model, data, Settings(device="cpu", options="none")).studies
+    wave_tokens = study.computed_tokens // 2
+    (tight,) = psykern.estimate(
+        toy.model, data, Settings(device="cpu", options="none", wave_tokens=wave_tokens)
+    ).studies
+    assert tight == study, "one wave, as large"
+    psykern.score(scorer, data, tmp_path / "run", Settings(options="none", wave_tokens=wave_tokens))
+    scorer.score(toy.rows[:1], Settings(options="none", wave_tokens=wave_tokens))
+    assert waves == [(study.computed_tokens, 0)] * 2
+    with psykern.load(toy.model, device="cpu", wave_tokens=wave_tokens) as small:
+        waves.clear()
+        small.surprisal([toy.rows[0]["text"]])
+        assert len(waves) == 1 and waves[0][0] > wave_tokens and waves[0][1] == 0
 
 
 def test_what_contradicts_it_is_refused_before_anything_is_made(
