@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         RejectedRowsWarning,
         RowError,
         RunFolderError,
+        SlowDtypeWarning,
         Source,
     )
     from psykern.core.settings import Settings, Shard
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 # Where the public names are. A name is loaded when it is first asked for: torch alone takes a second.
 _HOMES = {
     "core.errors": "BackendError CheckpointError ComparisonError DataError InterruptedRun NonFiniteError "
-    "OutOfMemoryError PsykernError RejectedRowsWarning RowError RunFolderError Source",
+    "OutOfMemoryError PsykernError RejectedRowsWarning RowError RunFolderError SlowDtypeWarning Source",
     "core.settings": "Settings Shard",
     "runs.cluster": "Workers score_on_cluster",
     "runs.estimate": "Estimate StudyPlan estimate",
@@ -94,6 +95,7 @@ __all__ = [
     "Session",
     "Settings",
     "Shard",
+    "SlowDtypeWarning",
     "Source",
     "StudyPlan",
     "StudySummary",

@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -178,7 +179,7 @@ def _conditions(text: str) -> list[str]:
 def _score(options: argparse.Namespace, settings: Settings) -> int:
     if options.ray is not None and (options.shard is not None or len(options.condition) > 1):
         raise psykern.PsykernError("ray: takes one condition and no --shard; its workers share the units")
-    with _stop_signals(at_once=options.ray is None) as stop:
+    with _stop_signals(at_once=options.ray is None) as stop, _caveats():
         how: dict[str, Any] = {
             "revision": options.revision,
             "resume": options.resume,
@@ -245,6 +246,23 @@ def _stop_signals(*, at_once: bool) -> Iterator[_Stop]:
     stop = _Stop(begun=not at_once)
     with _handling(stop.handle, signal.SIGINT, signal.SIGTERM):
         yield stop
+
+
+@contextmanager
+def _caveats() -> Iterator[None]:
+    """A dtype that is slow here is said in one line."""
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, psykern.SlowDtypeWarning):
+                print(f"psykern: {message}", file=sys.stderr)
+            else:
+                others(message, category, *where, **more)
+
+        warnings.showwarning = show
+        warnings.simplefilter("always", psykern.SlowDtypeWarning)
+        yield
 
 
 @contextmanager

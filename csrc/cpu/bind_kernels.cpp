@@ -222,6 +222,10 @@ void bind_kernels(py::module_& m) {
   using py::arg;
   const py::none none;
   m.def("instruction_sets", &instruction_sets, "Values of `isa` that this machine and build have, slowest first.");
+  m.def("instruction_set", [] { return psykern::kernels().name; }, "The value of `isa` that None means.");
+  m.def(
+      "multiplies_bf16", [](const Isa& isa) { return choose(1, isa).multiplies_bf16; },
+      "Whether products of bf16 are of bf16, instead of numbers that are widened first.", arg("isa") = none);
   m.def("peak", &peak, arg("dtype"), arg("num_blocks"), py::kw_only(), arg("num_threads"), arg("isa") = none,
         "Multiply-adds in registers alone; gives the operations done, 0 where the set multiplies no such numbers.");
   m.def("option_logprobs", &option_logprobs, arg("hidden"), arg("weight"), arg("token_offsets"), arg("token_ids"),

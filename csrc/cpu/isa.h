@@ -15,6 +15,7 @@ namespace psykern {
 
 struct Kernels {
   const char* name;
+  bool multiplies_bf16;  // as it is; else it is widened
   void (*option_logprobs)(const OptionLogprobs&, int num_threads);
   void (*prefix_attention)(const PrefixAttention&, int num_threads);
   void (*add_rms_norm)(const AddRmsNorm&, int num_threads);

@@ -67,5 +67,9 @@ class RejectedRowsWarning(UserWarning):
     """Some rows in memory could not be used, and the caller did not ask which."""
 
 
+class SlowDtypeWarning(UserWarning):
+    """The processor has no fast products of the dtype that was asked for; the message says what that costs."""
+
+
 class BackendError(RuntimeError):
     """A backend that was asked for by name is not available; the message says how to get it."""

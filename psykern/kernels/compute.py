@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
+from psykern import _cpu
 from psykern.core.errors import BackendError
 from psykern.core.settings import Backend, Device, Dtype, Settings
 from psykern.kernels import resolve
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,33 @@ class Compute:
     def is_company_free(self) -> bool:
         """Whether a row's bits depend on no other row, on threads or on blocks: all arithmetic is psykern's own."""
         return self.backend == "cpu"
+
+    @property
+    def arithmetic(self) -> str | None:
+        """What is multiplied and summed, in words; None where a library's products decide that."""
+        if self.backend != "cpu":
+            return None
+        widened = self._is_widened
+        products = _SHORT[torch.float32 if widened else self.dtype]
+        of = f" of {_SHORT[self.dtype]}" if widened else ""
+        return f"{products} products{of} ({_cpu.instruction_set()}), fp32 sums"
+
+    @property
+    def caveat(self) -> str | None:
+        """What bf16 costs where the processor has no fast products of it; None where it has, and for other dtypes."""
+        if self.backend != "cpu" or self.dtype != torch.bfloat16 or not self._is_widened:
+            return None
+        return (
+            f"dtype bfloat16: this processor has no fast products of bf16 (instruction set {_cpu.instruction_set()}), "
+            "so numbers are widened to fp32: no faster than float32 and less exact, with keys and values in half the "
+            "memory"
+        )
+
+    @property
+    def _is_widened(self) -> bool:
+        """Of the C++ kernels: whether products are of fp32 though the numbers are not."""
+        is_multiplied = self.dtype == torch.float32 or (self.dtype == torch.bfloat16 and _cpu.multiplies_bf16())
+        return not is_multiplied
 
     def current(self) -> AbstractContextManager[object]:
         """Within it the device is the one that kernels are launched on, of several."""

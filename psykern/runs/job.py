@@ -94,6 +94,7 @@ def recipe_of(scorer: Scorer, dataset: Dataset, out: str | Path, settings: Setti
         device=torch.cuda.get_device_name(compute.device) if compute.device.type == "cuda" else "cpu",
         dtype=str(compute.dtype).removeprefix("torch."),
         backend=compute.backend,
+        arithmetic=compute.arithmetic,
         company_free=compute.is_company_free,
         wave_tokens=budgets.wave_tokens,
         batch_tokens=budgets.batch_tokens,
@@ -120,6 +121,7 @@ class RunJob:
         going_on = replace(
             recipe,
             date=folder.began["date"] if recipe.date else None,
+            arithmetic=_both(folder.began.get("arithmetic"), recipe.arithmetic),
             started=folder.began["started"],
             wave_tokens=settings.wave_tokens or budgets["wave_tokens"],
             batch_tokens=settings.batch_tokens or budgets["batch_tokens"],
@@ -193,6 +195,13 @@ class RunJob:
             self.folder.finish(manifest, summary.to_json(), (error for report in reports for error in report.rejects))
         local = self.folder.folder.local
         return Run(self.folder.folder.path if local is None else local, manifest, summary, len(reports), len(units))
+
+
+def _both(at_start: str | None, now: str | None) -> str | None:
+    """The arithmetic of a run that goes on, on another machine perhaps."""
+    if at_start is None or now is None or now in at_start.split("; "):
+        return at_start or now
+    return f"{at_start}; {now}"
 
 
 def _order(item: PlannedUnit) -> PartOrder | None:

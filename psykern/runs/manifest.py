@@ -89,6 +89,9 @@ class Recipe:
     device: str
     dtype: str
     backend: str
+    arithmetic: (
+        str | None
+    )  # of the CPU's kernels, and of the processor; "; " between those of start and end; None: others
     company_free: bool  # a score's bits depend on its own text alone, not on what was computed beside it
     wave_tokens: int
     batch_tokens: int
@@ -122,7 +125,8 @@ class Manifest(Outcome, Recipe):
 
 
 # What two processes must agree in to write parts of one run. Budgets and machines may differ: they change scores by
-# no more than rounding, and a run that goes on takes the budgets that it began with where they change even that.
+# no more than rounding (of bf16, where one multiplies it and another widens it), and a run that goes on takes the
+# budgets that it began with where they change even that.
 IDENTITY = ("model_hash", "tokenizer_hash", "data", "chat_template_hash", "date", *having("identity"))
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
+from psykern.core.errors import SlowDtypeWarning
 from psykern.core.settings import Backend, Device, Dtype, Settings
 from psykern.engine.budgets import budgets
 from psykern.engine.engine import Engine
@@ -47,6 +49,7 @@ def load(
     that takes no more than 40 % of what is free: a small step is faster by a third, and by far more where they are
     stored in another dtype. ``chat``: a chat template will be needed, so say at once if there is none.
 
+    Warns (SlowDtypeWarning) where the processor has no fast products of bfloat16 and that is asked for.
     Raises CheckpointError for a folder that cannot be used, BackendError for a device or backend that is not there,
     ValueError for a word that is none of these, TypeError for what is no name of a model.
     """
@@ -57,6 +60,8 @@ def load(
         raise ValueError(f"session_bytes: expected a number of bytes, at least 0, got {session_bytes}")
     settings = Settings(device=device, dtype=dtype, backend=backend, wave_tokens=wave_tokens, batch_tokens=batch_tokens)
     compute = Compute.resolve(settings.device, settings.dtype, settings.backend)
+    if caveat := compute.caveat:
+        warnings.warn(caveat, SlowDtypeWarning, stacklevel=2)
     name = at_revision(model, revision)
     folder = resolve_model(name)
     language = Language.load(folder, read_spec(folder).vocab_size)

@@ -76,8 +76,17 @@ def test_layers_are_those_of_the_models() -> None:
 
 def test_rates_are_shares_of_the_peak_of_best_runs() -> None:
     """By hand: 4e9 operations in 2 s at best are 2 GFLOP/s, 1e9 in 1 s half of that."""
-    works = {"peak": rates.Work(lambda: None, 4e9), "mm": rates.Work(lambda: None, 1e9)}
-    found = rates.Rates.of(works, {"peak": harness.Timing.of([3, 2, 5]), "mm": harness.Timing.of([4, 4, 1])})
+    works = {
+        "peak 0": rates.Work(lambda: None, 4e9),
+        "peak 1": rates.Work(lambda: None, 4e9),
+        "mm": rates.Work(lambda: None, 1e9),
+    }
+    timings = {
+        "peak 0": harness.Timing.of([3, 2, 5]),
+        "peak 1": harness.Timing.of([9]),
+        "mm": harness.Timing.of([4, 1]),
+    }
+    found = rates.Rates.of(works, timings)
     assert found.columns() == {"peak_gflops": 2.0, "mm_of_peak": 0.5, "onednn_of_peak": "", "openblas_of_peak": ""}
 
 

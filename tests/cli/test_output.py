@@ -17,7 +17,7 @@ from support.command import manifest, psykern_command, score
 from support.toy import Toy, write_rows
 
 import psykern
-from psykern import Settings, demo
+from psykern import Settings, _cpu, demo
 from psykern.core.settings import MIN_SHARE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,6 +145,29 @@ def test_the_demo_scores_the_sample(tmp_path: Path, capsys: pytest.CaptureFixtur
     (pair,) = csv.DictReader((tmp_path / "demo" / "report" / "tables" / "pairs.csv").open())
     assert float(pair["difference"]) > 0  # the imitation of post-training fits people worse
     assert float(pair["entropy_difference"]) < 0  # and is surer
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("has_bf16", [True, False], ids=["bf16", "no-bf16"])
+def test_what_a_dtype_costs_is_said_in_one_line_at_the_start(
+    has_bf16: bool,
+    dtype: str,
+    toy: Toy,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_cpu, "instruction_set", lambda: "avx512")
+    monkeypatch.setattr(_cpu, "multiplies_bf16", lambda: has_bf16)
+    for _ in range(2):  # every process says it
+        assert score(toy.model, toy.data, tmp_path / "run", "--dtype", dtype, "--quiet") == 0
+        said = (
+            "psykern: dtype bfloat16: this processor has no fast products of bf16 (instruction set avx512), so numbers "
+            "are widened to fp32: no faster than float32 and less exact, with keys and values in half the memory\n"
+        )
+        assert capsys.readouterr().err == (said if dtype == "bfloat16" and not has_bf16 else "")
+    products = {"float32": "fp32 products", "bfloat16": "bf16 products" if has_bf16 else "fp32 products of bf16"}
+    assert manifest(tmp_path / "run")["arithmetic"] == f"{products[dtype]} (avx512), fp32 sums"
 
 
 SCORE_OPTIONS = {

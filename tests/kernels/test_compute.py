@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from psykern import _cpu
 from psykern.core.errors import BackendError
-from psykern.core.settings import Settings
+from psykern.core.settings import Dtype, Settings
 from psykern.kernels.compute import Compute
 
 
@@ -56,3 +57,32 @@ def test_settings_agree_or_are_refused(loaded: str, agrees: str, devices: pytest
 def test_a_cpu_is_always_the_current_device() -> None:
     with Compute.resolve("cpu").current():
         assert torch.empty(1).device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "has_bf16", "expected"),
+    [
+        ("float32", True, "fp32 products (some set), fp32 sums"),
+        ("float32", False, "fp32 products (some set), fp32 sums"),
+        ("bfloat16", True, "bf16 products (some set), fp32 sums"),
+        ("bfloat16", False, "fp32 products of bf16 (some set), fp32 sums"),
+        ("float16", True, "fp32 products of fp16 (some set), fp32 sums"),
+    ],
+)
+def test_arithmetic_in_words(dtype: Dtype, has_bf16: bool, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cpu, "instruction_set", lambda: "some set")
+    monkeypatch.setattr(_cpu, "multiplies_bf16", lambda: has_bf16)
+    compute = Compute.resolve("cpu", dtype)
+    assert compute.arithmetic == expected
+    assert (compute.caveat is not None) is (dtype == "bfloat16" and not has_bf16)
+    others = Compute.resolve("cpu", dtype, "reference")
+    assert others.arithmetic is None and others.caveat is None
+
+
+def test_sets_that_multiply_bf16() -> None:
+    found = [isa for isa in _cpu.instruction_sets() if _cpu.multiplies_bf16(isa)]
+    assert found == [isa for isa in _cpu.instruction_sets() if isa in ("avx512_bf16", "amx")]
+    assert _cpu.instruction_set() in _cpu.instruction_sets()
+    assert _cpu.multiplies_bf16() is _cpu.multiplies_bf16(_cpu.instruction_set())
+    with pytest.raises(ValueError, match="does not have 'sse9'"):
+        _cpu.multiplies_bf16("sse9")

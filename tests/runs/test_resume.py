@@ -21,7 +21,7 @@ import pytest
 from support.toy import Toy, make_toy_data, write_rows
 
 import psykern
-from psykern import Settings, Shard
+from psykern import Settings, Shard, _cpu
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = Settings(device="cpu", unit_tokens=1)  # a unit for each transcript
@@ -131,6 +131,18 @@ def test_a_run_keeps_the_budgets_that_it_began_with_where_scores_depend_on_them(
     run = psykern.score(toy.model, toy.data, tmp_path, settings)
     assert run.manifest.company_free is (backend == "cpu")
     assert (run.manifest.wave_tokens == 64) is (backend == "reference")
+
+
+def test_a_run_that_goes_on_elsewhere_names_the_arithmetic_of_both(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_cpu, "instruction_set", lambda: "one set")
+    with pytest.raises(psykern.InterruptedRun):
+        psykern.score(toy.model, toy.data, tmp_path, SETTINGS, stop=lambda: True)
+    monkeypatch.setattr(_cpu, "instruction_set", lambda: "another")
+    for _ in range(2):
+        run = psykern.score(toy.model, toy.data, tmp_path, SETTINGS)
+        assert run.manifest.arithmetic == "fp32 products (one set), fp32 sums; fp32 products (another), fp32 sums"
 
 
 def test_a_run_may_go_on_with_other_budgets_to_the_same_bytes(toy: Toy, tmp_path: Path) -> None:

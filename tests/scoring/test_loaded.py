@@ -11,7 +11,7 @@ import torch
 from support.toy import Toy, make_talking, make_toy_data, write_rows
 
 import psykern
-from psykern import Settings, demo
+from psykern import Settings, _cpu, demo
 from psykern.engine.plan import Wave
 from psykern.engine.wave import Launched, run_wave
 from psykern.models.model import Model
@@ -92,6 +92,12 @@ def test_what_is_no_model(model: Any, toy: Toy, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=message):
         psykern.score(model, toy.data, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_slow_dtype_is_warned_of_when_a_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cpu, "multiplies_bf16", lambda: False)
+    with pytest.warns(psykern.SlowDtypeWarning, match="dtype bfloat16: this processor has no fast products of bf16"):
+        psykern.load(demo.MODEL, device="cpu", dtype="bfloat16")
 
 
 def test_a_second_score_begins_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,6 +106,7 @@ def recipe(**changes: Any) -> Recipe:
         device="cpu",
         dtype="float32",
         backend="reference",
+        arithmetic=None,
         company_free=False,
         wave_tokens=4096,
         batch_tokens=256,
