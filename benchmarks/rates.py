@@ -28,6 +28,7 @@ from psykern import _cpu
 
 _PEAK_SECONDS, _PEAK_RUNS = 0.003, 8  # of a turn: short ones, to be alone on all cores now and then
 SQUARE = 2048  # side of the libraries' product
+SLEEPING = {"OPENBLAS_THREAD_TIMEOUT": "4", "OMP_WAIT_POLICY": "PASSIVE"}  # 2^4 cycles
 # They hold a library to the kernels of an older processor, from when it is loaded on.
 HOLDING_BACK = ("OPENBLAS_CORETYPE", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
 
@@ -135,8 +136,11 @@ def _peak(is_bf16: bool, threads: int) -> Work:
 
 
 def begin_unheld() -> None:
-    """Begins this program anew without the variables that hold libraries back, where some are set: the tests set them,
-    and they work only from a process's start."""
-    if found := [name for name in HOLDING_BACK if os.environ.pop(name, None) is not None]:
-        print(f"without {', '.join(found)}", flush=True)
+    """Begins this program anew without the variables that hold libraries back, where some are set (the tests set them),
+    and with those by which threads sleep once they are done: OpenBLAS's else spin for some 30 ms and take the cores
+    from what is timed next. They work only from a process's start."""
+    found = [name for name in HOLDING_BACK if os.environ.pop(name, None) is not None]
+    if found or any(os.environ.get(name) != value for name, value in SLEEPING.items()):
+        os.environ |= SLEEPING
+        print(f"without {', '.join(found) or 'spinning threads'}", flush=True)
         os.execv(sys.executable, [sys.executable, *sys.argv])

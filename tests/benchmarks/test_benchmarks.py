@@ -102,8 +102,14 @@ def test_a_process_that_holds_libraries_back_begins_anew(monkeypatch: pytest.Mon
     monkeypatch.setattr(os, "execv", lambda *command: begun.append((command, "OPENBLAS_CORETYPE" in os.environ)))
     for name in rates.HOLDING_BACK:
         monkeypatch.delenv(name, raising=False)
+    for name, value in rates.SLEEPING.items():
+        monkeypatch.setenv(name, value)
     rates.begin_unheld()
     assert begun == []
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    rates.begin_unheld()
+    assert begun.pop() == ((sys.executable, [sys.executable, *sys.argv]), False)
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
     monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")
     rates.begin_unheld()
     assert begun == [((sys.executable, [sys.executable, *sys.argv]), False)]
