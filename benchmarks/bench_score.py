@@ -18,8 +18,9 @@ should stay within 0.035 nats (0.003 where psykern computes in fp32); thrice tha
 warmed with these transcripts and timed once; psykern runs once and is timed ``--repeats`` times, and so is, but once,
 psykern:streamed, which holds two layers at a time: the last run must give the first one's bytes. GFLOP/s are compared
 with a square bf16 product. ``idle_share`` is the engine's; ``kernel_idle_share`` is what torch's profiler
-saw of one more run on CUDA: the share of the time from the first kernel to the last in which none ran. The file is
-written after each provider.
+saw of one more run on CUDA: the share of the time from the first kernel to the last in which none ran; what each kernel
+took is in NAME_profile. ``encode_seconds`` and ``plan_seconds`` are in psykern's time, and the others are spared them.
+The file is written after each provider.
 
 Tokens per second count the tokens of the transcripts, not those computed; GFLOP/s count what psykern computed
 (``budgets.cost``), over the whole time, and ``share_of_peak`` compares them with the processor's own peak for the
@@ -50,9 +51,9 @@ from harness import (
     Timing,
     add_arguments,
     dtype_of,
-    kernel_idle_share,
     matrix_gflops,
     print_row,
+    profile_kernels,
     write_csv,
 )
 from providers import (
@@ -284,13 +285,20 @@ def bench_shape(options: argparse.Namespace) -> None:
         rows, square = [], 64 if options.quick else 2048
         for measured in bench(shape_providers(whole.name, runs, warm_ups, options), device, square):
             rows.append(shape_row(whole, measured, model.spec, rms, options))
+            if device.type == "cuda" and measured.name == "psykern":  # at once: what comes next may be cut
+                rows[-1]["kernel_idle_share"] = profile_run(runs["psykern"], options)
             print_row(rows[-1])
             save(rows, options)
-        if device.type == "cuda" and "psykern" in options.providers:  # last, as a profiler may stay attached
-            share = kernel_idle_share(runs["psykern"])
-            rows[options.providers.index("psykern")]["kernel_idle_share"] = "" if share is None else round(share, 4)
-            print(f"share of the time in which no kernel ran: {share}")
-            save(rows, options)
+
+
+def profile_run(run: Callable[[], Scored], options: argparse.Namespace) -> float | str:
+    """The share of the time in which no kernel ran, in one more run; what each kernel took goes to a file beside."""
+    share, kernels = profile_kernels(run)
+    for row in kernels[:12]:
+        print_row(row)
+    if options.name:
+        write_csv(f"{options.name}_profile", kernels, options.folder, options.device)
+    return "" if share is None else round(share, 4)
 
 
 def save(rows: list[dict[str, object]], options: argparse.Namespace) -> None:
@@ -346,6 +354,7 @@ def shape_row(
 ) -> dict[str, object]:
     """``rms``: from fp32, as the exactness check found it."""
     (gflops, share), idle = measured.gflops(spec), measured.scored.idle_share
+    steps = measured.scored.seconds
     return {
         "shape": options.shape,
         "study": study.name,
@@ -356,6 +365,9 @@ def shape_row(
         "matrix_gflops": round(measured.rates.peak, 1),
         "gflops": gflops,
         "share_of_matrix": share,
+        **{
+            f"{step}_seconds": round(measured.scored.seconds.get(step, 0.0), 4) for step in ("encode", "plan", "engine")
+        },
         "idle_share": "" if idle is None else round(idle, 4),
         "kernel_idle_share": "",
     }

@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# The proof with a GPU, in one command and under 9 minutes: build, tests on the device, end to end, kernels. Needs
-# Python with torch, triton, transformers, pybind11 and cmake, and nvcc; no network.
+# The proof with a GPU, for one that is lent in three calls of at most ten minutes: CALL=1 builds, checks, tests and scores;
+# CALL=2 tunes and profiles; CALL=3 measures the winners again, and others beside them. Needs Python with torch, triton,
+# transformers, pybind11 and cmake, and nvcc; no network.
 #
-#     bash benchmarks/gpu.sh [FOLDER] [DATA]          # default: .gpu-results, and ../shared/data, else .gpu-data
+#     CALL=1 bash benchmarks/gpu.sh [FOLDER] [DATA]   # default: .gpu-results, and ../shared/data, else .gpu-data; all calls
 #     DEVICE=cpu QUICK=1 bash benchmarks/gpu.sh /tmp/r # the same commands with tiny shapes, on any machine
 #
 # What matters most comes first. Each part has a time limit of its own, and what is left of LIMIT seconds is all that
 # the last may take; one that is cut is interrupted, and keeps what it has written. A part that fails loses no other.
-# FOLDER holds CSV, JSON, PNG and a log for each part; summary.txt says what passed, and what was reached of the numbers
-# to reach. If OUT is set, summary and a bundle of all go there after each part. pack_gpu_data.sh makes .gpu-data.
-# PARTS names the parts to run, if not all; PYTHON, MIX (of transcripts), REPEATS (end to end) and SKIP_BUILD are for
-# trials. Exit status: 0, or 1 if a part failed.
+# FOLDER holds CSV, JSON, PNG and a log for each part, and what nvidia-smi saw of clocks and power meanwhile; summary.txt
+# says what passed, and what was reached of the numbers to reach. If OUT is set, summary and a bundle of all go there after
+# each part. pack_gpu_data.sh makes .gpu-data. PARTS names the parts to run, if not all of the call; PYTHON, MIX (of
+# transcripts), REPEATS (end to end) and SKIP_BUILD are for trials. Exit status: 0, or 1 if a part failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 folder=${1:-.gpu-results} device=${DEVICE:-cuda} python=${PYTHON:-python3} limit=${LIMIT:-530}
@@ -65,30 +66,59 @@ bench() { # NAME SECONDS SCRIPT ARGUMENTS…
 
 score() { # SHAPE SECONDS
     bench "score_${1,,}" "$2" score --shape "$1" --data "$data" --mix "$mix" --repeats "${REPEATS:-2}" \
-        --providers study psykern careful psykern:streamed
+        --providers psykern study careful psykern:streamed
 }
 
 pytest() { # NAME SECONDS ARGUMENTS…
     local name=$1 most=$2
     shift 2
-    part "$name" "$most" env OMP_NUM_THREADS=1 "$python" -m pytest -q -p no:cacheprovider "$@"
+    part "$name" "$most" env OMP_NUM_THREADS=1 CUDA_LAUNCH_BLOCKING=1 "$python" -m pytest -q -p no:cacheprovider \
+        --maxfail=20 -rfE --durations=15 --junitxml="$folder/$name.xml" "$@"
+}
+
+first() { # is it right, how fast is the machine, how fast is a run
+    [ -n "${SKIP_BUILD:-}" ] || part build 90 "$python" setup.py --quiet build_ext --inplace
+    part smoke 60 env CUDA_LAUNCH_BLOCKING=1 "$python" benchmarks/gpu_smoke.py --device "$device" --name smoke \
+        --folder "$folder" ${quick[@]+"${quick[@]}"}
+    if [ "$device" = cpu ]; then
+        pytest tests 140 -m "not gpu" tests/engine/test_gpu.py
+    else
+        pytest tests 100 -m gpu -k "not sanitizer" -n 12 \
+            tests/engine/test_gpu.py tests/kernels/test_{contract,dispatch,elementwise,option_logprobs,prefix_attention}.py
+    fi
+    bench gpu_rates 100 gpu_rates
+    score Qwen3-8B 170
+    bench run_gpu 60 run --data "$data"
+    score Qwen3-0.6B 50
+}
+
+second() { # alternatives to the tables
+    part tune 150 "$python" benchmarks/tune.py --device "$device" --name tune --folder "$folder" ${quick[@]+"${quick[@]}"}
+}
+
+third() { # the winners, others beside them
+    score Qwen3-8B 170
+    score Qwen3-0.6B 50
+    bench option_logprobs_gpu 70 option_logprobs
+    bench prefix_attention_gpu 80 prefix_attention
+    score Llama-3.2-1B 50
+    bench elementwise_gpu 40 elementwise
+    pytest sanitizer 120 -n 2 -m gpu -k sanitizer tests/engine/test_gpu.py
 }
 
 [ "$device" = cpu ] || wheels || echo "wheels: not installed"
-[ -n "${SKIP_BUILD:-}" ] || part build 90 "$python" setup.py --quiet build_ext --inplace
-if [ "$device" = cpu ]; then
-    pytest tests 140 -m "not gpu" tests/engine/test_gpu.py
-else
-    pytest tests 110 -m gpu -k "not sanitizer" -n 12 \
-        tests/engine/test_gpu.py tests/kernels/test_{contract,dispatch,elementwise,option_logprobs,prefix_attention}.py
+if [ "$device" != cpu ] && command -v nvidia-smi >/dev/null; then
+    nvidia-smi >"$folder/nvidia-smi.txt" 2>&1
+    nvidia-smi dmon -s pucm -o T >"$folder/clocks.txt" 2>&1 & # power, load, clocks, memory: a line a second
+    trap "kill $! 2>/dev/null" EXIT
 fi
-score Qwen3-8B 170
-bench option_logprobs_gpu 70 option_logprobs
-bench prefix_attention_gpu 80 prefix_attention
-score Qwen3-0.6B 50
-score Llama-3.2-1B 50
-bench elementwise_gpu 40 elementwise
-pytest sanitizer 120 -n 2 -m gpu -k sanitizer tests/engine/test_gpu.py
+case "${CALL:-all}" in
+1) first ;;
+2) second ;;
+3) third ;;
+all) first; second; third ;;
+*) echo "CALL: expected 1, 2, 3 or nothing, got $CALL" >&2 && exit 2 ;;
+esac
 rm -rf "$folder/site"
 cat "$folder/summary.txt"
 exit $failed

@@ -322,16 +322,26 @@ def available_bytes() -> int:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
 
 
-def kernel_idle_share(run: Callable[[], object]) -> float | None:
-    """``idle_share`` of the kernels that a run starts on a GPU, as torch's profiler saw them."""
+def profile_kernels(run: Callable[[], object]) -> tuple[float | None, list[dict[str, object]]]:
+    """``idle_share`` of the kernels that a run starts on a GPU, as torch's profiler saw them, and what each took, the
+    longest first: calls, milliseconds, its share of the time of all. Copies are listed, but do not count as busy."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         run()
+    events = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    taken: dict[str, list[float]] = {}
+    for event in events:
+        taken.setdefault(event.name, []).append((event.time_range.end - event.time_range.start) / 1e3)
+    total = sum(sum(ms) for ms in taken.values())
+    rows: list[dict[str, object]] = [
+        {"kernel": name[:200], "calls": len(ms), "ms": round(sum(ms), 3), "share": round(sum(ms) / total, 4)}
+        for name, ms in sorted(taken.items(), key=lambda item: -sum(item[1]))
+    ]
     kernels = [
         (event.time_range.start, event.time_range.end)
-        for event in profiler.events()
-        if event.device_type == DeviceType.CUDA and not event.name.startswith(("Memcpy", "Memset"))
+        for event in events
+        if not event.name.startswith(("Memcpy", "Memset"))
     ]
-    return idle_share(np.array(kernels)) if kernels else None
+    return idle_share(np.array(kernels)) if kernels else None, rows
 
 
 def idle_share(spans: np.ndarray) -> float:

@@ -9,7 +9,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +91,7 @@ class Scored:
     logprob: np.ndarray  # [scored tokens] float32, nats
     plan: Plan | None = None  # psykern's
     idle_share: float | None = None  # the engine's
+    seconds: dict[str, float] = field(default_factory=dict)  # psykern's, by step; the others are given tokens
 
 
 def make_checkpoint(folder: Path, layers: int) -> PreTrainedModel:
@@ -180,7 +181,9 @@ def run_careful_user(model: PreTrainedModel, study: Study) -> Scored:
 def run_psykern(
     model: Model, study: Study, tokenizer: Tokenizer, min_share: int = MIN_SHARE, budgets: Budgets = CPU_BUDGETS
 ) -> Scored:
+    start = time.perf_counter()
     encoded = Encoder(tokenizer, Settings()).encode(study.transcripts).transcripts
+    tokenized = time.perf_counter()
     planned = plan(
         encoded,
         wave_tokens=budgets.wave_tokens,
@@ -188,8 +191,10 @@ def run_psykern(
         carried_price=budgets.carried_price,
         min_share=min_share,
     )
-    engine = Engine(model)
-    return Scored(engine.run(planned).logprob, planned, engine.idle_share)
+    engine, begun = Engine(model), time.perf_counter()
+    logprob = engine.run(planned).logprob
+    took = {"encode": tokenized - start, "plan": begun - tokenized, "engine": time.perf_counter() - begun}
+    return Scored(logprob, planned, engine.idle_share, took)
 
 
 def measure(run: Callable[[], Scored], repeats: int, device: torch.device = CPU) -> tuple[Scored, Timing, int]:

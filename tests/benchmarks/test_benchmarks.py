@@ -14,6 +14,7 @@ import bench_elementwise
 import bench_linear
 import bench_option_logprobs
 import bench_prefix_attention
+import bench_run
 import bench_scale
 import bench_score
 import comparison
@@ -123,6 +124,14 @@ def test_exactness_is_measured_and_a_wrong_result_refused(tmp_path: Path) -> Non
     assert all(1e-8 < float(str(row["token_worst"])) < TOLERANCE and row["tokens"] == 399 for row in rows.values())
     with pytest.raises(SystemExit, match=r"m: psykern is 2\.0e-02 nats from fp64: refused"):
         exactness.row("m", "psykern", np.full(400, 0.02), None)
+
+
+@pytest.mark.slow
+def test_a_whole_command_with_a_tiny_shape(tmp_path: Path) -> None:
+    bench_run.main(["--quick", "--limit", "1", "--folder", str(tmp_path), "--name", "r"])
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert [row["what"] for row in rows][1:] == ["the first run", "the second run", "in fp32"]
+    assert all(row["same_bytes"] for row in rows[1:3]) and all(row["responses"] > 0 for row in rows)
 
 
 @pytest.mark.slow
@@ -259,8 +268,9 @@ def test_a_part_that_fails_loses_no_other(tmp_path: Path) -> None:
     found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert found.returncode == 1, found.stderr
     states = [line.split()[:2] for line in found.stdout.splitlines() if line.endswith(" s")]
-    parts = ["build", "tests", "score_qwen3-8b", "option_logprobs_gpu", "prefix_attention_gpu", "score_qwen3-0.6b"]
-    parts += ["score_llama-3.2-1b", "elementwise_gpu", "sanitizer"]
+    parts = ["build", "smoke", "tests", "gpu_rates", "score_qwen3-8b", "run_gpu", "score_qwen3-0.6b", "tune"]
+    parts += ["score_qwen3-8b", "score_qwen3-0.6b", "option_logprobs_gpu", "prefix_attention_gpu", "score_llama-3.2-1b"]
+    parts += ["elementwise_gpu", "sanitizer"]
     assert states == [[part, "passed" if part == "elementwise_gpu" else "failed"] for part in parts]
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"summary.txt", "gpu-results.tar.gz"}
     late = subprocess.run(command, env={**environment, "LIMIT": "1"}, capture_output=True, text=True, check=False)
