@@ -4,7 +4,7 @@ long the whole command takes, and whether its records are right.
     python benchmarks/bench_run.py --device cuda --shape Qwen3-0.6B --data .gpu-data --name run_gpu
 
 The command runs twice, and the second must give the bytes of the first; then once in fp32 on the same device, from
-which the log-probabilities of the records are compared, the RMS per response and per token. A row also holds the shipped
+which the log-probabilities of the records are compared, the RMS per response and per token. A row holds the shipped
 demo on the device beside the CPU, both in fp32. The time is that of the command: start of Python, loading and writing
 included.
 """

@@ -365,9 +365,7 @@ def shape_row(
         "matrix_gflops": round(measured.rates.peak, 1),
         "gflops": gflops,
         "share_of_matrix": share,
-        **{
-            f"{step}_seconds": round(measured.scored.seconds.get(step, 0.0), 4) for step in ("encode", "plan", "engine")
-        },
+        **{f"{step}_seconds": round(steps.get(step, 0.0), 4) for step in ("encode", "plan", "engine")},
         "idle_share": "" if idle is None else round(idle, 4),
         "kernel_idle_share": "",
     }
