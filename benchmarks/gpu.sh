@@ -78,7 +78,7 @@ pytest() { # NAME SECONDS ARGUMENTS…
 
 first() { # is it right, how fast is the machine, how fast is a run
     [ -n "${SKIP_BUILD:-}" ] || part build 90 "$python" setup.py --quiet build_ext --inplace
-    part smoke 60 env CUDA_LAUNCH_BLOCKING=1 "$python" benchmarks/gpu_smoke.py --device "$device" --name smoke \
+    part smoke 80 env CUDA_LAUNCH_BLOCKING=1 "$python" benchmarks/gpu_smoke.py --device "$device" --name smoke \
         --folder "$folder" ${quick[@]+"${quick[@]}"}
     if [ "$device" = cpu ]; then
         pytest tests 140 -m "not gpu" tests/engine/test_gpu.py
@@ -86,7 +86,7 @@ first() { # is it right, how fast is the machine, how fast is a run
         pytest tests 100 -m gpu -k "not sanitizer" -n 12 \
             tests/engine/test_gpu.py tests/kernels/test_{contract,dispatch,elementwise,option_logprobs,prefix_attention}.py
     fi
-    bench gpu_rates 100 gpu_rates
+    bench gpu_rates 100 gpu_rates --seconds "${SECONDS_EACH:-0.8}"
     score Qwen3-8B 170
     bench run_gpu 60 run --data "$data"
     score Qwen3-0.6B 50

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import bench_elementwise
+import bench_gpu_rates
 import bench_linear
 import bench_option_logprobs
 import bench_prefix_attention
@@ -19,6 +20,7 @@ import bench_scale
 import bench_score
 import comparison
 import exactness
+import gpu_smoke
 import gpu_summary
 import harness
 import numpy as np
@@ -276,6 +278,33 @@ def test_a_part_that_fails_loses_no_other(tmp_path: Path) -> None:
     late = subprocess.run(command, env={**environment, "LIMIT": "1"}, capture_output=True, text=True, check=False)
     assert late.returncode == 1
     assert "elementwise_gpu          ran out of time" in late.stdout
+
+
+def test_work_without_a_pause_with_tiny_shapes(tmp_path: Path) -> None:
+    bench_gpu_rates.main(["--quick", "--seconds", "0.001", "--folder", str(tmp_path), "--name", "g"])
+    rows = json.loads((tmp_path / "g.json").read_text())["rows"]
+    assert {row["kind"] for row in rows} == set(bench_gpu_rates.KINDS)
+    square = rows[0]
+    assert square["tflops"] == pytest.approx(2 * 64**3 / square["seconds"] / 1e12, abs=1e-3)
+
+
+@pytest.mark.parametrize("group", gpu_smoke.GROUPS)
+def test_smoke_with_tiny_shapes(group: str, tmp_path: Path) -> None:
+    arguments = ["--quick", "--group", group, "--dtype", "float32", "--folder", str(tmp_path), "--name", "s"]
+    with pytest.raises(SystemExit, match="0"):
+        gpu_smoke.main(arguments)
+    rows = json.loads((tmp_path / f"s_{group}_float32.json").read_text())["rows"]
+    assert {row["backend"] for row in rows} == {"reference", "cpu"} and all(row["is_right"] for row in rows)
+
+
+def test_smoke_sees_an_error_that_moves_and_one_that_does_not() -> None:
+    right = torch.ones(5)
+    calls = iter([right, right + 1e-6, right + 1, right + 1, right, right])
+    place = gpu_smoke.Place()
+    case = gpu_smoke.Case("c", lambda backend: [next(calls)], lambda: [right], 1e-5)
+    found = [gpu_smoke.checked(case, "reference", place) for _ in range(3)]
+    assert [row["is_right"] for row in found] == [False, False, True]
+    assert [row["error"] for row in found] == ["the second run gave other bytes", "", ""]
 
 
 def test_the_rehearsal_has_the_means_of_psych_201(shared: Path, tmp_path: Path) -> None:
