@@ -28,7 +28,11 @@ def memory_errors(plan: Plan) -> Iterator[None]:
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
-        is_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "alloc" in str(error).lower()
+        # Triton, and the driver where it pins memory, say "out of memory", vendor libraries ALLOC_FAILED.
+        said = str(error).lower()
+        is_memory = (
+            isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "alloc" in said or "out of memory" in said
+        )
         if not is_memory or isinstance(error, BackendError):
             raise
         raise OutOfMemoryError(f"out of memory: {str(error).splitlines()[0]}; {_what_to_lower(plan)}") from error

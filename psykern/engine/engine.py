@@ -122,7 +122,7 @@ class Engine:
         """The scores of each of ``trees``. Keys and values of their sequences are kept, as far as there is memory, and
         used where a sequence begins like one of before. Several threads take turns. ``stop`` is asked before each wave.
         Raises what :meth:`pairs` raises, and InterruptedRun where ``stop`` held."""
-        with self._lock:
+        with self._lock, self.model.compute.current():
             if self._pages is None:
                 self._pages = self._make_pages(budgets)
             return Extension(self._pages, partial(self._run_with, stop), budgets, wanted).of(trees)

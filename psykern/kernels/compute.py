@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -56,9 +57,15 @@ class Compute:
         is_multiplied = self.dtype == torch.float32 or (self.dtype == torch.bfloat16 and _cpu.multiplies_bf16())
         return not is_multiplied
 
-    def current(self) -> AbstractContextManager[object]:
-        """Within it the device is the one that kernels are launched on, of several."""
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Within it the device is the one that kernels are launched on and events recorded, of several, and the
+        vendor's products sum as :func:`psykern.kernels.linear` says."""
+        if self.device.type != "cuda":
+            yield
+            return
+        with torch.cuda.device(self.device), _sums_in_fp32("bf16"), _sums_in_fp32("fp16"):
+            yield
 
     def check(self, settings: Settings) -> None:
         """Raises ValueError where ``settings`` name another device, dtype or kernels."""
@@ -89,3 +96,17 @@ class Compute:
         default = "bfloat16" if is_gpu else "float32"
         on = torch.device((device if kind == "cuda" else "cuda") if is_gpu else "cpu")
         return cls(on, DTYPES[default if dtype == "auto" else dtype], resolve(backend, on))
+
+
+@contextmanager
+def _sums_in_fp32(dtype: str) -> Iterator[None]:
+    """By torch's default a product of ``dtype`` whose sum the vendor cuts in parts may add these in ``dtype``."""
+    products, name = torch.backends.cuda.matmul, f"allow_{dtype}_reduced_precision_reduction"
+    if not getattr(products, name):  # then it may also be that no sum is cut, which stays so
+        yield
+        return
+    setattr(products, name, False)
+    try:
+        yield
+    finally:
+        setattr(products, name, True)

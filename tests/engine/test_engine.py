@@ -323,12 +323,19 @@ def test_a_wave_that_cannot_fit_is_refused_before_it_starts(
         score(group, tmp_path)
 
 
+@pytest.mark.parametrize(
+    "said",
+    [None, "Triton Error [CUDA]: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"],
+    ids=["torch", "triton", "cublas"],
+)
 def test_running_out_of_memory_says_which_budget_to_lower(
-    tmp_path: Path, group: list[EncodedTranscript], monkeypatch: pytest.MonkeyPatch
+    said: str | None, tmp_path: Path, group: list[EncodedTranscript], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_model(tmp_path, **CONFIGS["llama"])
 
     def fail(*_: object) -> None:
+        if said is not None:
+            raise RuntimeError(said)
         torch.empty(2**60)
 
     monkeypatch.setattr(Layer, "__call__", fail)

@@ -20,6 +20,7 @@ from support.checkpoints import CONFIGS, make_model, oracle_logprobs
 from support.groups import random_group, wanted
 
 from psykern.core.errors import OutOfMemoryError
+from psykern.core.settings import Backend
 from psykern.core.types import EncodedTranscript, TargetScores
 from psykern.engine import engine
 from psykern.engine.budgets import Budgets
@@ -178,36 +179,45 @@ def test_a_device_that_is_full_says_which_budget_to_lower(
 
 
 SANITIZED = """
+import sys
 import torch
 from psykern import kernels
+from support import attention
 from support.ops import OPS, call
 from support.backends import Place
-place = Place("cuda", torch.device("cuda"))
+backend = sys.argv[1]
+place = Place(backend, torch.device("cuda"))
 for op in OPS:
-    if op != "prefix_attention":  # Triton's
-        call(op, "cuda", place)
+    if op not in ("linear", "swiglu", "prefix_attention"):  # the vendor's; that of both backends is Triton's
+        call(op, backend, place)
+if backend == "triton":
+    for layout in attention.LONG.values():
+        for window in (None, 40):
+            for size in (64, 80, 128):
+                attention.run(place, *attention.problem(layout, (8, 2), size, torch.bfloat16), window=window)
 for rows in (1, 7, 130):  # no tile divides these
     hidden, weight = torch.randn(rows, 72, device="cuda"), torch.randn(517, 72, device="cuda")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         offsets = torch.arange(rows + 1, device="cuda")
         ids = torch.full((rows,), 516, dtype=torch.int32, device="cuda")
-        kernels.option_logprobs(hidden.to(dtype), weight.to(dtype), offsets, ids, backend="cuda")
+        kernels.option_logprobs(hidden.to(dtype), weight.to(dtype), offsets, ids, backend=backend)
 torch.cuda.synchronize()
 """
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_the_sanitizer_finds_nothing_in_the_cuda_kernels(tool: str) -> None:
-    if (reason := missing(Place("cuda", torch.device("cuda")))) is not None:
+@pytest.mark.parametrize(("backend", "tool"), [("cuda", "memcheck"), ("cuda", "racecheck"), ("triton", "memcheck")])
+def test_the_sanitizer_finds_nothing_in_the_kernels(backend: Backend, tool: str) -> None:
+    if (reason := missing(Place(backend, torch.device("cuda")))) is not None:
         pytest.skip(reason)
     if (sanitizer := shutil.which("compute-sanitizer")) is None:
         pytest.skip("compute-sanitizer: not on PATH")
     tests = Path(__file__).resolve().parents[1]
-    own = "--kernel-name=kns=psykern"  # not the vendor's matrix products
-    options = [f"--tool={tool}", own, "--report-api-errors=no", "--error-exitcode=9"]
+    # Triton's kernels have no name in common, and beside them little runs.
+    own = ["--kernel-name=kns=psykern"] if backend == "cuda" else []
+    options = [f"--tool={tool}", *own, "--report-api-errors=no", "--error-exitcode=9"]
     found = subprocess.run(
-        [sanitizer, *options, sys.executable, "-c", SANITIZED],
+        [sanitizer, *options, sys.executable, "-c", SANITIZED, backend],
         cwd=tests,
         env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # so that a tensor's end is an allocation's end
         capture_output=True,

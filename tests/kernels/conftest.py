@@ -1,7 +1,8 @@
-"""Fixtures of the tests of the C++ backend."""
+"""How the kernels' tests run on a GPU, and fixtures of those of the C++ backend."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -9,6 +10,10 @@ import pytest
 import torch
 
 from psykern import _cpu
+
+# Read when CUDA begins: so a kernel's fault shows in the test that launched it, not in a later one. Name these tests
+# alone on the command line, for those of the engine are of launches that nobody waits for.
+os.environ.setdefault("CUDA_LAUNCH_BLOCKING", "1")
 
 OPS = ("linear", "option_logprobs", "prefix_attention", "add_rms_norm", "qk_norm_rope", "silu_mul")
 

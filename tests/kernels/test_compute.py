@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -52,6 +55,36 @@ def test_settings_agree_or_are_refused(loaded: str, agrees: str, devices: pytest
             ValueError, match=rf"device: expected 'auto' or '{loaded.removesuffix(':0')}', .* got '{other}'"
         ):
             compute.check(Settings(device=other))
+
+
+@pytest.mark.parametrize("before", [True, False, (False, False)], ids=["default", "fp32", "sums-are-not-cut"])
+def test_what_is_computed_with_is_current_and_sums_in_fp32(
+    before: bool | tuple[bool, bool], devices: pytest.MonkeyPatch
+) -> None:
+    """And then all is as it was."""
+    products, current = torch.backends.cuda.matmul, [0]
+
+    @contextmanager
+    def device(other: torch.device) -> Iterator[None]:
+        current.append(other.index)
+        yield
+        current.pop()
+
+    def flags() -> list[bool]:
+        names = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16")]
+        return [getattr(products, name + part) for part in ("", "_split_k") for name in names]
+
+    devices.setattr(torch.cuda, "device", device)
+    products.allow_bf16_reduced_precision_reduction = products.allow_fp16_reduced_precision_reduction = before
+    try:
+        found = flags()
+        with Compute.resolve("cuda:2", backend="reference").current():
+            assert current == [0, 2]
+            assert flags() == [False, False, *found[2:]]
+        assert current == [0]
+        assert flags() == found
+    finally:
+        products.allow_bf16_reduced_precision_reduction = products.allow_fp16_reduced_precision_reduction = True
 
 
 def test_a_cpu_is_always_the_current_device() -> None:

@@ -48,6 +48,19 @@ def test_nothing_spills_and_tiles_fit(config: str, arch: int, mma: str) -> None:
     assert launches[0][1].mma == mma
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "config",
+    ["R64-V151936-D2048-bf16", "R1024-V151936-D2048-bf16", "Dh128-full-bf16", "Dh256-full-bf16", "Dh256-window-fp32"],
+)
+def test_tiles_of_an_older_gpu_fit_a_later_one_for_desktops(config: str) -> None:
+    """Which takes them, as it has 99 KiB of shared memory (CUDA programming guide, compute capability 12.0)."""
+    with resources.recording(hopper=False) as launches:
+        CASES[config].call()
+    for launch in launches:
+        assert resources.resources(launch, 120).shared_bytes <= 99 * 1024
+
+
 def test_a_spill_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check above can fail: one warp cannot hold 64 x 128 sums."""
     module = importlib.import_module("psykern.kernels.triton.option_logprobs")

@@ -15,6 +15,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
+HOPPER_SHARED_BYTES = 227 * 1024  # that one program may have
+
 
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:
     """Launches go to the device of ``x``, on torch's current stream there."""
@@ -46,8 +48,13 @@ def descriptor(x: Tensor, block_rows: int, block_columns: int) -> TensorDescript
 
 @cache
 def is_hopper(device: torch.device) -> bool:
-    """Compute capability 9.0 or later: larger shared memory, and TMA, which loads tiles without registers."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    """TMA, which loads tiles without registers, and the shared memory of a Hopper GPU, which the larger tiles fill: a
+    later GPU for desktops (compute capability 12.0) has the one without the other, and takes the tiles of an A100."""
+    if device.type != "cuda":
+        return False
+    has = torch.cuda.get_device_properties(device)
+    shared_bytes = has.shared_memory_per_block_optin  # type: ignore[attr-defined]  # not in torch's stubs
+    return has.major >= 9 and shared_bytes >= HOPPER_SHARED_BYTES
 
 
 def power_of_2(n: int) -> int:

@@ -82,7 +82,7 @@ def silu_mul(gate: Tensor, up: Tensor, out: Tensor) -> Tensor:
     rows, columns = gate.shape
     if gate.numel():
         with on_device_of(gate):
-            silu_mul_kernel[(rows, triton.cdiv(columns, _COLUMNS))](
+            silu_mul_kernel[(rows * triton.cdiv(columns, _COLUMNS),)](
                 gate,
                 up,
                 target,
@@ -196,8 +196,11 @@ def qk_norm_rope_kernel(
 
 @triton.jit
 def silu_mul_kernel(gate_ptr, up_ptr, out_ptr, stride_gn, stride_un, stride_on, F, BLOCK_F: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    offs = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    """A part of one row. One axis for both: the parts of a row run together, as they lie in memory, and an axis for
+    rows alone, behind that of the parts, would end at 65,535."""
+    blocks = tl.cdiv(F, BLOCK_F)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    offs = tl.program_id(0) % blocks * BLOCK_F + tl.arange(0, BLOCK_F)
     mask = offs < F
     gate = tl.load(gate_ptr + row * stride_gn + offs, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * stride_un + offs, mask=mask, other=0.0).to(tl.float32)
