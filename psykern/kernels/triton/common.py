@@ -46,8 +46,9 @@ def descriptor(x: Tensor, block_rows: int, block_columns: int) -> TensorDescript
 
 @cache
 def is_hopper(device: torch.device) -> bool:
-    """Compute capability 9.0 or later: larger shared memory, and TMA, which loads tiles without registers."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    """Compute capability 9.0 or later: TMA, which loads tiles without registers, and 227 KB of shared memory. Those of
+    12.0 or later have 99 KB, in which the tables' tiles for Hopper do not fit."""
+    return device.type == "cuda" and (9, 0) <= torch.cuda.get_device_capability(device) < (12, 0)
 
 
 def power_of_2(n: int) -> int:
