@@ -95,11 +95,11 @@ def product_tiles(rows: int) -> list[Alternative]:
 def attention_blocks(head_dim: int) -> list[Alternative]:
     """Of ``prefix_attention``: rows, keys, keys of masked blocks, warps, stages; "loads" without TMA."""
     module = importlib.import_module(f"{TRITON}.prefix_attention")
-    sizes = [(128, 64, 64, 8, 2), (128, 128, 64, 8, 2), (64, 64, 32, 4, 2), (64, 64, 32, 4, 3), (64, 128, 32, 4, 2)]
+    sizes = [(128, 64, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 32, 8, 2), (64, 64, 32, 4, 3)]
     if head_dim <= 64:
-        sizes += [(128, 128, 32, 8, 3), (128, 128, 32, 8, 2), (128, 64, 32, 4, 3)]
+        sizes += [(128, 128, 32, 8, 3), (128, 64, 32, 8, 4), (64, 128, 32, 4, 3)]
     else:
-        sizes += [(128, 64, 32, 8, 3)]
+        sizes += [(128, 64, 32, 8, 3), (64, 128, 32, 4, 2)]
     blocks = [("x".join(map(str, size)), module.Blocks(*size)) for size in sizes]
     found = [Alternative(name, {"blocks_of": lambda *_, b=b: b}) for name, b in blocks]
     return [*found, Alternative("loads", {"uses_tma": lambda *_: False})]

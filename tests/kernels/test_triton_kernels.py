@@ -88,7 +88,48 @@ def test_keys_that_tma_fetches(
     check(
         TRITON, lambda p: [attention.run(p, q, k, v, segments, window=window)], [truth], attention.TOLERANCES[q.dtype]
     )
-    assert len(fetched) == 2
+    assert len(fetched) == 4
+
+
+UNUSED = attention.Layout(  # rows of no segment before, between and behind the ranges, and around the tails
+    (
+        (range(70), [(40, 110)]),
+        (range(70, 101), [(40, 110), (150, 181)]),
+        *((range(60, 62), [(40, 100), (row, row + 2)]) for row in (220, 222, 224)),
+    )
+)
+
+
+@pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("window", [None, 40], ids=["full", "window-40"])
+@pytest.mark.parametrize("size", [64, 128, 256], ids=["Dh-64", "Dh-128", "Dh-256"])
+def test_what_tma_fetches_of_unused_rows_reaches_no_output(
+    size: int, window: int | None, garbage: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store's memory is not initialised, and TMA fetches whole blocks: 0 times NaN would be NaN."""
+    module = importlib.import_module("psykern.kernels.triton.prefix_attention")
+    monkeypatch.setattr(module, "is_hopper", lambda device: True)
+    q, k, v, segments = attention.problem(UNUSED, (2, 1), size, torch.float16)
+    k, v = (torch.cat([x, x[:100]]) for x in (k, v))
+    assert (segments.tiles(64, k.device).table[:, 5] > 0).any()  # END_TAIL: some tile has tails
+    truth = attention.fp64(UNUSED, q, k, v, window)
+    unused = torch.ones(len(k), dtype=torch.bool)
+    for s in range(len(UNUSED.segments)):
+        unused[UNUSED.path(s)] = False
+    k[unused], v[unused] = garbage, garbage
+    got = attention.run(TRITON, q, k, v, segments, window=window)
+    torch.testing.assert_close(got.double(), truth, rtol=0, atol=attention.TOLERANCES[q.dtype])
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"), [((8, 0), False), ((9, 0), True), ((10, 3), True), ((12, 0), False)]
+)
+def test_tiles_for_hopper_are_for_gpus_with_its_shared_memory(
+    capability: tuple[int, int], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = importlib.import_module("psykern.kernels.triton.common")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert common.is_hopper.__wrapped__(torch.device("cuda", 0)) == expected
 
 
 def test_keys_that_no_query_of_a_tile_sees_are_not_read() -> None:

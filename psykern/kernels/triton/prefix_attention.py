@@ -1,9 +1,10 @@
 """prefix_attention: online softmax over the keys of each tile of queries, range by range of their path.
 
 One program answers the query heads of one key head for the queries of one tile (:mod:`psykern.kernels.tiles`),
-so that a key is read once for all of them. Blocks of keys that all queries of the tile see need no mask, and on Hopper
-TMA fetches them; those that none sees, behind the last query or before the window, are
-not read. What lies between, at the edges, is masked, in smaller blocks where these leave registers to the others.
+so that a key is read once for all of them. Blocks of keys that all queries of the tile see need no mask; those that
+none sees, behind the last query or before the window, are not read. What lies between, at the edges, is masked, in
+smaller blocks where these leave registers to the others. On Hopper TMA fetches all blocks: what ``cp.async`` fetches
+must not feed wgmma without a fence, which Triton 3.6 leaves out.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from psykern.kernels import tiles
 from psykern.kernels.segments import Segments
@@ -51,12 +53,14 @@ def blocks_of(head_dim: int, dtype: torch.dtype, hopper: bool, use_tma: bool) ->
     if use_tma:
         if head_dim <= 64:
             return Blocks(128, 64, 32, 8, 3)
-        return Blocks(128, 128, 32, 8, 2) if head_dim <= 128 else Blocks(64, 64, 32, 8, 2)
+        return Blocks(128, 128, 32, 8, 3) if head_dim <= 128 else Blocks(64, 64, 32, 8, 3)
+    if hopper:  # in one stage, so not by cp.async, see above
+        return Blocks(128, 64, 64, 8, 1) if head_dim <= 128 else Blocks(64, 32, 32, 8, 1)
     if head_dim <= 64:
         return Blocks(128, 64, 64, 8, 3)
     if head_dim > 128:
-        return Blocks(64, 32, 32, 8, 2 if hopper else 1)
-    return Blocks(128, 64, 64, 8, 2) if hopper or head_dim == 128 else Blocks(64, 32, 32, 8, 2)
+        return Blocks(64, 32, 32, 8, 1)
+    return Blocks(128, 64, 64, 8, 2) if head_dim == 128 else Blocks(64, 32, 32, 8, 2)
 
 
 def prefix_attention(
@@ -84,8 +88,8 @@ def prefix_attention(
             q,
             k,
             v,
-            descriptor(k.flatten(1), blocks.block_n, k.shape[2]) if use_tma else None,
-            descriptor(v.flatten(1), blocks.block_n, v.shape[2]) if use_tma else None,
+            *(descriptors_of(k, blocks) if use_tma else (None, None)),
+            *(descriptors_of(v, blocks) if use_tma else (None, None)),
             target,
             cut.table,
             cut.key_ranges,
@@ -121,6 +125,13 @@ def uses_tma(k: Tensor, v: Tensor) -> bool:
     return is_fit and has_aligned_rows(k) and has_aligned_rows(v)
 
 
+def descriptors_of(x: Tensor, blocks: Blocks) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """For TMA, of keys or values: of blocks that need no mask, and of those at the edges."""
+    rows, size = x.flatten(1), x.shape[2]
+    whole = descriptor(rows, blocks.block_n, size)
+    return whole, whole if blocks.block_e == blocks.block_n else descriptor(rows, blocks.block_e, size)
+
+
 # The columns of the tiles' table, as constants that a kernel may read.
 FIRST_QUERY, END_QUERY = tl.constexpr(tiles.FIRST_QUERY), tl.constexpr(tiles.END_QUERY)
 FIRST_RANGE, END_RANGE = tl.constexpr(tiles.FIRST_RANGE), tl.constexpr(tiles.END_RANGE)
@@ -131,15 +142,15 @@ NUM_COLUMNS = tl.constexpr(tiles.NUM_COLUMNS)
 
 
 @triton.jit
-def fetch(source, rows, row, offs_d, inside, IS_MASKED: tl.constexpr, USE_TMA: tl.constexpr):
-    """The block [BLOCK_N, BLOCK_D] of keys or values in the store's ``rows``, of which ``row`` is the first. IS_MASKED:
-    0 where it is not ``inside``."""
+def fetch(source, row, offs_n, offs_d, inside, IS_MASKED: tl.constexpr, USE_TMA: tl.constexpr):
+    """The block [BLOCK_N, BLOCK_D] of keys or values in the store from ``row`` on. IS_MASKED: 0 where it is not
+    ``inside``; but what TMA fetches is what stands there."""
     x_ptr, x_desc, stride, column = source
-    places = rows[:, None] * stride + offs_d[None, :]
-    if IS_MASKED:
-        x = tl.load(x_ptr + places, mask=inside, other=0.0)
-    elif USE_TMA:
+    places = (row + offs_n).to(tl.int64)[:, None] * stride + offs_d[None, :]
+    if USE_TMA:
         x = x_desc.load([row, column])
+    elif IS_MASKED:
+        x = tl.load(x_ptr + places, mask=inside, other=0.0)
     else:
         x = tl.load(x_ptr + places)
     return x
@@ -151,7 +162,7 @@ def attend(
     softmax,  # (acc [BLOCK_M, BLOCK_D], maximum [BLOCK_M], total [BLOCK_M]) of the keys before
     keys,  # (pointer, tensor descriptor, stride, column), see ``fetch``
     values,
-    span,  # (row, begin, end, skip_from, skip)
+    span,  # (row, begin, end, skip_from, skip); from begin to skip_from are whole blocks
     sees,  # (lows [BLOCK_M], highs [BLOCK_M]), with IS_MASKED
     offs_d,
     scale,
@@ -167,11 +178,12 @@ def attend(
     row, begin, end, skip_from, skip = span
     lows, highs = sees
     highs = tl.minimum(highs, end)
+    offs_n = tl.arange(0, BLOCK_N)
     for i in range(begin, end - skip, BLOCK_N):
-        places = i + tl.where(i >= skip_from, skip, 0) + tl.arange(0, BLOCK_N)
-        rows = (row + places).to(tl.int64)
+        first = i + tl.where(i >= skip_from, skip, 0)  # of the block, whose places follow one another
+        places = first + offs_n
         inside = (places < end)[:, None] & (offs_d < Dh)[None, :]
-        k = fetch(keys, rows, row + i, offs_d, inside, IS_MASKED or Dh != offs_d.shape[0], USE_TMA)
+        k = fetch(keys, row + first, offs_n, offs_d, inside, IS_MASKED or Dh != offs_d.shape[0], USE_TMA)
         if IS_WIDE:
             scores = tl.dot(q.to(tl.float32), tl.trans(k.to(tl.float32)), input_precision="ieee")
         else:
@@ -188,7 +200,9 @@ def attend(
         total = total * rescale + tl.sum(weights, axis=1)
         acc = acc * rescale[:, None]
         maximum = new_maximum
-        v = fetch(values, rows, row + i, offs_d, inside, IS_MASKED or Dh != offs_d.shape[0], USE_TMA)
+        v = fetch(values, row + first, offs_n, offs_d, inside, IS_MASKED or Dh != offs_d.shape[0], USE_TMA)
+        if IS_MASKED and USE_TMA:
+            v = tl.where(inside, v, 0.0)  # behind the end may stand NaN, which a weight of 0 does not end
         if IS_WIDE:
             acc = tl.dot(weights, v.to(tl.float32), acc, input_precision="ieee")
         else:
@@ -204,8 +218,10 @@ def attention_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
-    k_desc,  # tensor descriptors of k and v; None without USE_TMA
+    k_desc,  # tensor descriptors of k and v, see ``descriptors_of``; None without USE_TMA
+    k_edge_desc,
     v_desc,
+    v_edge_desc,
     out_ptr,
     table_ptr,
     key_ranges_ptr,
@@ -254,6 +270,8 @@ def attention_kernel(
     softmax = (acc, maximum, tl.zeros([BLOCK_M], dtype=tl.float32))
     keys = (k_ptr + head * Dh, k_desc, stride_km, head * Dh)
     values = (v_ptr + head * Dh, v_desc, stride_vm, head * Dh)
+    edge_keys = (k_ptr + head * Dh, k_edge_desc, stride_km, head * Dh)
+    edge_values = (v_ptr + head * Dh, v_edge_desc, stride_vm, head * Dh)
 
     place = 0  # of the range's first key on the path
     for r in range(tl.load(tile_ptr + FIRST_RANGE), tl.load(tile_ptr + END_RANGE)):
@@ -272,7 +290,9 @@ def attention_kernel(
         )
         span = (row, begin, end, common_begin, common_keys)
         sees = (lows - place, highs - place)
-        softmax = attend(q, softmax, keys, values, span, sees, offs_d, scale, Dh, True, IS_WIDE, USE_TMA, BLOCK_E)
+        softmax = attend(
+            q, softmax, edge_keys, edge_values, span, sees, offs_d, scale, Dh, True, IS_WIDE, USE_TMA, BLOCK_E
+        )
         place += length
     if end_tail > 0:
         tail_ptr = tails_ptr + 2 * query
@@ -282,7 +302,9 @@ def attention_kernel(
             tail_lows = tl.maximum(tail_lows, tail_highs - window)
         span = (0, tl.load(tile_ptr + FIRST_TAIL), end_tail, 0, 0)
         sees = (tail_lows, tail_highs)
-        softmax = attend(q, softmax, keys, values, span, sees, offs_d, scale, Dh, True, IS_WIDE, USE_TMA, BLOCK_E)
+        softmax = attend(
+            q, softmax, edge_keys, edge_values, span, sees, offs_d, scale, Dh, True, IS_WIDE, USE_TMA, BLOCK_E
+        )
     acc, _, total = softmax
     o = acc / total[:, None]
     # Places are computed anew, from a load that the compiler must repeat: kept, they would take registers of the loops.
