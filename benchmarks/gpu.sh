@@ -72,7 +72,7 @@ score() { # SHAPE SECONDS
 pytest() { # NAME SECONDS ARGUMENTS…
     local name=$1 most=$2
     shift 2
-    part "$name" "$most" env OMP_NUM_THREADS=1 CUDA_LAUNCH_BLOCKING=1 "$python" -m pytest -q -p no:cacheprovider \
+    part "$name" "$most" env OMP_NUM_THREADS=1 "$python" -m pytest -q -p no:cacheprovider \
         --maxfail=20 -rfE --durations=15 --junitxml="$folder/$name.xml" "$@"
 }
 
@@ -81,10 +81,11 @@ first() { # is it right, how fast is the machine, how fast is a run
     part smoke 80 env CUDA_LAUNCH_BLOCKING=1 "$python" benchmarks/gpu_smoke.py --device "$device" --name smoke \
         --folder "$folder" ${quick[@]+"${quick[@]}"}
     if [ "$device" = cpu ]; then
-        pytest tests 140 -m "not gpu" tests/engine/test_gpu.py
-    else
-        pytest tests 100 -m gpu -k "not sanitizer" -n 12 \
-            tests/engine/test_gpu.py tests/kernels/test_{contract,dispatch,elementwise,option_logprobs,prefix_attention}.py
+        pytest tests_engine 140 -m "not gpu" tests/engine/test_gpu.py
+    else # apart, as those of the kernels make launches blocking
+        pytest tests_kernels 80 -m gpu -n 14 \
+            tests/kernels/test_{contract,dispatch,elementwise,option_logprobs,prefix_attention}.py
+        pytest tests_engine 60 -m gpu -k "not sanitizer" -n 12 tests/engine/test_gpu.py
     fi
     bench gpu_rates 100 gpu_rates --seconds "${SECONDS_EACH:-0.8}"
     score Qwen3-8B 170

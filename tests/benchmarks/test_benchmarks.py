@@ -270,7 +270,7 @@ def test_a_part_that_fails_loses_no_other(tmp_path: Path) -> None:
     found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert found.returncode == 1, found.stderr
     states = [line.split()[:2] for line in found.stdout.splitlines() if line.endswith(" s")]
-    parts = ["build", "smoke", "tests", "gpu_rates", "score_qwen3-8b", "run_gpu", "score_qwen3-0.6b", "tune"]
+    parts = ["build", "smoke", "tests_engine", "gpu_rates", "score_qwen3-8b", "run_gpu", "score_qwen3-0.6b", "tune"]
     parts += ["score_qwen3-8b", "score_qwen3-0.6b", "option_logprobs_gpu", "prefix_attention_gpu", "score_llama-3.2-1b"]
     parts += ["elementwise_gpu", "sanitizer"]
     assert states == [[part, "passed" if part == "elementwise_gpu" else "failed"] for part in parts]
