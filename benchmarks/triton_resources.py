@@ -94,12 +94,17 @@ def recording(hopper: bool) -> Iterator[list[Launch]]:
         yield launches
 
 
-def resources(launch: Launch, arch: int) -> Resources:
-    """Compiles ``launch`` for sm_``arch``."""
+def build(launch: Launch, arch: int) -> Any:
+    """What Triton makes of ``launch`` for sm_``arch``."""
     source = ASTSource(launch.kernel, *_specialized(launch.kernel, launch.arguments))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
-        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(launch.options))
+        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(launch.options))
+
+
+def resources(launch: Launch, arch: int) -> Resources:
+    """Compiles ``launch`` for sm_``arch``."""
+    compiled = build(launch, arch)
     ptx = compiled.asm["ptx"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(compiled.asm["cubin"])

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 from pathlib import Path
 
 import pytest
+from support.sass import disassembled, overwritten_early
 
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
+import triton
 import triton_resources as resources
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
@@ -68,3 +71,68 @@ def test_a_spill_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     launch, took = next(resources.compiled(CASES["R64-V151936-D2048-bf16"], 80))
     assert launch.options == {"num_warps": 1, "num_stages": 1}
     assert took.stack_bytes > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "config",
+    [
+        *("Dh64-full-bf16", "Dh80-full-bf16", "Dh128-full-bf16", "Dh128-window-bf16", "Dh256-full-bf16"),
+        *("R64-V151936-D2048-bf16", "R1024-V151936-D2048-bf16"),
+    ],
+)
+def test_registers_that_a_wgmma_reads_stay_until_it_is_done(config: str) -> None:
+    with resources.recording(hopper=True) as launches:
+        CASES[config].call()
+    found, num_reading = overwritten_early(
+        disassembled(triton.knobs.nvidia.nvdisasm.path, resources.build(launches[0], 90).asm["cubin"])
+    )
+    assert not found
+    assert (num_reading > 0) == config.startswith("Dh")  # of attention the weights; else both factors are in memory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["Dh64-full-bf16", "Dh80-full-bf16", "Dh128-window-bf16", "Dh256-window-bf16"])
+def test_nothing_that_wgmma_reads_comes_by_cp_async(config: str) -> None:
+    """Triton 3.6 sets no fence between them. ``cp.async.bulk`` is TMA, which needs none."""
+    with resources.recording(hopper=True) as launches:
+        CASES[config].call()
+    ptx = resources.build(launches[0], 90).asm["ptx"]
+    assert "wgmma" in ptx
+    assert not re.findall(r"cp\.async\.c[ag]\b.*", ptx)
+
+
+LOOP = """
+.L_x_0:
+        /*0000*/                   HGMMA.64x32x16.F32.BF16 R24, R40, gdesc[UR16].tnspB, R24 ;
+        /*0010*/                   HGMMA.64x32x16.F32.BF16 R24, R44, gdesc[UR20].tnspB, R24, gsb0 ;
+        /*0020*/                   STS [R40], R47 ;
+        /*0030*/                   ISETP.GT.AND P0, PT, R40, R44, PT ;
+        /*0040*/              @!P0 BRA `(.L_x_0) ;
+        /*0050*/                   EXIT ;
+"""
+BAD = "        /*0100*/                   {} ;\n"
+WAIT = BAD.format("WARPGROUP.DEPBAR.LE gsb0, 0x0")
+
+
+@pytest.mark.parametrize(
+    ("write", "is_early"),
+    [
+        ("FMUL R47, R0, R1", True),
+        ("@P1 LDS.128 R36, [R2]", False),
+        ("LDS.128 R40, [R2]", True),
+        ("SHFL.BFLY PT, R41, R0, 0x1, 0x1f", True),
+        ("FMUL R48, R40, R41", False),
+    ],
+)
+def test_a_register_overwritten_early_is_seen(write: str, is_early: bool) -> None:
+    """The check above can fail: behind the wgmma and, round the loop, before it; not behind the wait."""
+    bad = BAD.format(write)
+    behind = LOOP.replace("        /*0020*/", bad + "        /*0020*/")
+    around = LOOP.replace(".L_x_0:\n", ".L_x_0:\n" + bad)
+    waited = LOOP.replace("        /*0020*/", WAIT + bad + "        /*0020*/")
+    waited_for_another = waited.replace("gsb0, 0x0", "gsb0, 0x1")
+    assert [bool(overwritten_early(code)[0]) for code in (behind, around, waited, waited_for_another)] == [
+        *(is_early, is_early, False, is_early)
+    ]
+    assert overwritten_early(LOOP) == (set(), 2)
