@@ -272,6 +272,8 @@ def bench_shape(options: argparse.Namespace) -> None:
         print(f"checkpoint and {whole.num_tokens:,} tokens in {time.perf_counter() - start:.1f} s")
         expected = run_careful_user(copy.deepcopy(user).float(), short)
         release(device)
+        others = rms_of(run_careful_user(user, short).logprob, expected.logprob)
+        print(f"RMS of differences of transformers in {dtype} from itself in fp32: {others:.5f} nats")
         model = Model(folder, Compute(device, dtype, resolve("auto", device)))
         suitable = budgets(model.spec, device, dtype)
         own = partial(run_psykern, tokenizer=tokenizer, min_share=options.min_share, budgets=suitable)
@@ -284,7 +286,9 @@ def bench_shape(options: argparse.Namespace) -> None:
         warm_ups = {name: partial(run, user, short) for name, run in BASELINES.items()}
         rows, square = [], 64 if options.quick else 2048
         for measured in bench(shape_providers(whole.name, runs, warm_ups, options), device, square):
-            rows.append(shape_row(whole, measured, model.spec, rms, options))
+            rows.append(
+                shape_row(whole, measured, model.spec, rms, options) | {"careful_rms_against_fp32": round(others, 6)}
+            )
             if device.type == "cuda" and measured.name == "psykern":  # at once: what comes next may be cut
                 rows[-1]["kernel_idle_share"] = profile_run(runs["psykern"], options)
             print_row(rows[-1])

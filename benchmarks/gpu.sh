@@ -90,7 +90,7 @@ first() { # is it right, how fast is the machine, how fast is a run
     bench gpu_rates 100 gpu_rates --seconds "${SECONDS_EACH:-0.8}"
     score Qwen3-8B 170
     bench run_gpu 60 run --data "$data"
-    score Qwen3-0.6B 50
+    score Qwen3-0.6B 90
 }
 
 second() { # alternatives to the tables
@@ -99,7 +99,7 @@ second() { # alternatives to the tables
 
 third() { # the winners, others beside them
     score Qwen3-8B 170
-    score Qwen3-0.6B 50
+    score Qwen3-0.6B 90
     bench option_logprobs_gpu 70 option_logprobs
     bench prefix_attention_gpu 80 prefix_attention
     score Llama-3.2-1B 50

@@ -116,7 +116,7 @@ def summary(folder: Path) -> dict[str, Any]:
     files = {part["part"]: read(folder, part["part"]) for part in parts}
     for part in parts:
         rows = files[part["part"]]["rows"]
-        part |= {"rows": len(rows), "providers": list(dict.fromkeys(row["provider"] for row in rows))}
+        part |= {"rows": len(rows), "providers": list(dict.fromkeys(row.get("provider", "") for row in rows))}
         ended = {"0": "passed", "124": "ran out of time", "137": "ran out of time"}
         part["state"] = ended.get(part["status"], f"failed ({part['status']})")
     partial = {part["part"] for part in parts if part["status"] != "0"}

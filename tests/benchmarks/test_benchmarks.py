@@ -132,7 +132,7 @@ def test_exactness_is_measured_and_a_wrong_result_refused(tmp_path: Path) -> Non
 def test_a_whole_command_with_a_tiny_shape(tmp_path: Path) -> None:
     bench_run.main(["--quick", "--limit", "1", "--folder", str(tmp_path), "--name", "r"])
     rows = json.loads((tmp_path / "r.json").read_text())["rows"]
-    assert [row["what"] for row in rows][1:] == ["the first run", "the second run", "in fp32"]
+    assert [row["what"] for row in rows][1:] == ["the first run", "the second run", "two studies beside fp32"]
     assert all(row["same_bytes"] for row in rows[1:3]) and all(row["responses"] > 0 for row in rows)
 
 

@@ -37,6 +37,14 @@ def agree(place: Place, case: Case, actual: list[Tensor], expected: list[Tensor]
         assert_agrees(place, one, other, case.tolerance)
 
 
+def agree_elsewhere(place: Place, case: Case, actual: list[Tensor], expected: list[Tensor]) -> None:
+    """Like ``agree``, for rows that lie otherwise in memory. Triton's compiler for GPUs takes another width of loads
+    where rows are less aligned, and so another order of a sum (seen on an H200: the last bit of a norm in fp32)."""
+    is_compiled = place.backend == "triton" and place.device.type == "cuda"
+    for one, other in zip(actual, expected, strict=True):
+        assert_agrees(place, one, other, 1e-6 if is_compiled and case.tolerance is None else case.tolerance)
+
+
 @each_place
 @each_case
 def test_inputs_are_not_changed_and_a_second_call_gives_the_same(place: Place, case: Case) -> None:
@@ -88,7 +96,7 @@ def test_all_of_an_output_is_written_and_nothing_beside_it(place: Place, case: C
         assert output is array
         behind = array.as_strided((len(array), 8), (array.stride(0), 1), array[0].numel())
         assert behind.isnan().all()
-    agree(place, case, written, new)
+    agree_elsewhere(place, case, written, new)
 
 
 @each_place
@@ -108,4 +116,4 @@ def test_rows_of_inputs_may_lie_apart(place: Place, case: Case) -> None:
     given = put(place, case.arguments)
     expected = case.run(place, given)
     apart = {name: map_tensors(with_gaps, given[name]) for name in case.apart}
-    agree(place, case, case.run(place, given | apart), expected)
+    agree_elsewhere(place, case, case.run(place, given | apart), expected)
