@@ -2,33 +2,52 @@
 give what the table's own choice gives, and is timed beside it. Nothing is changed; the tables are for people to edit.
 
     python benchmarks/tune.py --device cuda [--ops option_logprobs prefix_attention cuda] [--name tune_gpu]
+    python benchmarks/tune.py --device cuda --ops prefix_attention --cases wave causal
     python benchmarks/tune.py --compile    # without a GPU: what each takes on sm_90, to results/tune_resources.csv
 
 `times` is the table's time in times of the alternative's; one that does not compile or does not fit is named and left
 out. The compiler's account tells beforehand which these are, and which spill registers: those that compile, fit and
 spill at most 256 bytes a thread on sm_90 by Triton 3.6 are worth a place here.
+
+Attention's cases ``wave`` are the batches that the engine makes of real transcripts (``wave_batches.py``): all of them,
+which is a layer's attention, and those with the most and the least to do. On a GPU all that attention needs is compiled
+beforehand, in processes side by side (``--processes``), by launches on few tokens: one takes seconds.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
 import triton
 from bench_prefix_attention import GPU_HEADS, HEADS, Heads, Place, draw
 from harness import CPU, add_arguments, dtype_of, keep_working, print_row, time_side_by_side, write_csv
+from side_by_side import run_in_processes
 from torch import Tensor
 from triton_resources import SHARED_BYTES, recording, resources
+from wave_batches import WaveBatch, largest_batches
+
+from psykern.engine.budgets import Budgets
 
 TRITON = "psykern.kernels.triton"
 TOLERANCE = 2e-2  # of attention in bf16; of log-probabilities 1e-3
 TABLE = "table"  # what the tables say now
 OPS = ("option_logprobs", "prefix_attention", "cuda")  # "cuda": option_logprobs in CUDA C++
+ATTENTION = {"wave": None, "causal": 8192, "window": 16_384, "branches": 4096}  # cases, with their tokens
+WINDOW = 4096
+MODELS = {Heads(32, 8, 128): "Qwen3-8B", Heads(16, 8, 128): "Qwen3-0.6B"}  # whose waves heads are given
+TINY_BUDGETS = Budgets(wave_tokens=64, batch_tokens=32)
+FEW_TOKENS = 60
+MOST_BATCHES = 32  # of a wave case; the mix makes 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +64,7 @@ class Case:
     call: Callable[[], Sequence[Tensor]]
     alternatives: Sequence[Alternative]
     tolerance: float
+    flops: float = 0.0  # of products; 0: not counted
 
 
 @contextmanager
@@ -111,31 +131,22 @@ def cuda_tiles() -> list[Alternative]:
     return [Alternative(f"{r}x{mib}MiB", {"_MAX_ROWS": r, "_TILE_BYTES": mib * 2**20}) for r, mib in sizes]
 
 
-def cases(
+def product_cases(
     ops: Sequence[str],
     device: torch.device,
     dtype: torch.dtype,
     shapes: Sequence[tuple[int, int]] = ((151_936, 1024), (151_936, 4096)),
     quick: bool = False,
 ) -> Iterator[Case]:
-    """``shapes``: vocabulary and hidden size of ``option_logprobs``."""
-    products = [op for op in ops if op != "prefix_attention"]
-    for vocabulary, size in shapes if products else []:
+    """Of ``option_logprobs``; ``shapes``: vocabulary and hidden size."""
+    for vocabulary, size in shapes if ops else []:
         weight = (torch.randn(vocabulary, size, device=device) * 0.02).to(dtype)
         for rows in (16, 130) if quick else (16, 64, 4096):
-            for op in products:
+            for op in ops:
                 module = "psykern.kernels.cuda" if op == "cuda" else f"{TRITON}.option_logprobs"
                 alternatives = cuda_tiles() if op == "cuda" else product_tiles(rows)
                 where = f"R {rows}, V {vocabulary}, D {size}"
                 yield Case(op, where, module, scores(rows, weight, module), alternatives, 1e-3)
-    if "prefix_attention" not in ops:
-        return
-    for heads in (Heads(4, 2, 16),) if quick else (*GPU_HEADS, HEADS[0]):
-        for name, tokens, window in (("causal", 8192, None), ("window", 16_384, 4096), ("branches", 4096, None)):
-            call = attention(name, heads, 60 if quick else tokens, 20 if quick and window else window, device, dtype)
-            where = f"{name}, {heads.queries} ({heads.keys}) of {heads.size}"
-            module = f"{TRITON}.prefix_attention"
-            yield Case("prefix_attention", where, module, call, attention_blocks(heads.size), TOLERANCE)
 
 
 def scores(rows: int, weight: Tensor, module: str) -> Callable[[], Sequence[Tensor]]:
@@ -150,23 +161,112 @@ def scores(rows: int, weight: Tensor, module: str) -> Callable[[], Sequence[Tens
     return call
 
 
+class Setting(NamedTuple):
+    """Of attention's cases."""
+
+    device: torch.device
+    dtype: torch.dtype
+    quick: bool = False
+
+    @property
+    def heads(self) -> Sequence[Heads]:
+        return (Heads(4, 2, 16),) if self.quick else (*GPU_HEADS, HEADS[0])
+
+
+def attention_cases(names: Sequence[str], at: Setting, few: bool = False) -> Iterator[Case]:
+    """``few``: of each kernel that the cases need one, with few tokens, to compile it."""
+    if few:
+        names = (["causal"] if {"wave", "causal", "branches"} & set(names) else []) + ["window"] * ("window" in names)
+    for heads in at.heads:
+        for name in names:
+            if name == "wave":
+                yield from wave_cases(heads, at)
+                continue
+            tokens = FEW_TOKENS if few or at.quick else ATTENTION[name]
+            window = None if name != "window" else FEW_TOKENS // 3 if few or at.quick else WINDOW
+            yield attention_case(name, heads, *attention(name, heads, tokens or 0, window, at))
+
+
+def attention_case(name: str, heads: Heads, call: Callable[[], Sequence[Tensor]], pairs: int) -> Case:
+    where = f"{name}, {heads.queries} ({heads.keys}) of {heads.size}"
+    flops = 4.0 * heads.queries * heads.size * pairs
+    alternatives = attention_blocks(heads.size)
+    return Case("prefix_attention", where, f"{TRITON}.prefix_attention", call, alternatives, TOLERANCE, flops)
+
+
+def wave_cases(heads: Heads, at: Setting) -> Iterator[Case]:
+    """All batches of a model's run, those with the most and the least to do; nothing for heads of no model here."""
+    if at.quick:
+        batches = largest_batches("Qwen3-0.6B", None, at.device, at.dtype, TINY_BUDGETS)[-2:]
+    elif heads in MODELS:
+        batches = largest_batches(MODELS[heads], MOST_BATCHES, at.device, at.dtype)
+    else:
+        return
+    parts = {f"wave, {len(batches)} batches": batches, "wave, largest": batches[:1], "wave, least": batches[-1:]}
+    for name, some in parts.items():
+        yield attention_case(name, heads, wave_attention(some, heads, at), sum(batch.pairs for batch in some))
+
+
+def wave_attention(batches: Sequence[WaveBatch], heads: Heads, at: Setting) -> Callable[[], Sequence[Tensor]]:
+    torch.manual_seed(0)
+    store = torch.randn(2, max(b.store_rows for b in batches), heads.keys, heads.size, device=at.device, dtype=at.dtype)
+    widest = max(b.num_queries for b in batches)
+    q = torch.randn(widest, heads.queries, heads.size, device=at.device, dtype=at.dtype)
+    outs = [torch.empty_like(q[: b.num_queries]) for b in batches]
+    op, scale = importlib.import_module(TRITON).prefix_attention, heads.size**-0.5
+
+    def call() -> Sequence[Tensor]:
+        for batch, out in zip(batches, outs, strict=True):
+            k, v = store[:, : batch.store_rows]
+            op(q[: batch.num_queries], k, v, batch.segments, scale, None, out)
+        return outs
+
+    return call
+
+
 def attention(
-    name: str, heads: Heads, tokens: int, window: int | None, device: torch.device, dtype: torch.dtype
-) -> Callable[[], Sequence[Tensor]]:
+    name: str, heads: Heads, tokens: int, window: int | None, at: Setting
+) -> tuple[Callable[[], Sequence[Tensor]], int]:
+    """A call, and its pairs of a query and a key that it sees."""
     if name == "branches":
         points = [point for point in range(50, tokens, 50) for _ in range(4)]
         paths = [[(0, point), (tokens + 3 * i, tokens + 3 * i + 3)] for i, point in enumerate(points)]
-        problem = draw(heads, [3] * len(points), paths, Place(device, dtype))
+        problem = draw(heads, [3] * len(points), paths, Place(at.device, at.dtype))
     else:
-        problem = draw(heads, [tokens], [[(0, tokens)]], Place(device, dtype))
+        problem = draw(heads, [tokens], [[(0, tokens)]], Place(at.device, at.dtype))
     out, scale = torch.empty_like(problem.q), heads.size**-0.5
     op = importlib.import_module(TRITON).prefix_attention
-    return lambda: [op(problem.q, problem.k, problem.v, problem.segments, scale, window, out).clone()]
+    seen = problem.segments.positions.long() + 1
+    pairs = int((seen if window is None else seen.clamp(max=window)).sum())
+    return lambda: [op(problem.q, problem.k, problem.v, problem.segments, scale, window, out)], pairs
+
+
+def compile_beforehand(names: Sequence[str], at: Setting, processes: int) -> None:
+    """Launches all of attention's alternatives on few tokens, each in a process of its own; those that follow find the
+    kernels in Triton's cache. To be called before this process uses the GPU, which a fork could not go on using."""
+    start, num_threads = time.perf_counter(), torch.get_num_threads()
+    torch.set_num_threads(1)  # threads of OpenMP would not be there after a fork
+    on_host = list(attention_cases(names, at._replace(device=CPU), few=True))
+    chosen = [(c, a) for c, case in enumerate(on_host) for a in [Alternative(TABLE, {}), *case.alternatives]]
+
+    def launch(c: int, alternative: Alternative) -> None:
+        case = list(attention_cases(names, at, few=True))[c]
+        with instead(case, alternative):
+            case.call()
+        if at.device.type == "cuda":
+            torch.cuda.synchronize(at.device)
+
+    tasks = {f"{on_host[c].name}: {a.name}": lambda c=c, a=a: launch(c, a) for c, a in chosen}
+    failures = run_in_processes(tasks, processes)
+    torch.set_num_threads(num_threads)
+    for name, why in failures.items():
+        print(f"not compiled: {name}: {why}", flush=True)
+    print(f"{len(tasks)} kernels compiled in {time.perf_counter() - start:.1f} s, {len(failures)} failed", flush=True)
 
 
 def tune(case: Case, repeats: int, device: torch.device) -> list[dict[str, object]]:
     """Each alternative that compiles, beside the table's choice; fastest first."""
-    expected = case.call()
+    expected = [result.clone() for result in case.call()]
 
     def run(alternative: Alternative) -> Sequence[Tensor]:
         with instead(case, alternative):
@@ -186,6 +286,7 @@ def tune(case: Case, repeats: int, device: torch.device) -> list[dict[str, objec
             "alternative": name,
             **timing.columns(),
             "times": round(timings[TABLE].median / timing.median, 3),
+            "tflops": round(case.flops / timing.median / 1e12, 1) if case.flops else "",
         }
         for name, timing in sorted(timings.items(), key=lambda item: item[1].median)
     ]
@@ -216,19 +317,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS)
+    parser.add_argument("--cases", nargs="+", choices=ATTENTION, default=list(ATTENTION), help="of attention")
+    parser.add_argument("--processes", type=int, help="that compile; default: on a GPU up to 16, else 0")
     parser.add_argument("--compile", action="store_true", help="for sm_90, on any machine; time nothing")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--name", help="CSV in results/; default: no file, with --compile tune_resources")
     options = parser.parse_args(arguments)
     rows: list[dict[str, object]] = []
+    ops, has_attention = [op for op in options.ops if op != "prefix_attention"], "prefix_attention" in options.ops
+    at = Setting(options.device, dtype_of(options), options.quick)
     if options.compile:
-        triton_ops = [op for op in options.ops if op != "cuda"]
-        for case in cases(triton_ops, CPU, torch.bfloat16, shapes=((1024, 1024),), quick=options.quick):
+        on_host, names = Setting(CPU, torch.bfloat16, options.quick), [n for n in options.cases if n != "wave"]
+        of_products = product_cases(
+            [op for op in ops if op != "cuda"], CPU, torch.bfloat16, ((1024, 1024),), options.quick
+        )
+        for case in chain(of_products, attention_cases(names, on_host) if has_attention else []):
             rows += account(case)
         write_csv(options.name or "tune_resources", rows, options.folder)
         return
+    default = min(16, len(os.sched_getaffinity(0))) if at.device.type == "cuda" else 0
+    processes = default if options.processes is None else options.processes
+    if has_attention and processes:
+        compile_beforehand(options.cases, at, processes)
     shapes = {"shapes": ((300, 64),)} if options.quick else {}
-    for case in cases(options.ops, options.device, dtype_of(options), quick=options.quick, **shapes):
+    of_products = product_cases(ops, at.device, at.dtype, quick=at.quick, **shapes)
+    for case in chain(attention_cases(options.cases, at) if has_attention else [], of_products):
         rows += tune(case, options.repeats, options.device)
         if options.name:
             write_csv(options.name, rows, options.folder, options.device)

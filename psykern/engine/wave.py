@@ -104,7 +104,7 @@ def _all_rows(wave: Wave, hidden: Tensor) -> list[_Call]:
             store_row=wave.num_carried + begin,
             query_rows=None,
             query_positions=positions[begin:end],
-            segments=_segments(wave, b),
+            segments=segments_of(wave, b),
         )
         calls.append(_Call(hidden[begin:end], hidden[begin:end], batch))
     return calls
@@ -130,7 +130,7 @@ def _response_rows(wave: Wave, all_rows: Sequence[_Call], out: Tensor) -> list[_
     return calls
 
 
-def _segments(wave: Wave, b: int) -> Segments:
+def segments_of(wave: Wave, b: int) -> Segments:
     """What the rows of batch ``b`` see."""
     first, stop = wave.batch_segments[b : b + 2].tolist()
     begin, end = wave.batch_offsets[b : b + 2].tolist()
