@@ -17,10 +17,11 @@ is the one that the others run, and a copy of it in fp32 is the oracle. First th
 should stay within 0.035 nats (0.003 where psykern computes in fp32); thrice that is refused. Then the others are
 warmed with these transcripts and timed once; psykern runs once and is timed ``--repeats`` times, and so is, but once,
 psykern:streamed, which holds two layers at a time: the last run must give the first one's bytes. GFLOP/s are compared
-with a square bf16 product. ``idle_share`` is the engine's; ``kernel_idle_share`` is what torch's profiler
-saw of one more run on CUDA: the share of the time from the first kernel to the last in which none ran; what each kernel
-took is in NAME_profile. ``encode_seconds`` and ``plan_seconds`` are in psykern's time, and the others are spared them.
-The file is written after each provider.
+with a square bf16 product after a pause (``matrix_gflops``), and with the products of one layer of the shape back to
+back for a second and a half (``sustained_gflops``), which is what the device keeps up. ``idle_share`` is the engine's;
+``kernel_idle_share`` is what torch's profiler saw of one more run on CUDA: the share of the time from the first kernel
+to the last in which none ran; what each kernel took is in NAME_profile. ``encode_seconds`` and ``plan_seconds`` are in
+psykern's time, and the others are spared them. The file is written after each provider.
 
 Tokens per second count the tokens of the transcripts, not those computed; GFLOP/s count what psykern computed
 (``budgets.cost``), over the whole time, and ``share_of_peak`` compares them with the processor's own peak for the
@@ -45,6 +46,8 @@ from pathlib import Path
 import numpy as np
 import rates
 import torch
+from bench_gpu_rates import layer_of, repeated
+from bench_prefix_attention import Place
 from comparison import Comparison, Distance, rms_of
 from harness import (
     CPU,
@@ -284,15 +287,25 @@ def bench_shape(options: argparse.Namespace) -> None:
         runs = {name: partial(run, user, whole) for name, run in BASELINES.items()}
         runs |= {name: partial(own, model, whole) for name, model in models.items()}
         warm_ups = {name: partial(run, user, short) for name, run in BASELINES.items()}
+        sustained = sustained_gflops(options, suitable.batch_tokens)
         rows, square = [], 64 if options.quick else 2048
         for measured in bench(shape_providers(whole.name, runs, warm_ups, options), device, square):
-            rows.append(
-                shape_row(whole, measured, model.spec, rms, options) | {"careful_rms_against_fp32": round(others, 6)}
-            )
+            row = shape_row(whole, measured, model.spec, rms, options)
+            share = round(float(str(row["gflops"])) / sustained, 3) if sustained and row["gflops"] else ""
+            row |= {"sustained_gflops": round(sustained, 1) if sustained else "", "share_of_sustained": share}
+            rows.append(row | {"careful_rms_against_fp32": round(others, 6)})
             if device.type == "cuda" and measured.name == "psykern":  # at once: what comes next may be cut
                 rows[-1]["kernel_idle_share"] = profile_run(runs["psykern"], options)
             print_row(rows[-1])
             save(rows, options)
+
+
+def sustained_gflops(options: argparse.Namespace, num_rows: int) -> float:
+    """Of the products of a layer; 0 on a CPU."""
+    if options.device.type == "cpu":
+        return 0.0
+    work = layer_of(options.shape, num_rows, Place(options.device, dtype_of(options)), options.quick)
+    return work.flops / repeated(work, 1.5, options.device)[0] / 1e9
 
 
 def profile_run(run: Callable[[], Scored], options: argparse.Namespace) -> float | str:
