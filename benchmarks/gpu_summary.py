@@ -52,7 +52,7 @@ def column(name: str, **where: object) -> Callable[[list[Row]], Iterator[float]]
 
     def values(rows: list[Row]) -> Iterator[float]:
         for row in rows:
-            if all(row[key] == value for key, value in where.items()) and row[name] not in ("", None):
+            if all(row.get(key) == value for key, value in where.items()) and row.get(name) not in ("", None):
                 yield float(row[name])
 
     return values
