@@ -194,7 +194,6 @@ def gluon(programs: int) -> SimpleNamespace:
         "num_programs": lambda axis: programs,
         "program_id": lambda axis: _own.program,
         "static_range": range,
-        "thread_barrier": lambda: None,
         "allocate_shared_memory": _allocate,
         "warp_specialize": _specialize,
     }
@@ -234,10 +233,11 @@ def on_cpu(module: ModuleType, processors: int) -> Iterator[None]:
         "attention_kernel": Launcher(),
         "gl": module.gl,
         "mbarrier": barriers,
-        "tma": SimpleNamespace(async_copy_global_to_shared=_copy),
+        "fetch": _copy,
         "warpgroup_mma": _multiply,
         "warpgroup_mma_wait": _wait,
         "fence_async_shared": lambda: None,
+        "meet": lambda: None,
         "_descriptor": lambda x, head_dim: Descriptor(x, 128, head_dim),
         "_num_processors": lambda device: processors,
     }

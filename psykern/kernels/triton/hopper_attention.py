@@ -41,6 +41,9 @@ from psykern.kernels.triton.prefix_attention import (
 )
 
 HEAD_DIMS = (64, 128)
+# As this version of Triton calls them.
+fetch = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+meet = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # the threads of a partition
 _ROWS = 64  # of a warpgroup: the least of a product
 _TILE_ROWS = 2 * _ROWS
 _BLOCK_N = 128
@@ -170,7 +173,7 @@ def clear_behind(buffer, length, Dh: gl.constexpr, BLOCK_N: gl.constexpr):
             x = rows.load(layout)
             rows.store(gl.where((16 * s + offs < length)[:, None], x, gl.zeros_like(x)))
     fence_async_shared()
-    gl.thread_barrier()
+    meet()
 
 
 @gluon.jit
@@ -211,14 +214,14 @@ def produce(
                     mbarrier.wait(k_empty.index(stage), phase ^ 1)
                     mbarrier.expect(k_full.index(stage), BLOCK_N * Dh * 2)
                     place_k = [row + i, head * Dh]
-                    tma.async_copy_global_to_shared(k_desc, place_k, k_full.index(stage), k_buffers.index(stage))
+                    fetch(k_desc, place_k, k_full.index(stage), k_buffers.index(stage))
                     mbarrier.wait(v_empty.index(stage), phase ^ 1)
                     if i + BLOCK_N <= length:
                         mbarrier.expect(v_full.index(stage), BLOCK_N * Dh * 2)
-                        tma.async_copy_global_to_shared(v_desc, place_k, v_full.index(stage), v_buffers.index(stage))
+                        fetch(v_desc, place_k, v_full.index(stage), v_buffers.index(stage))
                     else:
                         mbarrier.expect(landed, BLOCK_N * Dh * 2)
-                        tma.async_copy_global_to_shared(v_desc, place_k, landed, v_buffers.index(stage))
+                        fetch(v_desc, place_k, landed, v_buffers.index(stage))
                         mbarrier.wait(landed, cleared % 2)
                         cleared += 1
                         clear_behind(v_buffers.index(stage), length - i, Dh, BLOCK_N)
@@ -288,10 +291,10 @@ def consume(
             columns = ((head * GROUP + io_m % GROUP) * Dh)[:, None] + offs_d[None, :]
             mask = gl.expand_dims(query < end_query, 1)
             q = gl.load(q_ptr + query.to(gl.int64)[:, None] * stride_qn + columns, mask=mask, other=0.0)
-            gl.thread_barrier()  # all have read the outputs of the tile before
+            meet()  # all have read the outputs of the tile before
             q_buffer.store(q)
             fence_async_shared()
-            gl.thread_barrier()
+            meet()
 
             query = first_query + (HALF * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, s_layout))) // GROUP
             is_query = query < end_query
@@ -338,9 +341,9 @@ def consume(
                 place += length
 
             o = acc / gl.convert_layout(total, gl.SliceLayout(1, o_layout))[:, None]
-            gl.thread_barrier()  # all have multiplied the queries
+            meet()  # all have multiplied the queries
             q_buffer.store(o.to(dtype))
-            gl.thread_barrier()
+            meet()
             o = q_buffer.load(io_layout)
             query = first_query + io_m // GROUP
             columns = ((head * GROUP + io_m % GROUP) * Dh)[:, None] + offs_d[None, :]
@@ -395,7 +398,7 @@ def attention_kernel(
         mbarrier.init(v_empty.index(s), count=2)
     mbarrier.init(landed, count=1)
     fence_async_shared()
-    gl.thread_barrier()
+    meet()
 
     k_ring = (k_buffers, k_full, k_empty)
     v_ring = (v_buffers, v_full, v_empty)
