@@ -242,6 +242,127 @@ def soften(scores, maximum, total, scale):
 
 
 @gluon.jit
+def masked(scores, i, span, sees):
+    """Scores of the block of keys from ``i`` on, -inf for those that a query does not see."""
+    _, end, common_begin, common_end = span
+    place, lows, highs = sees
+    if (i < common_begin) | (i >= common_end):
+        places = place + i + gl.arange(0, scores.shape[1], layout=gl.SliceLayout(0, scores.type.layout))
+        highs = gl.minimum(highs, place + end)
+        is_seen = (places[None, :] >= lows[:, None]) & (places[None, :] < highs[:, None])
+        scores = gl.where(is_seen, scores, float("-inf"))
+    return scores
+
+
+@gluon.jit
+def multiply_keys(q_buffer, k_ring, count, like, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
+    """Begins the product of the queries with block ``count`` of the keys."""
+    k_buffers, k_full, _ = k_ring
+    stage = count % STAGES
+    mbarrier.wait(k_full.index(stage), (count // STAGES) % 2)
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    zeros = gl.zeros([like.shape[0], BLOCK_N], gl.float32, layout=layout)
+    k = k_buffers.index(stage).permute((1, 0))
+    return warpgroup_mma(q_buffer, k, zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def multiply_values(weights, v_ring, count, acc, STAGES: gl.constexpr):
+    """Begins to add the product of the weights with block ``count`` of the values."""
+    v_buffers, v_full, _ = v_ring
+    stage = count % STAGES
+    mbarrier.wait(v_full.index(stage), (count // STAGES) % 2)
+    return warpgroup_mma(weights, v_buffers.index(stage), acc, is_async=True)
+
+
+@gluon.jit
+def release(ring, count, STAGES: gl.constexpr):
+    _, _, empty = ring
+    mbarrier.arrive(empty.index(count % STAGES), count=1)
+
+
+@gluon.jit
+def as_operand(weights, acc, dtype: gl.constexpr):
+    layout: gl.constexpr = gl.DotOperandLayout(0, acc.type.layout, 2)
+    return gl.convert_layout(weights.to(dtype), layout)
+
+
+@gluon.jit
+def rescaled(acc, rescale):
+    return acc * gl.convert_layout(rescale, gl.SliceLayout(1, acc.type.layout))[:, None]
+
+
+@gluon.jit
+def attend(
+    softmax,  # (acc [ROWS, Dh], maximum [ROWS], total [ROWS]) of the keys before
+    q_buffer,
+    k_ring,
+    v_ring,
+    count,  # of blocks before
+    span,  # (begin, end, common_begin, common_end), see ``range_of``
+    sees,  # (place, lows [ROWS], highs [ROWS]): place of the range's first key; those that a query sees
+    scale,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """``softmax`` with the keys of a range. Exponentials wait for products, which the other warpgroup does beside."""
+    acc, maximum, total = softmax
+    begin, end, _, _ = span
+    for i in range(begin, end, BLOCK_N):
+        scores = multiply_keys(q_buffer, k_ring, count, acc, BLOCK_N, STAGES)
+        scores = warpgroup_mma_wait(num_outstanding=0, deps=(scores,))
+        release(k_ring, count, STAGES)
+        weights, maximum, total, rescale = soften(masked(scores, i, span, sees), maximum, total, scale)
+        weights = as_operand(weights, acc, q_buffer.dtype)
+        acc = multiply_values(weights, v_ring, count, rescaled(acc, rescale), STAGES)
+        acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+        release(v_ring, count, STAGES)
+        count += 1
+    return acc, maximum, total, count
+
+
+@gluon.jit
+def attend_beside(
+    softmax,
+    q_buffer,
+    k_ring,
+    v_ring,
+    count,
+    span,
+    sees,
+    scale,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """As ``attend``, but the values of the block before are multiplied beside the exponentials of each."""
+    acc, maximum, total = softmax
+    begin, end, _, _ = span
+    if begin < end:
+        scores = multiply_keys(q_buffer, k_ring, count, acc, BLOCK_N, STAGES)
+        scores = warpgroup_mma_wait(num_outstanding=0, deps=(scores,))
+        release(k_ring, count, STAGES)
+        weights, maximum, total, rescale = soften(masked(scores, begin, span, sees), maximum, total, scale)
+        acc = rescaled(acc, rescale)
+        operand = as_operand(weights, acc, q_buffer.dtype)
+        for i in range(begin + BLOCK_N, end, BLOCK_N):
+            scores = multiply_keys(q_buffer, k_ring, count + 1, acc, BLOCK_N, STAGES)
+            product = multiply_values(operand, v_ring, count, acc, STAGES)
+            scores = warpgroup_mma_wait(num_outstanding=1, deps=(scores,))
+            release(k_ring, count + 1, STAGES)
+            weights, maximum, total, rescale = soften(masked(scores, i, span, sees), maximum, total, scale)
+            acc = warpgroup_mma_wait(num_outstanding=0, deps=(product,))
+            release(v_ring, count, STAGES)
+            acc = rescaled(acc, rescale)
+            operand = as_operand(weights, acc, q_buffer.dtype)
+            count += 1
+        acc = multiply_values(operand, v_ring, count, acc, STAGES)
+        acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+        release(v_ring, count, STAGES)
+        count += 1
+    return acc, maximum, total, count
+
+
+@gluon.jit
 def consume(
     q_ptr,
     out_ptr,
@@ -263,20 +384,17 @@ def consume(
     Dh: gl.constexpr,
     GROUP: gl.constexpr,
     HAS_WINDOW: gl.constexpr,
+    OVERLAP: gl.constexpr,
     ROWS: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """Answers one half of the rows of all tiles. Row m of a tile is query m // GROUP, head m % GROUP."""
-    k_buffers, k_full, k_empty = k_ring
-    v_buffers, v_full, v_empty = v_ring
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, Dh, 16])
-    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     io_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // Dh, Dh // 8], [4, 1], [1, 0])
     scale = softmax_scale * LOG2E
-    offs_n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, s_layout))
     offs_d = gl.arange(0, Dh, layout=gl.SliceLayout(0, io_layout))
     io_m = HALF * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, io_layout))
     count = 0
@@ -316,28 +434,17 @@ def consume(
                     if HAS_WINDOW:
                         lows = gl.maximum(lows, highs - window)
                     place = row
-                for i in range(begin, end, BLOCK_N):
-                    stage = count % STAGES
-                    phase = (count // STAGES) % 2
-                    mbarrier.wait(k_full.index(stage), phase)
-                    scores = gl.zeros([ROWS, BLOCK_N], gl.float32, layout=s_layout)
-                    k = k_buffers.index(stage).permute((1, 0))
-                    scores = warpgroup_mma(q_buffer, k, scores, use_acc=False, is_async=True)
-                    scores = warpgroup_mma_wait(num_outstanding=0, deps=(scores,))
-                    mbarrier.arrive(k_empty.index(stage), count=1)
-                    if (i < common_begin) | (i >= common_end):
-                        places = place + i + offs_n
-                        ends = gl.minimum(highs, place + end)
-                        is_seen = (places[None, :] >= lows[:, None]) & (places[None, :] < ends[:, None])
-                        scores = gl.where(is_seen, scores, float("-inf"))
-                    weights, maximum, total, rescale = soften(scores, maximum, total, scale)
-                    acc = acc * gl.convert_layout(rescale, gl.SliceLayout(1, o_layout))[:, None]
-                    p = gl.convert_layout(weights.to(dtype), p_layout)
-                    mbarrier.wait(v_full.index(stage), phase)
-                    acc = warpgroup_mma(p, v_buffers.index(stage), acc, is_async=True)
-                    acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
-                    mbarrier.arrive(v_empty.index(stage), count=1)
-                    count += 1
+                span = (begin, end, common_begin, common_end)
+                sees = (place, lows, highs)
+                softmax = (acc, maximum, total)
+                if OVERLAP:
+                    acc, maximum, total, count = attend_beside(
+                        softmax, q_buffer, k_ring, v_ring, count, span, sees, scale, BLOCK_N, STAGES
+                    )
+                else:
+                    acc, maximum, total, count = attend(
+                        softmax, q_buffer, k_ring, v_ring, count, span, sees, scale, BLOCK_N, STAGES
+                    )
                 place += length
 
             o = acc / gl.convert_layout(total, gl.SliceLayout(1, o_layout))[:, None]
@@ -448,6 +555,7 @@ def attention_kernel(
                     Dh,
                     GROUP,
                     HAS_WINDOW,
+                    OVERLAP,
                     ROWS,
                     BLOCK_N,
                     STAGES,
@@ -476,6 +584,7 @@ def attention_kernel(
                     Dh,
                     GROUP,
                     HAS_WINDOW,
+                    OVERLAP,
                     ROWS,
                     BLOCK_N,
                     STAGES,
