@@ -30,6 +30,6 @@ def test_equals_fp64(layout: Layout, window: int | None, overlap: bool) -> None:
             named[layout.path(s)] = True
         x[~named] = math.nan
     out = torch.full_like(q, math.nan)
-    with on_cpu(hopper_attention, processors=3):
+    with on_cpu(processors=3):
         got = hopper_attention.prefix_attention(q, k, v, segments, SCALE, window, out, overlap=overlap)
     torch.testing.assert_close(got.double(), truth, atol=4e-3, rtol=0)

@@ -11,12 +11,16 @@ import math
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock, patch
 
 import torch
 from torch import Tensor
+from triton.experimental.gluon._runtime import GluonJITFunction
+from triton.language import constexpr
+
+from psykern.kernels.triton import hopper_attention, hopper_kernel
 
 PATIENCE = 20.0  # seconds, of a barrier
 _own = threading.local()  # program: its index; products: those not waited for
@@ -58,6 +62,14 @@ class Shared:
     def __init__(self, data: Any) -> None:
         self.data = data
 
+    @property
+    def shape(self) -> Sequence[int]:
+        return [len(self.data), 1] if isinstance(self.data, list) else self.data.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.data.dtype
+
     def index(self, i: Any) -> Any:
         return self.data[int(i)] if isinstance(self.data, list) else Shared(self.data[int(i)])
 
@@ -76,7 +88,7 @@ class Shared:
 
 class Descriptor:
     def __init__(self, x: Tensor, rows: int, columns: int) -> None:
-        self.x, self.rows, self.columns, self.layout = x, rows, columns, None
+        self.x, self.rows, self.columns, self.dtype, self.layout = x, rows, columns, x.dtype, None
 
 
 def _load(pointer: Pointer, mask: Any = True, other: Any = 0) -> Tensor:
@@ -157,7 +169,7 @@ def _specialize(parts: Sequence[tuple[Any, tuple[Any, ...]]], warps: Sequence[in
 
 def _allocate(dtype: Any, shape: Sequence[int], layout: object) -> Any:
     if dtype is torch.int64:
-        return Shared([Barrier() for _ in range(shape[0])]) if len(shape) == 2 else Barrier()
+        return Shared([Barrier() for _ in range(shape[0])])
     return Shared(torch.full(tuple(shape), math.nan, dtype=dtype))
 
 
@@ -202,46 +214,42 @@ def gluon(programs: int) -> SimpleNamespace:
 
 
 @contextmanager
-def on_cpu(module: ModuleType, processors: int) -> Iterator[None]:
-    """``module`` with its kernel run on the CPU, as by a GPU of so many multiprocessors."""
-    from triton.experimental.gluon._runtime import GluonJITFunction
-    from triton.language import constexpr
-
-    kernel = module.attention_kernel
-
-    class Launcher:
-        def __getitem__(self, grid: tuple[int]) -> Any:
-            def launch(*arguments: Any, num_warps: int, **options: Any) -> None:
-                module.gl = gluon(grid[0])
-                values = [Pointer(a) if isinstance(a, Tensor) else a for a in arguments]
-                for program in range(grid[0]):
-                    _own.program = program
-                    kernel.fn(*values, **options)
-
-            return launch
-
-    barriers = SimpleNamespace(
-        MBarrierLayout=MagicMock(),
-        init=_init,
-        wait=lambda barrier, phase: barrier.wait(phase),
-        arrive=lambda barrier, count=1: barrier.arrive(count),
-        expect=lambda barrier, size: None,  # its arrival is the copy's
-    )
-    instead = {n: f.fn for n, f in vars(module).items() if isinstance(f, GluonJITFunction)}
-    instead |= {n: x.value for n, x in vars(module).items() if isinstance(x, constexpr)}
-    instead |= {
-        "attention_kernel": Launcher(),
-        "gl": module.gl,
-        "mbarrier": barriers,
+def on_cpu(processors: int) -> Iterator[None]:
+    """``hopper_attention`` with its kernel run on the CPU, as by a GPU of so many multiprocessors."""
+    words = {n: f.fn for n, f in vars(hopper_kernel).items() if isinstance(f, GluonJITFunction)}
+    words |= {n: x.value for n, x in vars(hopper_kernel).items() if isinstance(x, constexpr)}
+    words |= {
+        "product_layout": MagicMock(),
+        "rows_layout": MagicMock(),
+        "mbarrier": SimpleNamespace(
+            MBarrierLayout=MagicMock(),
+            init=_init,
+            wait=lambda barrier, phase, pred=True: barrier.wait(phase) if pred else None,
+            arrive=lambda barrier, count: barrier.arrive(count),
+            expect=lambda barrier, size: None,  # its arrival is the copy's
+        ),
         "fetch": _copy,
         "warpgroup_mma": _multiply,
         "warpgroup_mma_wait": _wait,
         "fence_async_shared": lambda: None,
         "meet": lambda: None,
-        "_descriptor": lambda x, head_dim: Descriptor(x, 128, head_dim),
-        "_num_processors": lambda device: processors,
     }
-    with ExitStack() as stack:
-        for name, value in instead.items():
-            stack.enter_context(patch.object(module, name, value))
+
+    class Launcher:
+        def __getitem__(self, grid: tuple[int]) -> Any:
+            def launch(*arguments: Any, num_warps: int, **options: Any) -> None:
+                values = [Pointer(a) if isinstance(a, Tensor) else a for a in arguments]
+                with ExitStack() as stack:
+                    for name, value in (words | {"gl": gluon(grid[0])}).items():
+                        stack.enter_context(patch.object(hopper_kernel, name, value))
+                    for _own.program in range(grid[0]):
+                        hopper_kernel.attention_kernel(*values, **options)
+
+            return launch
+
+    with (
+        patch.object(hopper_attention, "attention_kernel", Launcher()),
+        patch.object(hopper_attention, "_descriptor", lambda x, head_dim: Descriptor(x, 128, head_dim)),
+        patch.object(hopper_attention, "_num_processors", lambda device: processors),
+    ):
         yield
