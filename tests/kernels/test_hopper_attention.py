@@ -15,13 +15,14 @@ from support.gluon_on_cpu import on_cpu
 from psykern.kernels.triton import hopper_attention
 
 RAGGED = Layout(tuple((range(n), [(a, a + n)]) for n, a in ((1, 0), (127, 2), (128, 130), (129, 260), (300, 391))))
+WAYS = {"apart": {}, "overlap": {"overlap": True}, "turns": {"overlap": True, "turns": True}}
 ALL = LAYOUTS | LONG | {"ragged": RAGGED}
 
 
-@pytest.mark.parametrize("overlap", [False, True], ids=["warps", "overlap"])
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("window", [None, 2, 200], ids=lambda w: f"window-{w}")
 @pytest.mark.parametrize("layout", ALL.values(), ids=ALL)
-def test_equals_fp64(layout: Layout, window: int | None, overlap: bool) -> None:
+def test_equals_fp64(layout: Layout, window: int | None, way: dict[str, bool]) -> None:
     q, k, v, segments = problem(layout, (8, 2), 64, torch.float16)
     truth = fp64(layout, q, k, v, window)
     for x in (k, v):
@@ -31,5 +32,5 @@ def test_equals_fp64(layout: Layout, window: int | None, overlap: bool) -> None:
         x[~named] = math.nan
     out = torch.full_like(q, math.nan)
     with on_cpu(processors=3):
-        got = hopper_attention.prefix_attention(q, k, v, segments, SCALE, window, out, overlap=overlap)
+        got = hopper_attention.prefix_attention(q, k, v, segments, SCALE, window, out, **way)
     torch.testing.assert_close(got.double(), truth, atol=4e-3, rtol=0)

@@ -35,10 +35,11 @@ def prefix_attention(
     out: Tensor,
     *,
     overlap: bool = False,
+    turns: bool = False,
     persistent: bool = True,
 ) -> Tensor:
-    """With ``overlap`` a warpgroup also multiplies beside its own exponentials. Without ``persistent`` a program
-    answers one tile."""
+    """With ``overlap`` a warpgroup also multiplies beside its own exponentials, and with ``turns`` the two begin their
+    products in turns. Without ``persistent`` a program answers one tile."""
     if q.numel() == 0:
         return out
     q, k, v = dense_rows(q), dense_rows(k.to(q.dtype)), dense_rows(v.to(q.dtype))
@@ -69,6 +70,7 @@ def prefix_attention(
             GROUP=group,
             HAS_WINDOW=window is not None,
             OVERLAP=overlap,
+            TURNS=turns,
             BLOCK_N=_BLOCK_N,
             STAGES=_STAGES,
             REGISTERS=_REGISTERS,

@@ -119,7 +119,7 @@ def produce(
             tile_ptr = tables[0] + tile * NUM_COLUMNS
             place = 0
             for r in range(gl.load(tile_ptr + FIRST_RANGE), end_range_of(tile_ptr)):
-                is_tail, row, length, span = range_of(tile_ptr, tables[1], r, place, window, HAS_WINDOW, BLOCK_N)
+                _is_tail, row, length, span = range_of(tile_ptr, tables[1], r, place, window, HAS_WINDOW, BLOCK_N)
                 for i in range(span[0], span[1], BLOCK_N):
                     fetch_block(k_desc, k_ring, count, row + i, head * Dh, k_ring[1], Dh, BLOCK_N, STAGES)
                     if i + BLOCK_N <= length:
@@ -134,9 +134,7 @@ def produce(
 
 
 @gluon.jit
-def fetch_block(
-    desc, ring, count, row, column, full, Dh: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr
-):
+def fetch_block(desc, ring, count, row, column, full, Dh: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
     """Into the buffer of block ``count``, once it is empty; then the barrier in ``full`` opens."""
     buffers, _, empty = ring
     stage = count % STAGES
@@ -251,6 +249,19 @@ def attend(
 
 
 @gluon.jit
+def await_turn(turns, count, HALF: gl.constexpr):
+    """Until the other half has begun what comes before this half's products of block ``count``."""
+    if turns.shape[0] == 2:
+        mbarrier.wait(turns.index(HALF), count % 2 ^ (1 - HALF))
+
+
+@gluon.jit
+def pass_turn(turns, HALF: gl.constexpr):
+    if turns.shape[0] == 2:
+        mbarrier.arrive(turns.index(1 - HALF), count=1)
+
+
+@gluon.jit
 def attend_beside(
     softmax,
     q_buffer,
@@ -260,15 +271,20 @@ def attend_beside(
     span,
     sees,
     scale,
+    turns,
+    HALF: gl.constexpr,
     Dh: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """As ``attend``, but the values of the block before are multiplied beside the exponentials of each."""
+    """As ``attend``, but the values of the block before are multiplied beside the exponentials of each. The halves
+    begin their products in turns, so that they do not take exponentials at the same time."""
     acc, maximum, total = softmax
     begin, end, _, _ = span
     if begin < end:
+        await_turn(turns, count, HALF)
         scores = multiply_keys(q_buffer, k_ring, count, BLOCK_N, STAGES)
+        pass_turn(turns, HALF)
         scores = warpgroup_mma_wait(num_outstanding=0, deps=(scores,))
         release(k_ring, count, STAGES)
         weights, maximum, total, rescale = soften(masked(scores, begin, span, sees, BLOCK_N), maximum, total, scale)
@@ -276,8 +292,10 @@ def attend_beside(
         operand = as_operand(weights, q_buffer.dtype, Dh)
         for i in range(begin + BLOCK_N, end, BLOCK_N):
             count += 1
+            await_turn(turns, count, HALF)
             scores = multiply_keys(q_buffer, k_ring, count, BLOCK_N, STAGES)
             product = multiply_values(operand, v_ring, count - 1, acc, STAGES)
+            pass_turn(turns, HALF)
             scores = warpgroup_mma_wait(num_outstanding=1, deps=(scores,))
             release(k_ring, count, STAGES)
             weights, maximum, total, rescale = soften(masked(scores, i, span, sees, BLOCK_N), maximum, total, scale)
@@ -314,6 +332,7 @@ def answer_tile(
     k_ring,
     v_ring,
     count,
+    turns,  # two barriers: of each half's turn; or one, without turns
     tables,
     window,
     scale,
@@ -350,7 +369,7 @@ def answer_tile(
         sees = (place, lows, highs)
         if OVERLAP:
             acc, maximum, total, count = attend_beside(
-                softmax, q_buffer, k_ring, v_ring, count, span, sees, scale, Dh, BLOCK_N, STAGES
+                softmax, q_buffer, k_ring, v_ring, count, span, sees, scale, turns, HALF, Dh, BLOCK_N, STAGES
             )
         else:
             acc, maximum, total, count = attend(
@@ -368,6 +387,7 @@ def consume(
     q_buffer,
     k_ring,
     v_ring,
+    turns,
     tables,
     work,
     softmax_scale,
@@ -393,10 +413,11 @@ def consume(
             fence_async_shared()
             meet()
             o, count = answer_tile(
-                tile_ptr, q_buffer, k_ring, v_ring, count, tables, window, softmax_scale * LOG2E,
+                tile_ptr, q_buffer, k_ring, v_ring, count, turns, tables, window, softmax_scale * LOG2E,
                 HALF, Dh, GROUP, HAS_WINDOW, OVERLAP, BLOCK_N, STAGES,
             )  # fmt: skip
-            meet()  # all have multiplied the queries, whose buffer the outputs pass through, for whole rows to be stored
+            # Outputs pass through the queries' buffer, so that whole rows are stored.
+            meet()  # all have multiplied the queries
             q_buffer.store(o.to(q_buffer.dtype))
             meet()
             places, mask = rows_of(tile_ptr, head, strides[1], HALF, GROUP, Dh)
@@ -427,6 +448,7 @@ def attention_kernel(
     GROUP: gl.constexpr,
     HAS_WINDOW: gl.constexpr,
     OVERLAP: gl.constexpr,
+    TURNS: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
@@ -437,6 +459,7 @@ def attention_kernel(
     k_ring = ring_of(k_desc, Dh, BLOCK_N, STAGES)
     v_ring = ring_of(v_desc, Dh, BLOCK_N, STAGES)
     landed = barriers_of(1, 1)
+    turns = barriers_of(2 if TURNS else 1, 1)
     fence_async_shared()
     meet()
     tables = (table_ptr, key_ranges_ptr, limits_ptr, tails_ptr, positions_ptr)
@@ -447,9 +470,9 @@ def attention_kernel(
     gl.warp_specialize(
         [
             (produce, (k_desc, v_desc, k_ring, v_ring, landed, tables, work, Dh, HAS_WINDOW, BLOCK_N, STAGES)),
-            (consume, (q_ptr, out_ptr, strides, q_buffers.index(0), k_ring, v_ring, tables, work, softmax_scale,
+            (consume, (q_ptr, out_ptr, strides, q_buffers.index(0), k_ring, v_ring, turns, tables, work, softmax_scale,
                        upper, Dh, GROUP, HAS_WINDOW, OVERLAP, BLOCK_N, STAGES)),
-            (consume, (q_ptr, out_ptr, strides, q_buffers.index(1), k_ring, v_ring, tables, work, softmax_scale,
+            (consume, (q_ptr, out_ptr, strides, q_buffers.index(1), k_ring, v_ring, turns, tables, work, softmax_scale,
                        lower, Dh, GROUP, HAS_WINDOW, OVERLAP, BLOCK_N, STAGES)),
         ],
         [4, 4],
