@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
@@ -177,6 +178,12 @@ def _both(op: Any) -> Any:
     return lambda a, b: op(torch.as_tensor(a), torch.as_tensor(b))
 
 
+def _arrive(barrier: Barrier, count: int) -> None:
+    barrier.arrive(count)
+    if _own.products:
+        time.sleep(0.002)  # a buffer released while a product still reads it is overwritten meanwhile
+
+
 def _init(barrier: Barrier, count: int) -> None:
     barrier.count = barrier.pending = count
 
@@ -225,7 +232,7 @@ def on_cpu(processors: int) -> Iterator[None]:
             MBarrierLayout=MagicMock(),
             init=_init,
             wait=lambda barrier, phase, pred=True: barrier.wait(phase) if pred else None,
-            arrive=lambda barrier, count: barrier.arrive(count),
+            arrive=_arrive,
             expect=lambda barrier, size: None,  # its arrival is the copy's
         ),
         "fetch": _copy,
