@@ -41,7 +41,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import rates
@@ -99,6 +101,11 @@ OWN: dict[str, Backend] = {
     "psykern:reference": "reference",
     "psykern:stored": "auto",
     "psykern:bf16": "auto",
+}
+HOPPER: dict[str, dict[str, bool]] = {  # psykern with this attention
+    "psykern:warps": {},
+    "psykern:overlap": {"overlap": True},
+    "psykern:turns": {"overlap": True, "turns": True},
 }
 BASELINES = {"study": run_study_procedure, "careful": run_careful_user}
 Runs = Mapping[str, Callable[[], Scored]]  # by the provider's name
@@ -286,6 +293,7 @@ def bench_shape(options: argparse.Namespace) -> None:
             models["psykern:streamed"] = Model(folder, model.compute, num_slots=2)
         runs = {name: partial(run, user, whole) for name, run in BASELINES.items()}
         runs |= {name: partial(own, model, whole) for name, model in models.items()}
+        runs |= {name: partial(attending, name, runs["psykern"]) for name in options.providers if name in HOPPER}
         warm_ups = {name: partial(run, user, short) for name, run in BASELINES.items()}
         sustained = sustained_gflops(options, suitable.batch_tokens)
         rows, square = [], 64 if options.quick else 2048
@@ -294,8 +302,8 @@ def bench_shape(options: argparse.Namespace) -> None:
             share = round(float(str(row["gflops"])) / sustained, 3) if sustained and row["gflops"] else ""
             row |= {"sustained_gflops": round(sustained, 1) if sustained else "", "share_of_sustained": share}
             rows.append(row | {"careful_rms_against_fp32": round(others, 6)})
-            if device.type == "cuda" and measured.name == "psykern":  # at once: what comes next may be cut
-                rows[-1]["kernel_idle_share"] = profile_run(runs["psykern"], options)
+            if device.type == "cuda" and measured.name in ("psykern", *HOPPER):  # at once: what comes next may be cut
+                rows[-1]["kernel_idle_share"] = profile_run(measured.name, runs[measured.name], options)
             print_row(rows[-1])
             save(rows, options)
 
@@ -308,13 +316,21 @@ def sustained_gflops(options: argparse.Namespace, num_rows: int) -> float:
     return work.flops / repeated(work, 1.5, options.device)[0] / 1e9
 
 
-def profile_run(run: Callable[[], Scored], options: argparse.Namespace) -> float | str:
+def attending(provider: str, run: Callable[[], Scored]) -> Scored:
+    """``run`` with a variant of Hopper's attention in the place of what psykern takes."""
+    triton = import_module("psykern.kernels.triton")
+    attention = import_module("psykern.kernels.triton.hopper_attention").prefix_attention
+    with patch.object(triton, "prefix_attention", partial(attention, **HOPPER[provider])):
+        return run()
+
+
+def profile_run(provider: str, run: Callable[[], Scored], options: argparse.Namespace) -> float | str:
     """The share of the time in which no kernel ran, in one more run; what each kernel took goes to a file beside."""
     share, kernels = profile_kernels(run)
     for row in kernels[:12]:
         print_row(row)
     if options.name:
-        write_csv(f"{options.name}_profile", kernels, options.folder, options.device)
+        write_csv(f"{options.name}_profile_{provider.rpartition(':')[2]}", kernels, options.folder, options.device)
     return "" if share is None else round(share, 4)
 
 
@@ -361,7 +377,7 @@ def shape_providers(study: str, runs: Runs, warm_ups: Runs, options: argparse.Na
         release(options.device)
         first = warm_ups.get(name, runs[name])()
         before = None if name in warm_ups else first.logprob
-        repeats = options.repeats if name == "psykern" else 1
+        repeats = options.repeats if name in ("psykern", *HOPPER) else 1
         verify = partial(comparison.check, name, distance, before=before)
         yield Provider(name, runs[name], dtype_of(options), repeats, verify)
 
