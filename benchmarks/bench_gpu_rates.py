@@ -123,6 +123,21 @@ def products(place: Place, quick: bool) -> Iterator[Work]:
     yield Work("products", "copy", f"{x.numel()}", lambda: y.copy_(x), num_bytes=2 * x.nbytes)
 
 
+def layer_of(shape: str, rows: int, place: Place, quick: bool = False) -> Work:
+    """The products of one layer in turn, as a layer has them: what a run would reach if it did nothing else."""
+    config = SHAPES[shape]
+    size, inner, head = (24, 40, 8) if quick else [config[k] for k in ("hidden_size", "intermediate_size", "head_dim")]
+    queries, keys = (head * config[f"num_{k}_heads"] for k in ("attention", "key_value"))
+    sides = ((queries + 2 * keys, size), (size, queries), (2 * inner, size), (size, inner))
+    arrays = [(normal(place, rows, k), normal(place, m, k), normal(place, rows, m)) for m, k in sides]
+
+    def run() -> None:
+        for x, weight, out in arrays:
+            torch.mm(x, weight.T, out=out)
+
+    return Work("products", "layer", shape, run, sum(2.0 * rows * m * k for m, k in sides))
+
+
 def attention(place: Place, quick: bool) -> Iterator[Work]:
     """One sequence from its start on."""
     large, small = Heads(32, 8, 128), Heads(16, 8, 128)  # of Qwen3-8B and of Qwen3-0.6B

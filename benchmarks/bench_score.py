@@ -17,10 +17,11 @@ is the one that the others run, and a copy of it in fp32 is the oracle. First th
 should stay within 0.035 nats (0.003 where psykern computes in fp32); thrice that is refused. Then the others are
 warmed with these transcripts and timed once; psykern runs once and is timed ``--repeats`` times, and so is, but once,
 psykern:streamed, which holds two layers at a time: the last run must give the first one's bytes. GFLOP/s are compared
-with a square bf16 product. ``idle_share`` is the engine's; ``kernel_idle_share`` is what torch's profiler
-saw of one more run on CUDA: the share of the time from the first kernel to the last in which none ran; what each kernel
-took is in NAME_profile. ``encode_seconds`` and ``plan_seconds`` are in psykern's time, and the others are spared them.
-The file is written after each provider.
+with a square bf16 product after a pause (``matrix_gflops``), and with the products of one layer of the shape back to
+back for a second and a half (``sustained_gflops``), which is what the device keeps up. ``idle_share`` is the engine's;
+``kernel_idle_share`` is what torch's profiler saw of one more run on CUDA: the share of the time from the first kernel
+to the last in which none ran; what each kernel took is in NAME_profile. ``encode_seconds`` and ``plan_seconds`` are in
+psykern's time, and the others are spared them. The file is written after each provider.
 
 Tokens per second count the tokens of the transcripts, not those computed; GFLOP/s count what psykern computed
 (``budgets.cost``), over the whole time, and ``share_of_peak`` compares them with the processor's own peak for the
@@ -40,11 +41,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import rates
 import torch
+from bench_gpu_rates import layer_of, repeated
+from bench_prefix_attention import Place
 from comparison import Comparison, Distance, rms_of
 from harness import (
     CPU,
@@ -96,6 +101,11 @@ OWN: dict[str, Backend] = {
     "psykern:reference": "reference",
     "psykern:stored": "auto",
     "psykern:bf16": "auto",
+}
+HOPPER: dict[str, dict[str, bool]] = {  # psykern with this attention
+    "psykern:warps": {},
+    "psykern:overlap": {"overlap": True},
+    "psykern:turns": {"overlap": True, "turns": True},
 }
 BASELINES = {"study": run_study_procedure, "careful": run_careful_user}
 Runs = Mapping[str, Callable[[], Scored]]  # by the provider's name
@@ -283,25 +293,44 @@ def bench_shape(options: argparse.Namespace) -> None:
             models["psykern:streamed"] = Model(folder, model.compute, num_slots=2)
         runs = {name: partial(run, user, whole) for name, run in BASELINES.items()}
         runs |= {name: partial(own, model, whole) for name, model in models.items()}
+        runs |= {name: partial(attending, name, runs["psykern"]) for name in options.providers if name in HOPPER}
         warm_ups = {name: partial(run, user, short) for name, run in BASELINES.items()}
+        sustained = sustained_gflops(options, suitable.batch_tokens)
         rows, square = [], 64 if options.quick else 2048
         for measured in bench(shape_providers(whole.name, runs, warm_ups, options), device, square):
-            rows.append(
-                shape_row(whole, measured, model.spec, rms, options) | {"careful_rms_against_fp32": round(others, 6)}
-            )
-            if device.type == "cuda" and measured.name == "psykern":  # at once: what comes next may be cut
-                rows[-1]["kernel_idle_share"] = profile_run(runs["psykern"], options)
+            row = shape_row(whole, measured, model.spec, rms, options)
+            share = round(float(str(row["gflops"])) / sustained, 3) if sustained and row["gflops"] else ""
+            row |= {"sustained_gflops": round(sustained, 1) if sustained else "", "share_of_sustained": share}
+            rows.append(row | {"careful_rms_against_fp32": round(others, 6)})
+            if device.type == "cuda" and measured.name in ("psykern", *HOPPER):  # at once: what comes next may be cut
+                rows[-1]["kernel_idle_share"] = profile_run(measured.name, runs[measured.name], options)
             print_row(rows[-1])
             save(rows, options)
 
 
-def profile_run(run: Callable[[], Scored], options: argparse.Namespace) -> float | str:
+def sustained_gflops(options: argparse.Namespace, num_rows: int) -> float:
+    """Of the products of a layer; 0 on a CPU."""
+    if options.device.type == "cpu":
+        return 0.0
+    work = layer_of(options.shape, num_rows, Place(options.device, dtype_of(options)), options.quick)
+    return work.flops / repeated(work, 1.5, options.device)[0] / 1e9
+
+
+def attending(provider: str, run: Callable[[], Scored]) -> Scored:
+    """``run`` with a variant of Hopper's attention in the place of what psykern takes."""
+    triton = import_module("psykern.kernels.triton")
+    attention = import_module("psykern.kernels.triton.hopper_attention").prefix_attention
+    with patch.object(triton, "prefix_attention", partial(attention, **HOPPER[provider])):
+        return run()
+
+
+def profile_run(provider: str, run: Callable[[], Scored], options: argparse.Namespace) -> float | str:
     """The share of the time in which no kernel ran, in one more run; what each kernel took goes to a file beside."""
     share, kernels = profile_kernels(run)
     for row in kernels[:12]:
         print_row(row)
     if options.name:
-        write_csv(f"{options.name}_profile", kernels, options.folder, options.device)
+        write_csv(f"{options.name}_profile_{provider.rpartition(':')[2]}", kernels, options.folder, options.device)
     return "" if share is None else round(share, 4)
 
 
@@ -348,7 +377,7 @@ def shape_providers(study: str, runs: Runs, warm_ups: Runs, options: argparse.Na
         release(options.device)
         first = warm_ups.get(name, runs[name])()
         before = None if name in warm_ups else first.logprob
-        repeats = options.repeats if name == "psykern" else 1
+        repeats = options.repeats if name in ("psykern", *HOPPER) else 1
         verify = partial(comparison.check, name, distance, before=before)
         yield Provider(name, runs[name], dtype_of(options), repeats, verify)
 

@@ -66,7 +66,7 @@ bench() { # NAME SECONDS SCRIPT ARGUMENTS…
 
 score() { # SHAPE SECONDS
     bench "score_${1,,}" "$2" score --shape "$1" --data "$data" --mix "$mix" --repeats "${REPEATS:-2}" \
-        --providers psykern study careful psykern:streamed
+        --providers ${PROVIDERS:-psykern study careful psykern:streamed}
 }
 
 pytest() { # NAME SECONDS ARGUMENTS…
@@ -93,8 +93,12 @@ first() { # is it right, how fast is the machine, how fast is a run
     score Qwen3-0.6B 90
 }
 
-second() { # alternatives to the tables
-    part tune 150 "$python" benchmarks/tune.py --device "$device" --name tune --folder "$folder" ${quick[@]+"${quick[@]}"}
+second() { # Hopper's attention, its variants side by side, and end to end
+    [ -n "${SKIP_BUILD:-}" ] || part build 90 "$python" setup.py --quiet build_ext --inplace
+    part hopper_attention 155 "$python" benchmarks/hopper_attention_check.py --out "$folder/hopper_attention.jsonl"
+    PROVIDERS="psykern psykern:warps psykern:overlap psykern:turns" REPEATS=1 score Qwen3-8B 160
+    bench run_gpu 90 run --data "$data"
+    PROVIDERS="psykern study psykern:overlap psykern:turns psykern:warps careful" score Qwen3-0.6B 110
 }
 
 third() { # the winners, others beside them

@@ -52,7 +52,7 @@ def column(name: str, **where: object) -> Callable[[list[Row]], Iterator[float]]
 
     def values(rows: list[Row]) -> Iterator[float]:
         for row in rows:
-            if all(row[key] == value for key, value in where.items()) and row[name] not in ("", None):
+            if all(row.get(key) == value for key, value in where.items()) and row.get(name) not in ("", None):
                 yield float(row[name])
 
     return values
@@ -85,16 +85,42 @@ def times_the_study(rows: list[Row]) -> Iterator[float]:
         yield seconds["study"] / seconds["psykern"]
 
 
-OPTION, ATTENTION = "option_logprobs_gpu", "prefix_attention_gpu"
+def sustained(provider: str, shape: str) -> Callable[[list[Row]], Iterator[float]]:
+    return column("tflops", provider=provider, shape=shape)
+
+
+def against(other: str) -> Callable[[list[Row]], Iterator[float]]:
+    """How many times as fast psykern's attention is as another's, from 4k tokens on."""
+
+    def values(rows: list[Row]) -> Iterator[float]:
+        taken = {(row["provider"], row["shape"]): float(row["seconds"]) for row in rows if row["kind"] == "attention"}
+        for (provider, shape), seconds in taken.items():
+            if provider == other and int(shape.split()[-2]) >= 4096:
+                yield seconds / taken["psykern", shape]
+
+    return values
+
+
+RATES, OPTION, ATTENTION = "gpu_rates", "option_logprobs_gpu", "prefix_attention_gpu"
 LARGE, SMALL = "score_qwen3-8b", "score_qwen3-0.6b"
+HEAD_8B, HEADS_8B = "{} x 151936 x 4096", "32 (8) of 128, {} tokens"
 TARGETS = (
+    Target("head, sustained: TFLOP/s, 2k rows", RATES, sustained("psykern:triton", HEAD_8B.format(2048)), 700),
+    Target("head, sustained: TFLOP/s, 16k rows", RATES, sustained("psykern:triton", HEAD_8B.format(16_384)), 730),
+    Target("attention, sustained: TFLOP/s, 2k tokens", RATES, sustained("psykern", HEADS_8B.format(2048)), 540),
+    Target("attention, sustained: TFLOP/s, 4k tokens", RATES, sustained("psykern", HEADS_8B.format(4096)), 630),
+    Target("attention, sustained: TFLOP/s, 8k tokens", RATES, sustained("psykern", HEADS_8B.format(8192)), 650),
+    Target("attention, sustained: times torch's default, from 4k", RATES, against("sdpa"), 1.0),
+    Target("attention, sustained: times cuDNN's, from 4k", RATES, against("cudnn"), 0.7),
     Target("option_logprobs: share of the plain GEMM's rate, R >= 2048", OPTION, share_of_gemm, 0.9),
     Target("option_logprobs: times the others", OPTION, against_others, 1.0),
     Target("option_logprobs: extra memory, MB", OPTION, column("peak_mb", provider="psykern"), 100, at_most=True),
     Target("prefix_attention: times flash attention, 4k to 16k", ATTENTION, attention("causal", "sdpa"), 1.0),
     Target("prefix_attention: likewise, half shared", ATTENTION, attention("shared", "sdpa_batch", "sdpa_apart"), 1.7),
     Target("prefix_attention: branches, separate sequences", ATTENTION, attention("branches", "sdpa_sequences"), 4.0),
-    Target("8B: share of the matrix rate", LARGE, column("share_of_matrix", provider="psykern", study="all"), 0.65),
+    Target(
+        "8B: share of the sustained rate", LARGE, column("share_of_sustained", provider="psykern", study="all"), 0.65
+    ),
     Target("8B: times the study's procedure", LARGE, times_the_study, 3.0),
     Target("0.6B: times the study's procedure", SMALL, times_the_study, 10.0),
     Target(
