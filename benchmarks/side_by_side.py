@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkProcess
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
-_SECONDS = 90  # that a task may take
+T = TypeVar("T")
+_SECONDS = 60  # that a task may take
 
 
 class _Running(NamedTuple):
@@ -19,10 +20,10 @@ class _Running(NamedTuple):
 
 
 def run_in_processes(
-    tasks: Mapping[str, Callable[[], object]], processes: int, seconds: float = _SECONDS
-) -> dict[str, str]:
+    tasks: Mapping[T, Callable[[], object]], processes: int, seconds: float = _SECONDS
+) -> dict[T, str]:
     """Runs all, at most ``processes`` at once, each for ``seconds`` at most. Gives those that failed, and why."""
-    waiting, running, failures = list(tasks), dict[str, _Running](), dict[str, str]()
+    waiting, running, failures = list(tasks), dict[T, _Running](), dict[T, str]()
     while waiting or running:
         while waiting and len(running) < processes:
             name = waiting.pop(0)

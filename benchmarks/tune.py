@@ -11,7 +11,8 @@ spill at most 256 bytes a thread on sm_90 by Triton 3.6 are worth a place here.
 
 Attention's cases ``wave`` are the batches that the engine makes of real transcripts (``wave_batches.py``): all of them,
 which is a layer's attention, and those with the most and the least to do. On a GPU all that attention needs is compiled
-beforehand, in processes side by side (``--processes``), by launches on few tokens: one takes seconds.
+beforehand, in processes side by side (``--processes``), by launches on few tokens: one takes seconds. One that fails or
+does not end is left out. There the variants of ``hopper_attention`` stand beside the tiles.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ import argparse
 import importlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import NamedTuple
 from unittest.mock import patch
@@ -45,6 +47,12 @@ OPS = ("option_logprobs", "prefix_attention", "cuda")  # "cuda": option_logprobs
 ATTENTION = {"wave": None, "causal": 8192, "window": 16_384, "branches": 4096}  # cases, with their tokens
 WINDOW = 4096
 MODELS = {Heads(32, 8, 128): "Qwen3-8B", Heads(16, 8, 128): "Qwen3-0.6B"}  # whose waves heads are given
+HOPPER: dict[str, dict[str, bool]] = {  # variants of hopper_attention
+    "warps": {},
+    "warps-one-tile": {"persistent": False},
+    "overlap": {"overlap": True},
+    "turns": {"overlap": True, "turns": True},
+}
 TINY_BUDGETS = Budgets(wave_tokens=64, batch_tokens=32)
 FEW_TOKENS = 60
 MOST_BATCHES = 32  # of a wave case; the mix makes 14
@@ -167,6 +175,7 @@ class Setting(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     quick: bool = False
+    has_hopper: bool = False  # variants of hopper_attention among the alternatives
 
     @property
     def heads(self) -> Sequence[Heads]:
@@ -175,36 +184,48 @@ class Setting(NamedTuple):
 
 def attention_cases(names: Sequence[str], at: Setting, few: bool = False) -> Iterator[Case]:
     """``few``: of each kernel that the cases need one, with few tokens, to compile it."""
-    if few:
-        names = (["causal"] if {"wave", "causal", "branches"} & set(names) else []) + ["window"] * ("window" in names)
     for heads in at.heads:
-        for name in names:
+        own = [name for name in names if name != "wave" or at.quick or heads in MODELS]
+        for name in dict.fromkeys(map(kernel_of, own)) if few else own:
             if name == "wave":
                 yield from wave_cases(heads, at)
                 continue
             tokens = FEW_TOKENS if few or at.quick else ATTENTION[name]
             window = None if name != "window" else FEW_TOKENS // 3 if few or at.quick else WINDOW
-            yield attention_case(name, heads, *attention(name, heads, tokens or 0, window, at))
+            yield attention_case(name, heads, at, *attention(name, heads, tokens or 0, window, at))
 
 
-def attention_case(name: str, heads: Heads, call: Callable[[], Sequence[Tensor]], pairs: int) -> Case:
+def kernel_of(case: str) -> str:
+    """The case that needs the same kernel, for heads of one size."""
+    return "window" if case == "window" else "causal"
+
+
+def attention_case(name: str, heads: Heads, at: Setting, call: Callable[[], Sequence[Tensor]], pairs: int) -> Case:
     where = f"{name}, {heads.queries} ({heads.keys}) of {heads.size}"
     flops = 4.0 * heads.queries * heads.size * pairs
-    alternatives = attention_blocks(heads.size)
+    alternatives = attention_blocks(heads.size) + (hopper_variants() if at.has_hopper else [])
     return Case("prefix_attention", where, f"{TRITON}.prefix_attention", call, alternatives, TOLERANCE, flops)
 
 
+def hopper_variants() -> list[Alternative]:
+    op = importlib.import_module(f"{TRITON}.hopper_attention").prefix_attention
+    return [Alternative(name, {"prefix_attention": partial(op, **options)}) for name, options in HOPPER.items()]
+
+
+def attend(*arguments: object) -> Tensor:
+    """As the module has it now: an alternative may stand there instead."""
+    return importlib.import_module(f"{TRITON}.prefix_attention").prefix_attention(*arguments)  # type: ignore[no-any-return]
+
+
 def wave_cases(heads: Heads, at: Setting) -> Iterator[Case]:
-    """All batches of a model's run, those with the most and the least to do; nothing for heads of no model here."""
+    """All batches of a model's run, and those with the most and the least to do."""
     if at.quick:
         batches = largest_batches("Qwen3-0.6B", None, at.device, at.dtype, TINY_BUDGETS)[-2:]
-    elif heads in MODELS:
-        batches = largest_batches(MODELS[heads], MOST_BATCHES, at.device, at.dtype)
     else:
-        return
+        batches = largest_batches(MODELS[heads], MOST_BATCHES, at.device, at.dtype)
     parts = {f"wave, {len(batches)} batches": batches, "wave, largest": batches[:1], "wave, least": batches[-1:]}
     for name, some in parts.items():
-        yield attention_case(name, heads, wave_attention(some, heads, at), sum(batch.pairs for batch in some))
+        yield attention_case(name, heads, at, wave_attention(some, heads, at), sum(batch.pairs for batch in some))
 
 
 def wave_attention(batches: Sequence[WaveBatch], heads: Heads, at: Setting) -> Callable[[], Sequence[Tensor]]:
@@ -213,12 +234,12 @@ def wave_attention(batches: Sequence[WaveBatch], heads: Heads, at: Setting) -> C
     widest = max(b.num_queries for b in batches)
     q = torch.randn(widest, heads.queries, heads.size, device=at.device, dtype=at.dtype)
     outs = [torch.empty_like(q[: b.num_queries]) for b in batches]
-    op, scale = importlib.import_module(TRITON).prefix_attention, heads.size**-0.5
+    scale = heads.size**-0.5
 
     def call() -> Sequence[Tensor]:
         for batch, out in zip(batches, outs, strict=True):
             k, v = store[:, : batch.store_rows]
-            op(q[: batch.num_queries], k, v, batch.segments, scale, None, out)
+            attend(q[: batch.num_queries], k, v, batch.segments, scale, None, out)
         return outs
 
     return call
@@ -235,19 +256,18 @@ def attention(
     else:
         problem = draw(heads, [tokens], [[(0, tokens)]], Place(at.device, at.dtype))
     out, scale = torch.empty_like(problem.q), heads.size**-0.5
-    op = importlib.import_module(TRITON).prefix_attention
     seen = problem.segments.positions.long() + 1
     pairs = int((seen if window is None else seen.clamp(max=window)).sum())
-    return lambda: [op(problem.q, problem.k, problem.v, problem.segments, scale, window, out)], pairs
+    return lambda: [attend(problem.q, problem.k, problem.v, problem.segments, scale, window, out)], pairs
 
 
-def compile_beforehand(names: Sequence[str], at: Setting, processes: int) -> None:
-    """Launches all of attention's alternatives on few tokens, each in a process of its own; those that follow find the
-    kernels in Triton's cache. To be called before this process uses the GPU, which a fork could not go on using."""
+def compile_beforehand(names: Sequence[str], only: Sequence[str], at: Setting, processes: int) -> set[tuple[str, str]]:
+    """Launches attention's alternatives on few tokens, each in a process of its own; those that follow find the kernels
+    in Triton's cache. Gives the kernel and the alternative of those to leave out. To be called before this process uses
+    the GPU, which a fork could not go on using."""
     start, num_threads = time.perf_counter(), torch.get_num_threads()
     torch.set_num_threads(1)  # threads of OpenMP would not be there after a fork
-    on_host = list(attention_cases(names, at._replace(device=CPU), few=True))
-    chosen = [(c, a) for c, case in enumerate(on_host) for a in [Alternative(TABLE, {}), *case.alternatives]]
+    on_host = [chosen(case, only) for case in attention_cases(names, at._replace(device=CPU), few=True)]
 
     def launch(c: int, alternative: Alternative) -> None:
         case = list(attention_cases(names, at, few=True))[c]
@@ -256,12 +276,26 @@ def compile_beforehand(names: Sequence[str], at: Setting, processes: int) -> Non
         if at.device.type == "cuda":
             torch.cuda.synchronize(at.device)
 
-    tasks = {f"{on_host[c].name}: {a.name}": lambda c=c, a=a: launch(c, a) for c, a in chosen}
+    tasks = {
+        (case.name, a.name): lambda c=c, a=a: launch(c, a)
+        for c, case in enumerate(on_host)
+        for a in [Alternative(TABLE, {}), *case.alternatives]
+    }
     failures = run_in_processes(tasks, processes)
     torch.set_num_threads(num_threads)
-    for name, why in failures.items():
-        print(f"not compiled: {name}: {why}", flush=True)
+    for (case, name), why in failures.items():
+        print(f"not compiled: {case}: {name}: {why}", flush=True)
     print(f"{len(tasks)} kernels compiled in {time.perf_counter() - start:.1f} s, {len(failures)} failed", flush=True)
+    of_table = any(name == TABLE for _, name in failures)  # then failures say nothing of an alternative
+    return set() if of_table else set(failures)
+
+
+def chosen(case: Case, only: Sequence[str], failed: Collection[tuple[str, str]] = ()) -> Case:
+    """With the alternatives that are asked for (all, if none is named) and did not fail."""
+    name, _, heads = case.name.rpartition(", ")
+    kernel = f"{kernel_of(name)}, {heads}"
+    kept = [a for a in case.alternatives if (not only or a.name in only) and (kernel, a.name) not in failed]
+    return replace(case, alternatives=kept)
 
 
 def tune(case: Case, repeats: int, device: torch.device) -> list[dict[str, object]]:
@@ -313,36 +347,45 @@ def account(case: Case) -> Iterator[dict[str, object]]:
         yield row
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS)
     parser.add_argument("--cases", nargs="+", choices=ATTENTION, default=list(ATTENTION), help="of attention")
+    parser.add_argument("--alternatives", nargs="+", default=[], help="only these, by name, beside the table")
     parser.add_argument("--processes", type=int, help="that compile; default: on a GPU up to 16, else 0")
     parser.add_argument("--compile", action="store_true", help="for sm_90, on any machine; time nothing")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--name", help="CSV in results/; default: no file, with --compile tune_resources")
-    options = parser.parse_args(arguments)
-    rows: list[dict[str, object]] = []
-    ops, has_attention = [op for op in options.ops if op != "prefix_attention"], "prefix_attention" in options.ops
-    at = Setting(options.device, dtype_of(options), options.quick)
+    return parser.parse_args(arguments)
+
+
+def account_of_all(options: argparse.Namespace) -> None:
+    products = [op for op in options.ops if op not in ("prefix_attention", "cuda")]
+    names = [n for n in options.cases if n != "wave"] if "prefix_attention" in options.ops else []
+    on_host = Setting(CPU, torch.bfloat16, options.quick)
+    of_products = product_cases(products, CPU, torch.bfloat16, ((1024, 1024),), options.quick)
+    rows = [row for case in chain(of_products, attention_cases(names, on_host)) for row in account(case)]
+    write_csv(options.name or "tune_resources", rows, options.folder)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parsed(arguments)
     if options.compile:
-        on_host, names = Setting(CPU, torch.bfloat16, options.quick), [n for n in options.cases if n != "wave"]
-        of_products = product_cases(
-            [op for op in ops if op != "cuda"], CPU, torch.bfloat16, ((1024, 1024),), options.quick
-        )
-        for case in chain(of_products, attention_cases(names, on_host) if has_attention else []):
-            rows += account(case)
-        write_csv(options.name or "tune_resources", rows, options.folder)
+        account_of_all(options)
         return
-    default = min(16, len(os.sched_getaffinity(0))) if at.device.type == "cuda" else 0
+    on_gpu = options.device.type == "cuda"
+    at = Setting(options.device, dtype_of(options), options.quick, has_hopper=on_gpu)
+    names = options.cases if "prefix_attention" in options.ops else []
+    default = min(16, len(os.sched_getaffinity(0))) if on_gpu else 0
     processes = default if options.processes is None else options.processes
-    if has_attention and processes:
-        compile_beforehand(options.cases, at, processes)
+    failed = compile_beforehand(names, options.alternatives, at, processes) if names and processes else ()
     shapes = {"shapes": ((300, 64),)} if options.quick else {}
-    of_products = product_cases(ops, at.device, at.dtype, quick=at.quick, **shapes)
-    for case in chain(attention_cases(options.cases, at) if has_attention else [], of_products):
-        rows += tune(case, options.repeats, options.device)
+    products = [op for op in options.ops if op != "prefix_attention"]
+    of_products = product_cases(products, at.device, at.dtype, quick=at.quick, **shapes)
+    rows: list[dict[str, object]] = []
+    for case in chain(attention_cases(names, at), of_products):
+        rows += tune(chosen(case, options.alternatives, failed), options.repeats, options.device)
         if options.name:
             write_csv(options.name, rows, options.folder, options.device)
 

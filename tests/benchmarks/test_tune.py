@@ -87,3 +87,21 @@ def test_tasks_run_side_by_side() -> None:
     start = time.monotonic()
     assert run_in_processes({str(i): lambda: time.sleep(0.5) for i in range(6)}, processes=6) == {}
     assert time.monotonic() - start < 2.5
+
+
+def test_what_failed_beforehand_or_is_not_asked_for_is_left_out() -> None:
+    heads, names = Heads(32, 8, 128), ["warps", "turns"]
+    setting = AT._replace(has_hopper=True)
+    for name, kernel in (("wave, 14 batches", "causal"), ("branches", "causal"), ("window", "window")):
+        case = tune.attention_case(name, heads, setting, list, 1)
+        failed = {(f"{kernel}, 32 (8) of 128", "turns"), ("causal, 16 (8) of 128", "warps")}
+        assert {"loads", *tune.HOPPER} < {a.name for a in case.alternatives}
+        assert [a.name for a in tune.chosen(case, names).alternatives] == names
+        assert [a.name for a in tune.chosen(case, names, failed).alternatives] == ["warps"]
+
+
+def test_an_alternative_may_be_another_function() -> None:
+    case = tune.attention_case("causal", Heads(4, 2, 16), AT, *tune.attention("causal", Heads(4, 2, 16), 3, None, AT))
+    marked = torch.ones(1)
+    with tune.instead(case, tune.Alternative("other", {"prefix_attention": lambda *arguments: marked})):
+        assert case.call()[0] is marked
