@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.attention import LAYOUTS, LONG, SCALE, Layout, fp64, problem
+from support.attention import LAYOUTS, LONG, SCALE, TOLERANCES, Layout, fp64, problem
 
 pytest.importorskip("triton")
 
@@ -34,10 +34,10 @@ CASES += [
 ]
 
 
-@pytest.mark.parametrize(("name", "window", "way"), CASES)
-def test_equals_fp64(name: str, window: int | None, way: str) -> None:
+def check(name: str, window: int | None, way: str, heads: tuple[int, int], dtype: torch.dtype) -> None:
+    """On stores whose other rows are not numbers."""
     layout = ALL[name]
-    q, k, v, segments = problem(layout, (8, 2), 64, torch.float16)
+    q, k, v, segments = problem(layout, heads, 64, dtype)
     truth = fp64(layout, q, k, v, window)
     for x in (k, v):
         named = torch.zeros(len(x), dtype=torch.bool)
@@ -47,7 +47,18 @@ def test_equals_fp64(name: str, window: int | None, way: str) -> None:
     out = torch.full_like(q, math.nan)
     with on_cpu(processors=3):
         got = hopper_attention.prefix_attention(q, k, v, segments, SCALE, window, out, **WAYS[way])
-    torch.testing.assert_close(got.double(), truth, atol=4e-3, rtol=0)
+    torch.testing.assert_close(got.double(), truth, atol=2 * TOLERANCES[dtype], rtol=0)
+
+
+@pytest.mark.parametrize(("name", "window", "way"), CASES)
+def test_equals_fp64(name: str, window: int | None, way: str) -> None:
+    check(name, window, way, (8, 2), torch.float16)
+
+
+@pytest.mark.parametrize("heads", [(7, 1), (2, 2), (40, 1)], ids=lambda h: f"heads-{h[0]}-{h[1]}")
+@pytest.mark.parametrize("name", ["ragged", "branches"])
+def test_groups_of_heads(name: str, heads: tuple[int, int]) -> None:
+    check(name, None, "turns", heads, torch.bfloat16)
 
 
 def compiled(way: dict[str, bool], size: int, window: int | None) -> list[str]:
