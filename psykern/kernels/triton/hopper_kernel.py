@@ -53,13 +53,15 @@ def rows_layout(columns):
 
 
 @gluon.jit
-def item_of(stripe, num_items, num_heads):
-    """(tile, head) of the program's work in a stripe of the list, and whether there is any. The list is sorted by
-    length; there and back alternately, so that all programs get about as much."""
+def tile_of(stripe, tables, work):
+    """The program's tile and head in a stripe of the list of both, and whether there is one; else any. The list is
+    sorted by length: there and back alternately, all programs get about as much."""
+    num_items, num_heads, _window = work
     programs = gl.num_programs(0)
     program = gl.program_id(0)
     item = stripe * programs + gl.where(stripe % 2 == 0, program, programs - 1 - program)
-    return item // num_heads, item % num_heads, item < num_items
+    one = gl.minimum(item, num_items - 1)
+    return tables[0] + one // num_heads * NUM_COLUMNS, one % num_heads, item < num_items
 
 
 @gluon.jit
@@ -110,13 +112,12 @@ def produce(
     STAGES: gl.constexpr,
 ):
     """Fetches all blocks of the program's tiles, in order."""
-    num_items, num_heads, window = work
+    num_items, _num_heads, window = work
     count = 0  # of blocks
     cleared = 0
     for stripe in range(0, gl.cdiv(num_items, gl.num_programs(0))):
-        tile, head, is_item = item_of(stripe, num_items, num_heads)
+        tile_ptr, head, is_item = tile_of(stripe, tables, work)
         if is_item:
-            tile_ptr = tables[0] + tile * NUM_COLUMNS
             place = 0
             for r in range(gl.load(tile_ptr + FIRST_RANGE), end_range_of(tile_ptr)):
                 _is_tail, row, length, span = range_of(tile_ptr, tables[1], r, place, window, HAS_WINDOW, BLOCK_N)
@@ -326,6 +327,12 @@ def rows_of(tile_ptr, head, stride, HALF: gl.constexpr, GROUP: gl.constexpr, Dh:
 
 
 @gluon.jit
+def load_queries(q_ptr, tile_ptr, head, stride, HALF: gl.constexpr, GROUP: gl.constexpr, Dh: gl.constexpr):
+    places, mask = rows_of(tile_ptr, head, stride, HALF, GROUP, Dh)
+    return gl.load(q_ptr + places, mask=mask, other=0.0)
+
+
+@gluon.jit
 def answer_tile(
     tile_ptr,
     q_buffer,
@@ -400,14 +407,12 @@ def consume(
     STAGES: gl.constexpr,
 ):
     """Answers one half of the rows of the program's tiles. Row m of a tile is query m // GROUP, head m % GROUP."""
-    num_items, num_heads, window = work
+    num_items, _num_heads, window = work
     count = 0
+    tile_ptr, head, is_item = tile_of(0, tables, work)
+    q = load_queries(q_ptr, tile_ptr, head, strides[0], HALF, GROUP, Dh)
     for stripe in range(0, gl.cdiv(num_items, gl.num_programs(0))):
-        tile, head, is_item = item_of(stripe, num_items, num_heads)
         if is_item:
-            tile_ptr = tables[0] + tile * NUM_COLUMNS
-            places, mask = rows_of(tile_ptr, head, strides[0], HALF, GROUP, Dh)
-            q = gl.load(q_ptr + places, mask=mask, other=0.0)
             meet()  # all have read the outputs of the tile before
             q_buffer.store(q)
             fence_async_shared()
@@ -416,11 +421,16 @@ def consume(
                 tile_ptr, q_buffer, k_ring, v_ring, count, turns, tables, window, softmax_scale * LOG2E,
                 HALF, Dh, GROUP, HAS_WINDOW, OVERLAP, BLOCK_N, STAGES,
             )  # fmt: skip
+            # The queries of the next tile come while the outputs of this one go.
+            done_ptr = tile_ptr
+            done_head = head
+            tile_ptr, head, is_item = tile_of(stripe + 1, tables, work)
+            q = load_queries(q_ptr, tile_ptr, head, strides[0], HALF, GROUP, Dh)
             # Outputs pass through the queries' buffer, so that whole rows are stored.
             meet()  # all have multiplied the queries
             q_buffer.store(o.to(q_buffer.dtype))
             meet()
-            places, mask = rows_of(tile_ptr, head, strides[1], HALF, GROUP, Dh)
+            places, mask = rows_of(done_ptr, done_head, strides[1], HALF, GROUP, Dh)
             gl.store(out_ptr + places, q_buffer.load(rows_layout(Dh)), mask=mask)
 
 
