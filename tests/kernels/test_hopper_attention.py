@@ -76,8 +76,10 @@ def compiled(way: dict[str, bool], size: int, window: int | None) -> list[str]:
         patch.setattr(hopper_attention, "_num_processors", lambda device: 132)
         hopper_attention.prefix_attention(q, k, v, segments, SCALE, window, torch.empty_like(q), **way)
     ((values, num_warps),) = launches
-    signature, constants = {}, {}
-    for name, value in values.items():
+    signature, constants, attributes = {}, {}, {}
+    for i, (name, value) in enumerate(values.items()):
+        if name in ("q_ptr", "v_ptr", "out_ptr", "stride_qn", "stride_vm", "stride_on"):
+            attributes[(i,)] = [["tt.divisibility", 16]]
         if attention_kernel.params[attention_kernel.arg_names.index(name)].is_constexpr:
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
@@ -86,7 +88,7 @@ def compiled(way: dict[str, bool], size: int, window: int | None) -> list[str]:
             signature[name] = f"tensordesc<bf16{value.block_shape},{value.layout!r}>"
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32"
-    source = GluonASTSource(attention_kernel, signature, constants)
+    source = GluonASTSource(attention_kernel, signature, constants, attributes)
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
     return instructions(built.asm["cubin"])
 

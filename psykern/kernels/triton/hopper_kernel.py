@@ -101,6 +101,8 @@ def range_of(tile_ptr, key_ranges_ptr, r, place, window, HAS_WINDOW: gl.constexp
 def produce(
     k_desc,
     v_desc,
+    v_ptr,
+    stride_v,
     k_ring,  # (buffers, barriers of full ones, barriers of empty ones)
     v_ring,
     landed,  # barrier of values that are to be cleared
@@ -108,6 +110,7 @@ def produce(
     work,
     Dh: gl.constexpr,
     HAS_WINDOW: gl.constexpr,
+    EDGES: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):
@@ -123,8 +126,11 @@ def produce(
                 _is_tail, row, length, span = range_of(tile_ptr, tables[1], r, place, window, HAS_WINDOW, BLOCK_N)
                 for i in range(span[0], span[1], BLOCK_N):
                     fetch_block(k_desc, k_ring, count, row + i, head * Dh, k_ring[1], Dh, BLOCK_N, STAGES)
-                    if i + BLOCK_N <= length:
+                    if EDGES == 0 or i + BLOCK_N <= length:
                         fetch_block(v_desc, v_ring, count, row + i, head * Dh, v_ring[1], Dh, BLOCK_N, STAGES)
+                    elif EDGES == 2:
+                        first = v_ptr + (row + i).to(gl.int64) * stride_v + head * Dh
+                        load_edge(first, stride_v, v_ring, count, length - i, Dh, BLOCK_N, STAGES)
                     else:
                         fetch_block(v_desc, v_ring, count, row + i, head * Dh, landed, Dh, BLOCK_N, STAGES)
                         mbarrier.wait(landed.index(0), cleared % 2)
@@ -141,8 +147,29 @@ def fetch_block(desc, ring, count, row, column, full, Dh: gl.constexpr, BLOCK_N:
     stage = count % STAGES
     barrier = full.index(stage % full.shape[0])
     mbarrier.wait(empty.index(stage), (count // STAGES) % 2 ^ 1)
+    meet()  # a warp that is late would else find the barrier two phases on, and wait for ever
     mbarrier.expect(barrier, BLOCK_N * Dh * 2)
     fetch(desc, [row, column], barrier, buffers.index(stage))
+
+
+@gluon.jit
+def load_edge(first, stride, ring, count, length, Dh: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
+    """A block of values of which only ``length`` rows count, by loads: 0 behind them, as what stands there may be no
+    number, and 0 times it none."""
+    buffers, full, empty = ring
+    stage = count % STAGES
+    buffer = buffers.index(stage)
+    layout: gl.constexpr = rows_layout(Dh)
+    offs_n = gl.arange(0, 16, layout=gl.SliceLayout(1, layout))
+    offs_d = gl.arange(0, Dh, layout=gl.SliceLayout(0, layout))
+    places = offs_n.to(gl.int64)[:, None] * stride + offs_d[None, :]
+    mbarrier.wait(empty.index(stage), (count // STAGES) % 2 ^ 1)
+    for s in gl.static_range(BLOCK_N // 16):
+        inside = (16 * s + offs_n < length)[:, None]
+        buffer.slice(16 * s, 16).store(gl.load(first + 16 * s * stride + places, mask=inside, other=0.0))
+    fence_async_shared()
+    meet()
+    mbarrier.arrive(full.index(stage), count=1)
 
 
 @gluon.jit
@@ -254,6 +281,7 @@ def await_turn(turns, count, HALF: gl.constexpr):
     """Until the other half has begun what comes before this half's products of block ``count``."""
     if turns.shape[0] == 2:
         mbarrier.wait(turns.index(HALF), count % 2 ^ (1 - HALF))
+        meet()  # see ``fetch_block``
 
 
 @gluon.jit
@@ -442,6 +470,7 @@ def attention_kernel(
     q_ptr,
     k_desc,
     v_desc,
+    v_ptr,
     out_ptr,
     table_ptr,
     key_ranges_ptr,
@@ -449,6 +478,7 @@ def attention_kernel(
     tails_ptr,
     positions_ptr,
     stride_qn,
+    stride_vm,
     stride_on,
     num_items,  # tiles times key heads
     num_heads,  # of keys
@@ -459,6 +489,7 @@ def attention_kernel(
     HAS_WINDOW: gl.constexpr,
     OVERLAP: gl.constexpr,
     TURNS: gl.constexpr,
+    EDGES: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
@@ -479,7 +510,8 @@ def attention_kernel(
     lower: gl.constexpr = gl.constexpr(1)
     gl.warp_specialize(
         [
-            (produce, (k_desc, v_desc, k_ring, v_ring, landed, tables, work, Dh, HAS_WINDOW, BLOCK_N, STAGES)),
+            (produce, (k_desc, v_desc, v_ptr, stride_vm, k_ring, v_ring, landed, tables, work,
+                       Dh, HAS_WINDOW, EDGES, BLOCK_N, STAGES)),
             (consume, (q_ptr, out_ptr, strides, q_buffers.index(0), k_ring, v_ring, turns, tables, work, softmax_scale,
                        upper, Dh, GROUP, HAS_WINDOW, OVERLAP, BLOCK_N, STAGES)),
             (consume, (q_ptr, out_ptr, strides, q_buffers.index(1), k_ring, v_ring, turns, tables, work, softmax_scale,
