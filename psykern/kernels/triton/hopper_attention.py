@@ -37,6 +37,7 @@ def prefix_attention(
     overlap: bool = False,
     turns: bool = False,
     persistent: bool = True,
+    edges: int = 2,
 ) -> Tensor:
     """With ``overlap`` a warpgroup also multiplies beside its own exponentials, and with ``turns`` the two begin their
     products in turns. Without ``persistent`` a program answers one tile."""
@@ -54,6 +55,7 @@ def prefix_attention(
             q,
             _descriptor(k.flatten(1), head_dim),
             _descriptor(v.flatten(1), head_dim),
+            v,
             target,
             cut.table,
             cut.key_ranges,
@@ -61,6 +63,7 @@ def prefix_attention(
             cut.tails,
             cut.positions,
             q.stride(0),
+            v.stride(0),
             target.stride(0),
             num_items,
             k.shape[1],
@@ -71,6 +74,7 @@ def prefix_attention(
             HAS_WINDOW=window is not None,
             OVERLAP=overlap,
             TURNS=turns,
+            EDGES=edges,
             BLOCK_N=_BLOCK_N,
             STAGES=_STAGES,
             REGISTERS=_REGISTERS,

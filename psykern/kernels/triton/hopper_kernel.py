@@ -53,13 +53,15 @@ def rows_layout(columns):
 
 
 @gluon.jit
-def item_of(stripe, num_items, num_heads):
-    """(tile, head) of the program's work in a stripe of the list, and whether there is any. The list is sorted by
-    length; there and back alternately, so that all programs get about as much."""
+def tile_of(stripe, tables, work):
+    """The program's tile and head in a stripe of the list of both, and whether there is one; else any. The list is
+    sorted by length: there and back alternately, all programs get about as much."""
+    num_items, num_heads, _window = work
     programs = gl.num_programs(0)
     program = gl.program_id(0)
     item = stripe * programs + gl.where(stripe % 2 == 0, program, programs - 1 - program)
-    return item // num_heads, item % num_heads, item < num_items
+    one = gl.minimum(item, num_items - 1)
+    return tables[0] + one // num_heads * NUM_COLUMNS, one % num_heads, item < num_items
 
 
 @gluon.jit
@@ -99,6 +101,8 @@ def range_of(tile_ptr, key_ranges_ptr, r, place, window, HAS_WINDOW: gl.constexp
 def produce(
     k_desc,
     v_desc,
+    v_ptr,
+    stride_v,
     k_ring,  # (buffers, barriers of full ones, barriers of empty ones)
     v_ring,
     landed,  # barrier of values that are to be cleared
@@ -106,24 +110,27 @@ def produce(
     work,
     Dh: gl.constexpr,
     HAS_WINDOW: gl.constexpr,
+    EDGES: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """Fetches all blocks of the program's tiles, in order."""
-    num_items, num_heads, window = work
+    num_items, _num_heads, window = work
     count = 0  # of blocks
     cleared = 0
     for stripe in range(0, gl.cdiv(num_items, gl.num_programs(0))):
-        tile, head, is_item = item_of(stripe, num_items, num_heads)
+        tile_ptr, head, is_item = tile_of(stripe, tables, work)
         if is_item:
-            tile_ptr = tables[0] + tile * NUM_COLUMNS
             place = 0
             for r in range(gl.load(tile_ptr + FIRST_RANGE), end_range_of(tile_ptr)):
                 _is_tail, row, length, span = range_of(tile_ptr, tables[1], r, place, window, HAS_WINDOW, BLOCK_N)
                 for i in range(span[0], span[1], BLOCK_N):
                     fetch_block(k_desc, k_ring, count, row + i, head * Dh, k_ring[1], Dh, BLOCK_N, STAGES)
-                    if i + BLOCK_N <= length:
+                    if EDGES == 0 or i + BLOCK_N <= length:
                         fetch_block(v_desc, v_ring, count, row + i, head * Dh, v_ring[1], Dh, BLOCK_N, STAGES)
+                    elif EDGES == 2:
+                        first = v_ptr + (row + i).to(gl.int64) * stride_v + head * Dh
+                        load_edge(first, stride_v, v_ring, count, length - i, Dh, BLOCK_N, STAGES)
                     else:
                         fetch_block(v_desc, v_ring, count, row + i, head * Dh, landed, Dh, BLOCK_N, STAGES)
                         mbarrier.wait(landed.index(0), cleared % 2)
@@ -140,8 +147,29 @@ def fetch_block(desc, ring, count, row, column, full, Dh: gl.constexpr, BLOCK_N:
     stage = count % STAGES
     barrier = full.index(stage % full.shape[0])
     mbarrier.wait(empty.index(stage), (count // STAGES) % 2 ^ 1)
+    meet()  # a warp that is late would else find the barrier two phases on, and wait for ever
     mbarrier.expect(barrier, BLOCK_N * Dh * 2)
     fetch(desc, [row, column], barrier, buffers.index(stage))
+
+
+@gluon.jit
+def load_edge(first, stride, ring, count, length, Dh: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
+    """A block of values of which only ``length`` rows count, by loads: 0 behind them, as what stands there may be no
+    number, and 0 times it none."""
+    buffers, full, empty = ring
+    stage = count % STAGES
+    buffer = buffers.index(stage)
+    layout: gl.constexpr = rows_layout(Dh)
+    offs_n = gl.arange(0, 16, layout=gl.SliceLayout(1, layout))
+    offs_d = gl.arange(0, Dh, layout=gl.SliceLayout(0, layout))
+    places = offs_n.to(gl.int64)[:, None] * stride + offs_d[None, :]
+    mbarrier.wait(empty.index(stage), (count // STAGES) % 2 ^ 1)
+    for s in gl.static_range(BLOCK_N // 16):
+        inside = (16 * s + offs_n < length)[:, None]
+        buffer.slice(16 * s, 16).store(gl.load(first + 16 * s * stride + places, mask=inside, other=0.0))
+    fence_async_shared()
+    meet()
+    mbarrier.arrive(full.index(stage), count=1)
 
 
 @gluon.jit
@@ -253,6 +281,7 @@ def await_turn(turns, count, HALF: gl.constexpr):
     """Until the other half has begun what comes before this half's products of block ``count``."""
     if turns.shape[0] == 2:
         mbarrier.wait(turns.index(HALF), count % 2 ^ (1 - HALF))
+        meet()  # see ``fetch_block``
 
 
 @gluon.jit
@@ -323,6 +352,12 @@ def rows_of(tile_ptr, head, stride, HALF: gl.constexpr, GROUP: gl.constexpr, Dh:
     query = gl.load(tile_ptr + FIRST_QUERY) + offs_m // GROUP
     columns = ((head * GROUP + offs_m % GROUP) * Dh)[:, None] + offs_d[None, :]
     return query.to(gl.int64)[:, None] * stride + columns, (query < gl.load(tile_ptr + END_QUERY))[:, None]
+
+
+@gluon.jit
+def load_queries(q_ptr, tile_ptr, head, stride, HALF: gl.constexpr, GROUP: gl.constexpr, Dh: gl.constexpr):
+    places, mask = rows_of(tile_ptr, head, stride, HALF, GROUP, Dh)
+    return gl.load(q_ptr + places, mask=mask, other=0.0)
 
 
 @gluon.jit
@@ -400,14 +435,12 @@ def consume(
     STAGES: gl.constexpr,
 ):
     """Answers one half of the rows of the program's tiles. Row m of a tile is query m // GROUP, head m % GROUP."""
-    num_items, num_heads, window = work
+    num_items, _num_heads, window = work
     count = 0
+    tile_ptr, head, is_item = tile_of(0, tables, work)
+    q = load_queries(q_ptr, tile_ptr, head, strides[0], HALF, GROUP, Dh)
     for stripe in range(0, gl.cdiv(num_items, gl.num_programs(0))):
-        tile, head, is_item = item_of(stripe, num_items, num_heads)
         if is_item:
-            tile_ptr = tables[0] + tile * NUM_COLUMNS
-            places, mask = rows_of(tile_ptr, head, strides[0], HALF, GROUP, Dh)
-            q = gl.load(q_ptr + places, mask=mask, other=0.0)
             meet()  # all have read the outputs of the tile before
             q_buffer.store(q)
             fence_async_shared()
@@ -416,11 +449,16 @@ def consume(
                 tile_ptr, q_buffer, k_ring, v_ring, count, turns, tables, window, softmax_scale * LOG2E,
                 HALF, Dh, GROUP, HAS_WINDOW, OVERLAP, BLOCK_N, STAGES,
             )  # fmt: skip
+            # The queries of the next tile come while the outputs of this one go.
+            done_ptr = tile_ptr
+            done_head = head
+            tile_ptr, head, is_item = tile_of(stripe + 1, tables, work)
+            q = load_queries(q_ptr, tile_ptr, head, strides[0], HALF, GROUP, Dh)
             # Outputs pass through the queries' buffer, so that whole rows are stored.
             meet()  # all have multiplied the queries
             q_buffer.store(o.to(q_buffer.dtype))
             meet()
-            places, mask = rows_of(tile_ptr, head, strides[1], HALF, GROUP, Dh)
+            places, mask = rows_of(done_ptr, done_head, strides[1], HALF, GROUP, Dh)
             gl.store(out_ptr + places, q_buffer.load(rows_layout(Dh)), mask=mask)
 
 
@@ -432,6 +470,7 @@ def attention_kernel(
     q_ptr,
     k_desc,
     v_desc,
+    v_ptr,
     out_ptr,
     table_ptr,
     key_ranges_ptr,
@@ -439,6 +478,7 @@ def attention_kernel(
     tails_ptr,
     positions_ptr,
     stride_qn,
+    stride_vm,
     stride_on,
     num_items,  # tiles times key heads
     num_heads,  # of keys
@@ -449,6 +489,7 @@ def attention_kernel(
     HAS_WINDOW: gl.constexpr,
     OVERLAP: gl.constexpr,
     TURNS: gl.constexpr,
+    EDGES: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
@@ -469,7 +510,8 @@ def attention_kernel(
     lower: gl.constexpr = gl.constexpr(1)
     gl.warp_specialize(
         [
-            (produce, (k_desc, v_desc, k_ring, v_ring, landed, tables, work, Dh, HAS_WINDOW, BLOCK_N, STAGES)),
+            (produce, (k_desc, v_desc, v_ptr, stride_vm, k_ring, v_ring, landed, tables, work,
+                       Dh, HAS_WINDOW, EDGES, BLOCK_N, STAGES)),
             (consume, (q_ptr, out_ptr, strides, q_buffers.index(0), k_ring, v_ring, turns, tables, work, softmax_scale,
                        upper, Dh, GROUP, HAS_WINDOW, OVERLAP, BLOCK_N, STAGES)),
             (consume, (q_ptr, out_ptr, strides, q_buffers.index(1), k_ring, v_ring, turns, tables, work, softmax_scale,

@@ -84,7 +84,7 @@ def prefix_attention(
     cut = segments.tiles(block_m // group, q.device)
     target = out if dense_rows(out) is out else torch.empty_like(out, memory_format=torch.contiguous_format)
     with on_device_of(q):
-        attention_kernel[(cut.num_tiles, k.shape[1])](
+        attention_kernel[(cut.num_tiles * k.shape[1],)](
             q,
             k,
             v,
@@ -100,6 +100,7 @@ def prefix_attention(
             k.stride(0),
             v.stride(0),
             target.stride(0),
+            k.shape[1],
             softmax_scale,
             0 if window is None else window,
             q.shape[2],
@@ -232,6 +233,7 @@ def attention_kernel(
     stride_km,
     stride_vm,
     stride_on,
+    num_heads,  # of keys
     softmax_scale,
     window,
     Dh: tl.constexpr,
@@ -244,9 +246,10 @@ def attention_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One tile of queries, one key head. Row m of a product is query m // GROUP, head m % GROUP."""
-    tile_ptr = table_ptr + tl.program_id(0) * NUM_COLUMNS
-    head = tl.program_id(1)
+    """One tile of queries, one key head: the longest tiles of all heads first, so that none begins when all others are
+    done. Row m of a product is query m // GROUP, head m % GROUP."""
+    tile_ptr = table_ptr + tl.program_id(0) // num_heads * NUM_COLUMNS
+    head = tl.program_id(0) % num_heads
     limit = tl.load(tile_ptr + LIMIT)
     min_limit = tl.load(tile_ptr + MIN_LIMIT)
     end_tail = tl.load(tile_ptr + END_TAIL)
