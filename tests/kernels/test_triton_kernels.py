@@ -121,17 +121,6 @@ def test_what_tma_fetches_of_unused_rows_reaches_no_output(
     torch.testing.assert_close(got.double(), truth, rtol=0, atol=attention.TOLERANCES[q.dtype])
 
 
-@pytest.mark.parametrize(
-    ("capability", "expected"), [((8, 0), False), ((9, 0), True), ((10, 3), True), ((12, 0), False)]
-)
-def test_tiles_for_hopper_are_for_gpus_with_its_shared_memory(
-    capability: tuple[int, int], expected: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    common = importlib.import_module("psykern.kernels.triton.common")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert common.is_hopper.__wrapped__(torch.device("cuda", 0)) == expected
-
-
 def test_keys_that_no_query_of_a_tile_sees_are_not_read() -> None:
     """One tile: a value that was read would spoil the sum, NaN times a weight of 0."""
     layout = attention.Layout(((range(100, 132), [(0, 300)]),))
