@@ -49,8 +49,10 @@ template <typename T>
 inline void put(T* p, Vec x, Whole) {
   store(p, x);
 }
-inline void put(float* p, Vec x, Streamed) { stream(p, x); }
-inline void put(uint16_t* p, Vec x, Streamed) { store(p, x); }
+template <typename T>
+inline void put(T* p, Vec x, Streamed) {
+  stream(p, x);
+}
 template <typename T>
 inline void put(T* p, Vec x, Part part) {
   T lanes[kLanes];
@@ -96,8 +98,8 @@ void for_rows(int64_t num_rows, int64_t size, int num_threads, const Rows& row_k
 // lines are then not read before they are written. Rows must begin at whole vectors.
 inline bool is_streamed(const void* out, FloatType type, int64_t stride, int64_t num_rows, int64_t size,
                         bool is_input) {
-  if (type != FloatType::kFloat32) return false;
-  const bool is_aligned = reinterpret_cast<uintptr_t>(out) % sizeof(Vec) == 0 && stride % kLanes == 0;
+  const size_t vector_bytes = type == FloatType::kFloat32 ? sizeof(Vec) : sizeof(Halves);
+  const bool is_aligned = reinterpret_cast<uintptr_t>(out) % vector_bytes == 0 && stride % kLanes == 0;
   return !is_input && is_aligned && num_rows * size >= kStreamedFloats;
 }
 
@@ -176,10 +178,9 @@ auto choose_norm(const AddRmsNorm& p) {
   return p.summed != nullptr ? &add_then_norm<T, true, true, Full> : &add_then_norm<T, true, false, Full>;
 }
 
-// Whole vectors, or where they are streamed fp32; bf16 is never streamed.
 template <typename Choose>
 auto choose_kernel(FloatType type, bool streamed, const Choose& choose) {
-  if (type == FloatType::kBfloat16) return choose(uint16_t{}, Whole{});
+  if (type == FloatType::kBfloat16) return streamed ? choose(uint16_t{}, Streamed{}) : choose(uint16_t{}, Whole{});
   return streamed ? choose(float{}, Streamed{}) : choose(float{}, Whole{});
 }
 

@@ -88,29 +88,60 @@ inline Vec load_pairs(const uint16_t* p) {
 inline Vec widen_first(Vec pairs) { return reinterpret_cast<Vec>(reinterpret_cast<Bits>(pairs) << 16); }
 inline Vec widen_second(Vec pairs) { return reinterpret_cast<Vec>(reinterpret_cast<Bits>(pairs) & 0xffff0000u); }
 
-// kLanes numbers that are stored as bf16, and a vector rounded to nearest even and stored so. A NaN stays one.
+// kLanes numbers of 16 bits to and from 32. GCC 12 splits __builtin_convertvector into halves of vectors, at a multiple
+// of the cost; it warns of the forms of the instructions without a mask, and leaves out a mask of ones.
 typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
-inline Vec load(const uint16_t* p) {
+inline Bits load_halves(const void* p) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Bits>(
+      _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(static_cast<const __m256i*>(p))));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Bits>(_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
+#else
   Halves halves;
   std::memcpy(&halves, p, sizeof halves);
-  return reinterpret_cast<Vec>(__builtin_convertvector(halves, Bits) << 16);
+  return __builtin_convertvector(halves, Bits);
+#endif
 }
-inline void store(uint16_t* p, Vec x) {
+inline Halves lower_halves(Bits bits) {  // of numbers below 2^16
+#if defined(__AVX512F__)
+  return reinterpret_cast<Halves>(_mm512_maskz_cvtepi32_epi16(0xffff, reinterpret_cast<__m512i>(bits)));
+#elif defined(__AVX2__)
+  const __m256i x = reinterpret_cast<__m256i>(bits);
+  return reinterpret_cast<Halves>(_mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)));
+#else
+  return __builtin_convertvector(bits, Halves);
+#endif
+}
+
+// kLanes numbers that are stored as bf16, and a vector rounded to nearest even and stored so. A NaN stays one.
+inline Vec load(const uint16_t* p) { return reinterpret_cast<Vec>(load_halves(p) << 16); }
+inline Halves round_to_halves(Vec x) {
 #if defined(__AVX512BF16__)
-  const __m256bh halves = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(x));
+  return reinterpret_cast<Halves>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(x)));
 #else
   const Bits bits = reinterpret_cast<Bits>(x);
   const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const Halves halves = __builtin_convertvector(x == x ? rounded : (bits >> 16) | 0x40u, Halves);
+  return lower_halves(x == x ? rounded : (bits >> 16) | 0x40u);
 #endif
+}
+inline void store(uint16_t* p, Vec x) {
+  const Halves halves = round_to_halves(x);
   std::memcpy(p, &halves, sizeof halves);
+}
+inline void stream(uint16_t* p, Vec x) {
+#if defined(__AVX512F__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(round_to_halves(x)));
+#elif defined(__AVX2__)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), reinterpret_cast<__m128i>(round_to_halves(x)));
+#else
+  store(p, x);
+#endif
 }
 
 // fp16 has 5 bits of exponent, fp32 8: moved there, a number is too small by 2^112, also one below the normal numbers.
 inline Vec load(const Fp16* p) {
-  Halves halves;
-  std::memcpy(&halves, p, sizeof halves);
-  const Bits bits = __builtin_convertvector(halves, Bits);
+  const Bits bits = load_halves(p);
   const Vec magnitude = reinterpret_cast<Vec>((bits & 0x7fffu) << 13) * broadcast(0x1p112f);
   const Bits special = reinterpret_cast<Bits>((bits & 0x7c00u) == 0x7c00u) & 0x7f800000u;  // infinity, NaN
   return reinterpret_cast<Vec>(reinterpret_cast<Bits>(magnitude) | special | (bits & 0x8000u) << 16);

@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from support.backends import assert_same_bits
+from support.backends import assert_same_bits, short
 from torch import Tensor
 
 from psykern import _cpu, kernels
@@ -154,18 +154,19 @@ print(len(os.listdir("/proc/self/task")))
     assert int(result.stdout) == 4  # threads alive: the three of the pool, and the caller
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
 @pytest.mark.parametrize("size", [1024, 1020], ids=["whole vectors", "a rest"])
-def test_what_is_written_past_the_caches_has_the_same_bits(instruction_set: str, size: int) -> None:
+def test_what_is_written_past_the_caches_has_the_same_bits(instruction_set: str, size: int, dtype: torch.dtype) -> None:
     """Of a large new array all rows at once, and in runs that are small enough to stay in the caches."""
     torch.manual_seed(0)
     rows = 6 * 2**20 // size + 7
-    x, y = torch.randn(2, rows, 1024)[:, :, :size]
+    x, y = torch.randn(2, rows, 1024).to(dtype)[:, :, :size]
     weight, positions = torch.randn(size), torch.arange(rows, dtype=torch.int32) % 50
     angles = torch.rand(50, size // 4)
     heads = x.unflatten(1, (2, size // 2))
 
     def run(part: slice) -> list[Tensor]:
-        outputs = list(torch.full((4, len(positions[part]), 1024), torch.nan)[:, :, :size])
+        outputs = list(torch.full((4, len(positions[part]), 1024), torch.nan, dtype=dtype)[:, :, :size])
         kernels.silu_mul(x[part], y[part], out=outputs[0], backend="cpu")
         kernels.add_rms_norm(x[part], None, weight, 1e-6, normed=outputs[1], backend="cpu")
         kernels.add_rms_norm(x[part], y[part], weight, 1e-6, normed=outputs[2], backend="cpu")
