@@ -5,7 +5,8 @@
 Each variant runs in a process of its own that is killed after ``--limit`` seconds, as a kernel whose barriers are wrong
 never ends. All are compiled before, side by side. First a variant is compared with a dense mask in fp64, on stores
 whose other rows are not numbers, and with itself run again, bit by bit. Then it is timed: back to back for half a
-second, as a CUDA graph, so that launches do not count. FLOPs: 4 Hq Dh for each pair of a query and a key that it sees.
+second, as a CUDA graph, so that launches do not count. At the end, Hopper's are launched thousands of times. FLOPs:
+4 Hq Dh for each pair of a query and a key that it sees.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ TRITON = "psykern.kernels.triton"
 HEADS = (Heads(32, 8, 128), Heads(16, 8, 128), Heads(32, 8, 64))  # of Qwen3-8B, of Qwen3-0.6B
 LENGTHS = (2048, 4096, 8192, 16_384)
 WINDOW = 200
+ENDURANCE = 3000  # launches
 TOLERANCE = 2e-2  # in bf16; relative above 1
 
 Attend = Callable[[Problem, int | None], Callable[[], Tensor]]
@@ -235,6 +237,21 @@ def check(name: str, recorder: Recorder, device: torch.device) -> bool:
     return True
 
 
+def endure(name: str, recorder: Recorder, device: torch.device) -> None:
+    """Thousands of launches: a hang at one program's end in a hundred thousand is not met by a few."""
+    attend = attend_by(name)
+    heads = HEADS[0]
+    for case, one in (("pieces", pieces(heads, device)), ("branches", branches(heads, 700, device))):
+        for window in (None, WINDOW):
+            call = attend(one, window)
+            got, begin = call().clone(), time.monotonic()
+            for _ in range(ENDURANCE):
+                call()
+            same = torch.equal(got, call())
+            seconds = round(time.monotonic() - begin, 2)
+            recorder.add(f"{case} window {window}", launches=ENDURANCE, same_again=same, seconds=seconds)
+
+
 def measure(name: str, recorder: Recorder, device: torch.device, duration: float) -> None:
     attend = attend_by(name)
     cases = [(f"causal {n}", causal, (HEADS[0], n, device)) for n in LENGTHS]
@@ -311,6 +328,8 @@ def main() -> None:
     recorder = Recorder(options.one, options.out)
     if options.one in PEERS or check(options.one, recorder, device):
         measure(options.one, recorder, device, options.seconds)
+        if options.one not in (*PEERS, "table"):
+            endure(options.one, recorder, device)
     return None
 
 

@@ -105,6 +105,22 @@ def test_products_run_beside_exponentials_and_nothing_touches_them(way: str, siz
     assert not any(i.startswith(("LDL", "STL")) for i, products in in_flight(inner) if products)  # spilled
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("way", "window"), [("turns", None), ("turns", 200), ("apart", None)])
+def test_warps_of_a_partition_meet_and_take_registers_once(way: str, window: int | None) -> None:
+    """What hung on an H200: registers given back twice without a barrier between. And a warp that still waits while
+    another goes on to say that a block is used would find its barrier two phases on."""
+    code = compiled(WAYS[way], 128, window)
+    assert sum(i.startswith("USETMAXREG") for i in code) == 5  # begin: both kinds of warps; then each partition
+    waits = False
+    for instruction in code:
+        if instruction.startswith(("BAR.SYNC", "EXIT")):
+            waits = False
+        elif "TRYWAIT" in instruction:
+            waits = True
+        assert not (waits and instruction.startswith(("SYNCS.ARRIVE", "UTMALDG"))), instruction
+
+
 def test_a_product_that_is_touched_is_seen() -> None:
     code = ["HGMMA.64x128x16.F32.BF16 R88, R24, gdesc[UR12].tnspB, R88, gsb0", "", "WARPGROUP.DEPBAR.LE gsb0, 0x0"]
     for touch in ("F2FP.BF16.F32.PACK_AB R27, R1, R2", "FADD R1, R2, R151", "LDS.128 R21, [R1]"):

@@ -240,6 +240,7 @@ def on_cpu(processors: int) -> Iterator[None]:
         "warpgroup_mma_wait": _wait,
         "fence_async_shared": lambda: None,
         "meet": lambda: None,
+        "leave": lambda: None,
     }
 
     class Launcher:

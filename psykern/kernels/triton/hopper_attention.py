@@ -37,7 +37,6 @@ def prefix_attention(
     overlap: bool = False,
     turns: bool = False,
     persistent: bool = True,
-    edges: int = 2,
 ) -> Tensor:
     """With ``overlap`` a warpgroup also multiplies beside its own exponentials, and with ``turns`` the two begin their
     products in turns. Without ``persistent`` a program answers one tile."""
@@ -74,7 +73,6 @@ def prefix_attention(
             HAS_WINDOW=window is not None,
             OVERLAP=overlap,
             TURNS=turns,
-            EDGES=edges,
             BLOCK_N=_BLOCK_N,
             STAGES=_STAGES,
             REGISTERS=_REGISTERS,

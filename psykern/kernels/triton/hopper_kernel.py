@@ -105,19 +105,16 @@ def produce(
     stride_v,
     k_ring,  # (buffers, barriers of full ones, barriers of empty ones)
     v_ring,
-    landed,  # barrier of values that are to be cleared
     tables,
     work,
     Dh: gl.constexpr,
     HAS_WINDOW: gl.constexpr,
-    EDGES: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """Fetches all blocks of the program's tiles, in order."""
     num_items, _num_heads, window = work
     count = 0  # of blocks
-    cleared = 0
     for stripe in range(0, gl.cdiv(num_items, gl.num_programs(0))):
         tile_ptr, head, is_item = tile_of(stripe, tables, work)
         if is_item:
@@ -125,31 +122,26 @@ def produce(
             for r in range(gl.load(tile_ptr + FIRST_RANGE), end_range_of(tile_ptr)):
                 _is_tail, row, length, span = range_of(tile_ptr, tables[1], r, place, window, HAS_WINDOW, BLOCK_N)
                 for i in range(span[0], span[1], BLOCK_N):
-                    fetch_block(k_desc, k_ring, count, row + i, head * Dh, k_ring[1], Dh, BLOCK_N, STAGES)
-                    if EDGES == 0 or i + BLOCK_N <= length:
-                        fetch_block(v_desc, v_ring, count, row + i, head * Dh, v_ring[1], Dh, BLOCK_N, STAGES)
-                    elif EDGES == 2:
+                    fetch_block(k_desc, k_ring, count, row + i, head * Dh, Dh, BLOCK_N, STAGES)
+                    if i + BLOCK_N <= length:
+                        fetch_block(v_desc, v_ring, count, row + i, head * Dh, Dh, BLOCK_N, STAGES)
+                    else:
                         first = v_ptr + (row + i).to(gl.int64) * stride_v + head * Dh
                         load_edge(first, stride_v, v_ring, count, length - i, Dh, BLOCK_N, STAGES)
-                    else:
-                        fetch_block(v_desc, v_ring, count, row + i, head * Dh, landed, Dh, BLOCK_N, STAGES)
-                        mbarrier.wait(landed.index(0), cleared % 2)
-                        clear_behind(v_ring, count, length - i, Dh, BLOCK_N, STAGES)
-                        cleared += 1
                     count += 1
                 place += length
+    leave()
 
 
 @gluon.jit
-def fetch_block(desc, ring, count, row, column, full, Dh: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
-    """Into the buffer of block ``count``, once it is empty; then the barrier in ``full`` opens."""
-    buffers, _, empty = ring
+def fetch_block(desc, ring, count, row, column, Dh: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
+    """Into the buffer of block ``count``, once it is empty; then its barrier opens."""
+    buffers, full, empty = ring
     stage = count % STAGES
-    barrier = full.index(stage % full.shape[0])
     mbarrier.wait(empty.index(stage), (count // STAGES) % 2 ^ 1)
     meet()  # a warp that is late would else find the barrier two phases on, and wait for ever
-    mbarrier.expect(barrier, BLOCK_N * Dh * 2)
-    fetch(desc, [row, column], barrier, buffers.index(stage))
+    mbarrier.expect(full.index(stage), BLOCK_N * Dh * 2)
+    fetch(desc, [row, column], full.index(stage), buffers.index(stage))
 
 
 @gluon.jit
@@ -170,23 +162,6 @@ def load_edge(first, stride, ring, count, length, Dh: gl.constexpr, BLOCK_N: gl.
     fence_async_shared()
     meet()
     mbarrier.arrive(full.index(stage), count=1)
-
-
-@gluon.jit
-def clear_behind(ring, count, length, Dh: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
-    """Sets the rows of a block from ``length`` on to 0: what stands there may be no number, and 0 times it none."""
-    buffers, full, _ = ring
-    buffer = buffers.index(count % STAGES)
-    layout: gl.constexpr = rows_layout(Dh)
-    offs = gl.arange(0, 16, layout=gl.SliceLayout(1, layout))
-    for s in gl.static_range(BLOCK_N // 16):
-        if 16 * s + 16 > length:
-            rows = buffer.slice(16 * s, 16)
-            x = rows.load(layout)
-            rows.store(gl.where((16 * s + offs < length)[:, None], x, gl.zeros_like(x)))
-    fence_async_shared()
-    meet()
-    mbarrier.arrive(full.index(count % STAGES), count=1)
 
 
 @gluon.jit
@@ -460,6 +435,15 @@ def consume(
             meet()
             places, mask = rows_of(done_ptr, done_head, strides[1], HALF, GROUP, Dh)
             gl.store(out_ptr + places, q_buffer.load(rows_layout(Dh)), mask=mask)
+    leave()
+
+
+@gluon.jit
+def leave():
+    """Ends the threads of a partition. Behind a partition, Triton 3.6 has its warps give registers back twice in a row
+    (``setmaxnreg``) without the barrier between that PTX demands, while others wait for these registers. Every warp of
+    the program must be one of a partition: others would wait for an end that is no longer announced."""
+    gl.inline_asm_elementwise("exit; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit(
@@ -489,7 +473,6 @@ def attention_kernel(
     HAS_WINDOW: gl.constexpr,
     OVERLAP: gl.constexpr,
     TURNS: gl.constexpr,
-    EDGES: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
@@ -499,7 +482,6 @@ def attention_kernel(
     q_buffers = gl.allocate_shared_memory(dtype, [2, ROWS, Dh], q_layout)
     k_ring = ring_of(k_desc, Dh, BLOCK_N, STAGES)
     v_ring = ring_of(v_desc, Dh, BLOCK_N, STAGES)
-    landed = barriers_of(1, 1)
     turns = barriers_of(2 if TURNS else 1, 1)
     fence_async_shared()
     meet()
@@ -510,8 +492,8 @@ def attention_kernel(
     lower: gl.constexpr = gl.constexpr(1)
     gl.warp_specialize(
         [
-            (produce, (k_desc, v_desc, v_ptr, stride_vm, k_ring, v_ring, landed, tables, work,
-                       Dh, HAS_WINDOW, EDGES, BLOCK_N, STAGES)),
+            (produce, (k_desc, v_desc, v_ptr, stride_vm, k_ring, v_ring, tables, work,
+                       Dh, HAS_WINDOW, BLOCK_N, STAGES)),
             (consume, (q_ptr, out_ptr, strides, q_buffers.index(0), k_ring, v_ring, turns, tables, work, softmax_scale,
                        upper, Dh, GROUP, HAS_WINDOW, OVERLAP, BLOCK_N, STAGES)),
             (consume, (q_ptr, out_ptr, strides, q_buffers.index(1), k_ring, v_ring, turns, tables, work, softmax_scale,
