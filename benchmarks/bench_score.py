@@ -107,6 +107,7 @@ HOPPER: dict[str, tuple[str, dict[str, bool]]] = {  # psykern with this attentio
     "psykern:overlap": ("hopper_attention", {"overlap": True}),
     "psykern:turns": ("hopper_attention", {"overlap": True, "turns": True}),
     "psykern:beside": ("overlap_attention", {}),
+    "psykern:beside-one-tile": ("overlap_attention", {"persistent": False}),
 }
 BASELINES = {"study": run_study_procedure, "careful": run_careful_user}
 Runs = Mapping[str, Callable[[], Scored]]  # by the provider's name

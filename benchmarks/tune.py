@@ -53,6 +53,7 @@ HOPPER: dict[str, tuple[str, dict[str, bool]]] = {  # attention's variants for H
     "overlap": ("hopper_attention", {"overlap": True}),
     "turns": ("hopper_attention", {"overlap": True, "turns": True}),
     "beside": ("overlap_attention", {}),
+    "beside-one-tile": ("overlap_attention", {"persistent": False}),
 }
 TINY_BUDGETS = Budgets(wave_tokens=64, batch_tokens=32)
 FEW_TOKENS = 60

@@ -211,6 +211,7 @@ def gluon(programs: int) -> SimpleNamespace:
         "full": lambda shape, x, dtype, layout: torch.full(shape, x, dtype=dtype),
         "full_like": torch.full_like,
         "zeros_like": torch.zeros_like,
+        "to_tensor": lambda x: x,
         "expand_dims": lambda x, axis: x.unsqueeze(axis),
         "convert_layout": lambda x, layout: x,
         "num_programs": lambda axis: programs,
@@ -278,5 +279,6 @@ def on_cpu(processors: int) -> Iterator[None]:
         patch.object(hopper_attention, "_descriptor", descriptor),
         patch.object(overlap_attention, "_descriptor", descriptor),
         patch.object(hopper_attention, "_num_processors", lambda device: processors),
+        patch.object(overlap_attention, "_num_processors", lambda device: processors),
     ):
         yield

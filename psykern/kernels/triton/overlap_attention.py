@@ -25,7 +25,10 @@ def prefix_attention(
     softmax_scale: float,
     window: int | None,
     out: Tensor,
+    *,
+    persistent: bool = True,
 ) -> Tensor:
+    """Without ``persistent`` a program answers one tile."""
     if q.numel() == 0:
         return out
     q, k, v = dense_rows(q), dense_rows(k.to(q.dtype)), dense_rows(v.to(q.dtype))
@@ -33,9 +36,10 @@ def prefix_attention(
         raise ValueError(f"q: expected 16-bit heads of {HEAD_DIMS} and aligned rows, got {q.dtype} {list(q.shape)}")
     head_dim, group = q.shape[2], q.shape[1] // k.shape[1]
     cut = segments.tiles(TILE_ROWS.value // group, q.device)
+    num_items = cut.num_tiles * k.shape[1]
     target = out if dense_rows(out) is out else torch.empty_like(out, memory_format=torch.contiguous_format)
     with on_device_of(q):
-        attention_kernel[(cut.num_tiles * k.shape[1],)](
+        attention_kernel[(min(num_items, _num_processors(q.device)) if persistent else num_items,)](
             q,
             _descriptor(k.flatten(1), head_dim),
             _descriptor(v.flatten(1), head_dim),
@@ -47,6 +51,7 @@ def prefix_attention(
             cut.positions,
             q.stride(0),
             target.stride(0),
+            num_items,
             k.shape[1],
             softmax_scale,
             0 if window is None else window,
@@ -58,6 +63,10 @@ def prefix_attention(
             num_warps=8,
         )
     return out if target is out else out.copy_(target)
+
+
+def _num_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _descriptor(x: Tensor, head_dim: int) -> TensorDescriptor:

@@ -3,6 +3,7 @@
 It takes the roles of :mod:`psykern.kernels.triton.hopper_kernel` together: the warps that multiply also fetch. While
 they take the exponentials of a block of keys, the values of the block before are multiplied. A buffer is filled again
 when all warps have met after its use, so that no barrier is waited for whose phase another warp could change meanwhile.
+Blocks are fetched ahead over the ends of ranges and of tiles: a program answers tiles until none is left.
 """
 
 from triton.experimental import gluon
@@ -23,8 +24,9 @@ from psykern.kernels.triton.hopper_kernel import (
     meet,
     range_of,
     soften,
+    tile_of,
 )
-from psykern.kernels.triton.prefix_attention import END_QUERY, FIRST_QUERY, FIRST_RANGE, NUM_COLUMNS
+from psykern.kernels.triton.prefix_attention import END_QUERY, FIRST_QUERY, FIRST_RANGE
 
 
 @gluon.constexpr_function
@@ -44,8 +46,9 @@ def expect_block(ring, count, is_block, Dh: gl.constexpr, BLOCK_N: gl.constexpr,
 
 
 @gluon.jit
-def fetch_block(desc, ring, count, row, column, is_block, STAGES: gl.constexpr):
-    """Block ``count``, if there ``is_block``, into its buffer, with which all warps are done."""
+def fetch_block(desc, ring, count, at, STAGES: gl.constexpr):
+    """Block ``count``, if there is one, into its buffer, with which all warps are done."""
+    row, column, is_block = at
     buffers, full = ring
     fetch(desc, [row, column], full.index(count % STAGES), buffers.index(count % STAGES), pred=is_block)
 
@@ -110,38 +113,92 @@ def as_operand(weights, dtype: gl.constexpr, Dh: gl.constexpr):
 
 
 @gluon.jit
+def following(cursor, tables, work, HAS_WINDOW: gl.constexpr, BLOCK_N: gl.constexpr):
+    """The block behind the cursor's among the program's: of its range, or of what range comes next that has one."""
+    stripe, tile_ptr, head, r, place, row, length, i, end, is_block = cursor
+    i += BLOCK_N
+    while is_block & (i >= end):
+        r += 1
+        place += length
+        if r < end_range_of(tile_ptr):
+            _is_tail, row, length, span = range_of(tile_ptr, tables[1], r, place, work[2], HAS_WINDOW, BLOCK_N)
+            i = span[0]
+            end = span[1]
+        else:
+            stripe += 1
+            tile_ptr, head, is_block = tile_of(stripe, tables, work)
+            r = gl.load(tile_ptr + FIRST_RANGE) - 1
+            place = 0
+            length = 0
+    return stripe, tile_ptr, head, r, place, row, length, i, end, is_block
+
+
+@gluon.jit
+def first_block(tables, work, HAS_WINDOW: gl.constexpr, BLOCK_N: gl.constexpr):
+    tile_ptr, head, is_block = tile_of(0, tables, work)
+    none = gl.to_tensor(0)
+    cursor = (none, tile_ptr, head, gl.load(tile_ptr + FIRST_RANGE) - 1, none, none, none, none, none, is_block)
+    return following(cursor, tables, work, HAS_WINDOW, BLOCK_N)
+
+
+@gluon.jit
+def refill(
+    cursor,  # of the keys to fetch next
+    values_at,  # (row, column, is_block) of the values to fetch next
+    count,
+    descs,
+    k_ring,
+    v_ring,
+    tables,
+    work,
+    Dh: gl.constexpr,
+    HAS_WINDOW: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """When the product with block ``count`` of the keys has begun: fetches what the buffers of the keys before it, and
+    of the values before those, are to hold next."""
+    keys_at = (cursor[5] + cursor[7], cursor[2] * Dh, cursor[9])
+    meet()  # all are done with these buffers
+    # Barriers are set before both fetches, and all meet after: else the compiler has warps meet between each two.
+    expect_block(k_ring, count + STAGES - 1, keys_at[2], Dh, BLOCK_N, STAGES)
+    expect_block(v_ring, count + STAGES - 2, values_at[2], Dh, BLOCK_N, STAGES)
+    fetch_block(descs[0], k_ring, count + STAGES - 1, keys_at, STAGES)
+    fetch_block(descs[1], v_ring, count + STAGES - 2, values_at, STAGES)
+    meet()
+    return following(cursor, tables, work, HAS_WINDOW, BLOCK_N), keys_at
+
+
+@gluon.jit
 def attend(
     softmax,  # (acc [TILE_ROWS, Dh], maximum [TILE_ROWS], total [TILE_ROWS]) of the keys before
     q_buffer,
     k_ring,  # (buffers, barriers of full ones)
     v_ring,
+    ahead,  # (cursor, values_at), see ``refill``
     count,  # of blocks before
-    source,  # (k_desc, v_desc, row, column, length): of the range
+    descs,
+    length,  # rows of the range
     span,  # (begin, end, common_begin, common_end), see ``range_of``
     sees,  # (place, lows [TILE_ROWS], highs [TILE_ROWS]): place of the range's first key; what a query sees
+    tables,
+    work,
     scale,
     Dh: gl.constexpr,
+    HAS_WINDOW: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """``softmax`` with the keys of a range. All buffers are empty before and after."""
+    """``softmax`` with the keys of a range."""
     acc, maximum, total = softmax
-    k_desc, v_desc, row, column, length = source
+    cursor, values_at = ahead
     begin, end, _, _ = span
     if begin < end:
-        # Barriers are set before all fetches, and all meet after: else the compiler has warps meet between each two.
-        for s in gl.static_range(STAGES):
-            expect_block(k_ring, count + s, begin + s * BLOCK_N < end, Dh, BLOCK_N, STAGES)
-            if s < STAGES - 1:
-                expect_block(v_ring, count + s, begin + s * BLOCK_N < end, Dh, BLOCK_N, STAGES)
-        for s in gl.static_range(STAGES):
-            i = begin + s * BLOCK_N
-            fetch_block(k_desc, k_ring, count + s, row + i, column, i < end, STAGES)
-            if s < STAGES - 1:
-                fetch_block(v_desc, v_ring, count + s, row + i, column, i < end, STAGES)
-        meet()
         await_block(k_ring, count, True, STAGES)
         scores = multiply_keys(q_buffer, k_ring, count, BLOCK_N, STAGES)
+        cursor, values_at = refill(
+            cursor, values_at, count, descs, k_ring, v_ring, tables, work, Dh, HAS_WINDOW, BLOCK_N, STAGES
+        )
         scores = warpgroup_mma_wait(num_outstanding=0, deps=(scores,))
         weights, maximum, total, rescale = soften(masked(scores, begin, span, sees, BLOCK_N), maximum, total, scale)
         acc = rescaled(acc, rescale, Dh)
@@ -151,14 +208,9 @@ def attend(
             count += 1
             scores = multiply_keys(q_buffer, k_ring, count, BLOCK_N, STAGES)
             product = multiply_values(operand, v_ring, count - 1, acc, STAGES)
-            meet()  # all are done with the keys of the block before, and the values of the one before that
-            k_next = i + (STAGES - 1) * BLOCK_N
-            v_next = i + (STAGES - 2) * BLOCK_N
-            expect_block(k_ring, count + STAGES - 1, k_next < end, Dh, BLOCK_N, STAGES)
-            expect_block(v_ring, count + STAGES - 2, v_next < end, Dh, BLOCK_N, STAGES)
-            fetch_block(k_desc, k_ring, count + STAGES - 1, row + k_next, column, k_next < end, STAGES)
-            fetch_block(v_desc, v_ring, count + STAGES - 2, row + v_next, column, v_next < end, STAGES)
-            meet()
+            cursor, values_at = refill(
+                cursor, values_at, count, descs, k_ring, v_ring, tables, work, Dh, HAS_WINDOW, BLOCK_N, STAGES
+            )
             scores = warpgroup_mma_wait(num_outstanding=1, deps=(scores,))
             weights, maximum, total, rescale = soften(masked(scores, i, span, sees, BLOCK_N), maximum, total, scale)
             operand = as_operand(weights, q_buffer.dtype, Dh)
@@ -173,9 +225,8 @@ def attend(
             clear_behind(v_ring, count, length - last, Dh, BLOCK_N, STAGES)
         acc = multiply_values(operand, v_ring, count, acc, STAGES)
         acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
-        meet()  # all buffers are empty
         count += 1
-    return acc, maximum, total, count
+    return acc, maximum, total, (cursor, values_at), count
 
 
 @gluon.jit
@@ -190,15 +241,22 @@ def rows_of(tile_ptr, head, stride, GROUP: gl.constexpr, Dh: gl.constexpr):
 
 
 @gluon.jit
+def load_queries(q_ptr, tile_ptr, head, stride, GROUP: gl.constexpr, Dh: gl.constexpr):
+    places, mask = rows_of(tile_ptr, head, stride, GROUP, Dh)
+    return gl.load(q_ptr + places, mask=mask, other=0.0)
+
+
+@gluon.jit
 def answer_tile(
     tile_ptr,
-    head,
     q_buffer,
     k_ring,
     v_ring,
+    ahead,
+    count,
     descs,
     tables,
-    window,
+    work,
     scale,
     Dh: gl.constexpr,
     GROUP: gl.constexpr,
@@ -207,7 +265,8 @@ def answer_tile(
     STAGES: gl.constexpr,
 ):
     """The tile's outputs. Row m of a tile is query m // GROUP, head m % GROUP."""
-    key_ranges_ptr, limits_ptr, tails_ptr, positions_ptr = tables
+    _, key_ranges_ptr, limits_ptr, tails_ptr, positions_ptr = tables
+    window = work[2]
     rows: gl.constexpr = gl.SliceLayout(1, product_layout(BLOCK_N))
     query = gl.load(tile_ptr + FIRST_QUERY) + gl.arange(0, TILE_ROWS, layout=rows) // GROUP
     is_query = query < gl.load(tile_ptr + END_QUERY)
@@ -219,7 +278,6 @@ def answer_tile(
     maximum = gl.full([TILE_ROWS], float("-inf"), gl.float32, layout=rows)
     total = gl.full([TILE_ROWS], 0.0, gl.float32, layout=rows)
     place = 0
-    count = 0
     for r in range(gl.load(tile_ptr + FIRST_RANGE), end_range_of(tile_ptr)):
         is_tail, row, length, span = range_of(tile_ptr, key_ranges_ptr, r, place, window, HAS_WINDOW, BLOCK_N)
         if is_tail:
@@ -228,17 +286,16 @@ def answer_tile(
             if HAS_WINDOW:
                 lows = gl.maximum(lows, highs - window)
             place = row
-        source = (descs[0], descs[1], row, head * Dh, length)
-        acc, maximum, total, count = attend(
-            (acc, maximum, total), q_buffer, k_ring, v_ring, count, source, span, (place, lows, highs), scale,
-            Dh, BLOCK_N, STAGES,
+        acc, maximum, total, ahead, count = attend(
+            (acc, maximum, total), q_buffer, k_ring, v_ring, ahead, count, descs, length, span, (place, lows, highs),
+            tables, work, scale, Dh, HAS_WINDOW, BLOCK_N, STAGES,
         )  # fmt: skip
         place += length
-    return acc / gl.convert_layout(total, gl.SliceLayout(1, product_layout(Dh)))[:, None]
+    return acc / gl.convert_layout(total, gl.SliceLayout(1, product_layout(Dh)))[:, None], ahead, count
 
 
 @gluon.jit(
-    do_not_specialize=["window"],
+    do_not_specialize=["num_items", "window"],
     do_not_specialize_on_alignment=["table_ptr", "key_ranges_ptr", "limits_ptr", "tails_ptr", "positions_ptr"],
 )
 def attention_kernel(
@@ -253,6 +310,7 @@ def attention_kernel(
     positions_ptr,
     stride_qn,
     stride_on,
+    num_items,  # tiles times key heads
     num_heads,  # of keys
     softmax_scale,
     window,
@@ -262,29 +320,54 @@ def attention_kernel(
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """One tile of queries, one key head: the longest tiles of all heads first."""
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE_ROWS, Dh], dtype)
     q_buffer = gl.allocate_shared_memory(dtype, [TILE_ROWS, Dh], q_layout)
     k_ring = ring_of(k_desc, Dh, BLOCK_N, STAGES)
     v_ring = ring_of(v_desc, Dh, BLOCK_N, STAGES)
-    tile_ptr = table_ptr + gl.program_id(0) // num_heads * NUM_COLUMNS
-    head = gl.program_id(0) % num_heads
-    places, mask = rows_of(tile_ptr, head, stride_qn, GROUP, Dh)
-    q_buffer.store(gl.load(q_ptr + places, mask=mask, other=0.0))
+    descs = (k_desc, v_desc)
+    tables = (table_ptr, key_ranges_ptr, limits_ptr, tails_ptr, positions_ptr)
+    work = (num_items, num_heads, window)
     fence_async_shared()
     meet()
-    tables = (key_ranges_ptr, limits_ptr, tails_ptr, positions_ptr)
-    o = answer_tile(
-        tile_ptr, head, q_buffer, k_ring, v_ring, (k_desc, v_desc), tables, window, softmax_scale * LOG2E,
-        Dh, GROUP, HAS_WINDOW, BLOCK_N, STAGES,
-    )  # fmt: skip
-    # Outputs pass through the queries' buffer, so that whole rows are stored.
-    meet()  # all have multiplied the queries
-    q_buffer.store(o.to(dtype))
+    # All keys but those of the last buffer, and the values that go with the first of them.
+    cursor = first_block(tables, work, HAS_WINDOW, BLOCK_N)
+    values_at = (cursor[5] + cursor[7], cursor[2] * Dh, cursor[9])
+    for s in gl.static_range(STAGES - 1):
+        keys_at = (cursor[5] + cursor[7], cursor[2] * Dh, cursor[9])
+        expect_block(k_ring, s, keys_at[2], Dh, BLOCK_N, STAGES)
+        fetch_block(k_desc, k_ring, s, keys_at, STAGES)
+        if s < STAGES - 2:
+            expect_block(v_ring, s, keys_at[2], Dh, BLOCK_N, STAGES)
+            fetch_block(v_desc, v_ring, s, keys_at, STAGES)
+        values_at = keys_at
+        cursor = following(cursor, tables, work, HAS_WINDOW, BLOCK_N)
     meet()
-    places, mask = rows_of(tile_ptr, head, stride_on, GROUP, Dh)
-    gl.store(out_ptr + places, q_buffer.load(rows_layout(Dh)), mask=mask)
+    ahead = (cursor, values_at)
+    count = 0
+    tile_ptr, head, is_item = tile_of(0, tables, work)
+    q = load_queries(q_ptr, tile_ptr, head, stride_qn, GROUP, Dh)
+    for stripe in range(0, gl.cdiv(num_items, gl.num_programs(0))):
+        if is_item:
+            meet()  # all have read the outputs of the tile before
+            q_buffer.store(q)
+            fence_async_shared()
+            meet()
+            o, ahead, count = answer_tile(
+                tile_ptr, q_buffer, k_ring, v_ring, ahead, count, descs, tables, work, softmax_scale * LOG2E,
+                Dh, GROUP, HAS_WINDOW, BLOCK_N, STAGES,
+            )  # fmt: skip
+            # The queries of the next tile come while the outputs of this one go.
+            done_ptr = tile_ptr
+            done_head = head
+            tile_ptr, head, is_item = tile_of(stripe + 1, tables, work)
+            q = load_queries(q_ptr, tile_ptr, head, stride_qn, GROUP, Dh)
+            # Outputs pass through the queries' buffer, so that whole rows are stored.
+            meet()  # all have multiplied the queries
+            q_buffer.store(o.to(dtype))
+            meet()
+            places, mask = rows_of(done_ptr, done_head, stride_on, GROUP, Dh)
+            gl.store(out_ptr + places, q_buffer.load(rows_layout(Dh)), mask=mask)
 
 
 @gluon.jit
