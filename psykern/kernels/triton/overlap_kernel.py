@@ -171,12 +171,13 @@ def refill(
 
 @gluon.jit
 def attend(
-    softmax,  # (acc [TILE_ROWS, Dh], maximum [TILE_ROWS], total [TILE_ROWS]) of the keys before
+    softmax,  # (acc [TILE_ROWS, Dh], maximum [TILE_ROWS], total [TILE_ROWS], operand) of the keys before
     q_buffer,
     k_ring,  # (buffers, barriers of full ones)
     v_ring,
     ahead,  # (cursor, values_at), see ``refill``
     count,  # of blocks before
+    first,  # the tile's first block
     descs,
     length,  # rows of the range
     span,  # (begin, end, common_begin, common_end), see ``range_of``
@@ -189,23 +190,14 @@ def attend(
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """``softmax`` with the keys of a range."""
-    acc, maximum, total = softmax
+    """``softmax`` with the keys of a range; but the values of its last block, whose weights are ``operand``, are still
+    to be multiplied."""
+    acc, maximum, total, operand = softmax
     cursor, values_at = ahead
     begin, end, _, _ = span
     if begin < end:
         await_block(k_ring, count, True, STAGES)
-        scores = multiply_keys(q_buffer, k_ring, count, BLOCK_N, STAGES)
-        cursor, values_at = refill(
-            cursor, values_at, count, descs, k_ring, v_ring, tables, work, Dh, HAS_WINDOW, BLOCK_N, STAGES
-        )
-        scores = warpgroup_mma_wait(num_outstanding=0, deps=(scores,))
-        weights, maximum, total, rescale = soften(masked(scores, begin, span, sees, BLOCK_N), maximum, total, scale)
-        acc = rescaled(acc, rescale, Dh)
-        operand = as_operand(weights, q_buffer.dtype, Dh)
-        await_block(k_ring, count + 1, begin + BLOCK_N < end, STAGES)
-        for i in range(begin + BLOCK_N, end, BLOCK_N):
-            count += 1
+        for i in range(begin, end, BLOCK_N):
             scores = multiply_keys(q_buffer, k_ring, count, BLOCK_N, STAGES)
             product = multiply_values(operand, v_ring, count - 1, acc, STAGES)
             cursor, values_at = refill(
@@ -218,15 +210,15 @@ def attend(
             # product first and takes the exponentials afterwards.
             await_block(k_ring, count + 1, i + BLOCK_N < end, STAGES)
             acc = warpgroup_mma_wait(num_outstanding=0, deps=(product,))
+            if count == first:
+                acc = gl.zeros_like(acc)  # no block of the tile was before: that product was of any values
             acc = rescaled(acc, rescale, Dh)
+            count += 1
         last = begin + (end - begin - 1) // BLOCK_N * BLOCK_N
-        await_block(v_ring, count, True, STAGES)
         if last + BLOCK_N > length:
-            clear_behind(v_ring, count, length - last, Dh, BLOCK_N, STAGES)
-        acc = multiply_values(operand, v_ring, count, acc, STAGES)
-        acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
-        count += 1
-    return acc, maximum, total, (cursor, values_at), count
+            await_block(v_ring, count - 1, True, STAGES)
+            clear_behind(v_ring, count - 1, length - last, Dh, BLOCK_N, STAGES)
+    return (acc, maximum, total, operand), (cursor, values_at), count
 
 
 @gluon.jit
@@ -277,6 +269,9 @@ def answer_tile(
     acc = gl.zeros([TILE_ROWS, Dh], gl.float32, layout=product_layout(Dh))
     maximum = gl.full([TILE_ROWS], float("-inf"), gl.float32, layout=rows)
     total = gl.full([TILE_ROWS], 0.0, gl.float32, layout=rows)
+    operand = gl.zeros([TILE_ROWS, BLOCK_N], q_buffer.dtype, layout=gl.DotOperandLayout(0, product_layout(Dh), 2))
+    softmax = (acc, maximum, total, operand)
+    first = count
     place = 0
     for r in range(gl.load(tile_ptr + FIRST_RANGE), end_range_of(tile_ptr)):
         is_tail, row, length, span = range_of(tile_ptr, key_ranges_ptr, r, place, window, HAS_WINDOW, BLOCK_N)
@@ -286,11 +281,14 @@ def answer_tile(
             if HAS_WINDOW:
                 lows = gl.maximum(lows, highs - window)
             place = row
-        acc, maximum, total, ahead, count = attend(
-            (acc, maximum, total), q_buffer, k_ring, v_ring, ahead, count, descs, length, span, (place, lows, highs),
+        softmax, ahead, count = attend(
+            softmax, q_buffer, k_ring, v_ring, ahead, count, first, descs, length, span, (place, lows, highs),
             tables, work, scale, Dh, HAS_WINDOW, BLOCK_N, STAGES,
         )  # fmt: skip
         place += length
+    acc, _, total, operand = softmax
+    acc = multiply_values(operand, v_ring, count - 1, acc, STAGES)
+    acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
     return acc / gl.convert_layout(total, gl.SliceLayout(1, product_layout(Dh)))[:, None], ahead, count
 
 
@@ -333,6 +331,8 @@ def attention_kernel(
     # All keys but those of the last buffer, and the values that go with the first of them.
     cursor = first_block(tables, work, HAS_WINDOW, BLOCK_N)
     values_at = (cursor[5] + cursor[7], cursor[2] * Dh, cursor[9])
+    # Blocks are counted from where the values before the first are not waited for: their barrier is in its first phase.
+    count = 2 * STAGES
     for s in gl.static_range(STAGES - 1):
         keys_at = (cursor[5] + cursor[7], cursor[2] * Dh, cursor[9])
         expect_block(k_ring, s, keys_at[2], Dh, BLOCK_N, STAGES)
@@ -344,7 +344,6 @@ def attention_kernel(
         cursor = following(cursor, tables, work, HAS_WINDOW, BLOCK_N)
     meet()
     ahead = (cursor, values_at)
-    count = 0
     tile_ptr, head, is_item = tile_of(0, tables, work)
     q = load_queries(q_ptr, tile_ptr, head, stride_qn, GROUP, Dh)
     for stripe in range(0, gl.cdiv(num_items, gl.num_programs(0))):
