@@ -177,7 +177,6 @@ def attend(
     v_ring,
     ahead,  # (cursor, values_at), see ``refill``
     count,  # of blocks before
-    first,  # the tile's first block
     descs,
     length,  # rows of the range
     span,  # (begin, end, common_begin, common_end), see ``range_of``
@@ -210,8 +209,6 @@ def attend(
             # product first and takes the exponentials afterwards.
             await_block(k_ring, count + 1, i + BLOCK_N < end, STAGES)
             acc = warpgroup_mma_wait(num_outstanding=0, deps=(product,))
-            if count == first:
-                acc = gl.zeros_like(acc)  # no block of the tile was before: that product was of any values
             acc = rescaled(acc, rescale, Dh)
             count += 1
         last = begin + (end - begin - 1) // BLOCK_N * BLOCK_N
@@ -271,7 +268,6 @@ def answer_tile(
     total = gl.full([TILE_ROWS], 0.0, gl.float32, layout=rows)
     operand = gl.zeros([TILE_ROWS, BLOCK_N], q_buffer.dtype, layout=gl.DotOperandLayout(0, product_layout(Dh), 2))
     softmax = (acc, maximum, total, operand)
-    first = count
     place = 0
     for r in range(gl.load(tile_ptr + FIRST_RANGE), end_range_of(tile_ptr)):
         is_tail, row, length, span = range_of(tile_ptr, key_ranges_ptr, r, place, window, HAS_WINDOW, BLOCK_N)
@@ -282,7 +278,7 @@ def answer_tile(
                 lows = gl.maximum(lows, highs - window)
             place = row
         softmax, ahead, count = attend(
-            softmax, q_buffer, k_ring, v_ring, ahead, count, first, descs, length, span, (place, lows, highs),
+            softmax, q_buffer, k_ring, v_ring, ahead, count, descs, length, span, (place, lows, highs),
             tables, work, scale, Dh, HAS_WINDOW, BLOCK_N, STAGES,
         )  # fmt: skip
         place += length
@@ -350,6 +346,9 @@ def attention_kernel(
         if is_item:
             meet()  # all have read the outputs of the tile before
             q_buffer.store(q)
+            # The first block has no values before it to multiply: what stands in their buffer is multiplied by 0.
+            before = v_ring[0].index((count - 1) % STAGES)
+            before.store(gl.zeros([BLOCK_N, Dh], dtype, layout=rows_layout(Dh)))
             fence_async_shared()
             meet()
             o, ahead, count = answer_tile(
