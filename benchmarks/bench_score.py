@@ -102,10 +102,12 @@ OWN: dict[str, Backend] = {
     "psykern:stored": "auto",
     "psykern:bf16": "auto",
 }
-HOPPER: dict[str, dict[str, bool]] = {  # psykern with this attention
-    "psykern:warps": {},
-    "psykern:overlap": {"overlap": True},
-    "psykern:turns": {"overlap": True, "turns": True},
+HOPPER: dict[str, tuple[str, dict[str, bool]]] = {  # psykern with this attention: module, options
+    "psykern:warps": ("hopper_attention", {}),
+    "psykern:overlap": ("hopper_attention", {"overlap": True}),
+    "psykern:turns": ("hopper_attention", {"overlap": True, "turns": True}),
+    "psykern:beside": ("overlap_attention", {}),
+    "psykern:beside-one-tile": ("overlap_attention", {"persistent": False}),
 }
 BASELINES = {"study": run_study_procedure, "careful": run_careful_user}
 Runs = Mapping[str, Callable[[], Scored]]  # by the provider's name
@@ -319,8 +321,9 @@ def sustained_gflops(options: argparse.Namespace, num_rows: int) -> float:
 def attending(provider: str, run: Callable[[], Scored]) -> Scored:
     """``run`` with a variant of Hopper's attention in the place of what psykern takes."""
     triton = import_module("psykern.kernels.triton")
-    attention = import_module("psykern.kernels.triton.hopper_attention").prefix_attention
-    with patch.object(triton, "prefix_attention", partial(attention, **HOPPER[provider])):
+    module, choices = HOPPER[provider]
+    attention = import_module(f"psykern.kernels.triton.{module}").prefix_attention
+    with patch.object(triton, "prefix_attention", partial(attention, **choices)):
         return run()
 
 

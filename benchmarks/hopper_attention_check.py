@@ -51,6 +51,8 @@ VARIANTS = {
     "warps-one-tile": Variant(f"{TRITON}.hopper_attention", {"persistent": False}),
     "overlap": Variant(f"{TRITON}.hopper_attention", {"overlap": True}),
     "turns": Variant(f"{TRITON}.hopper_attention", {"overlap": True, "turns": True}),
+    "beside": Variant(f"{TRITON}.overlap_attention", {}),
+    "beside-one-tile": Variant(f"{TRITON}.overlap_attention", {"persistent": False}),
 }
 PEERS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
@@ -311,7 +313,7 @@ def run_all(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [*VARIANTS, *PEERS]
-    first = ["table", "turns", "overlap", *PEERS]  # the rest as the deadline allows
+    first = ["table", "beside", "beside-one-tile", "turns", "overlap", *PEERS]  # the rest as the deadline allows
     parser.add_argument("--variants", nargs="+", choices=names, default=sorted(names, key=[*first, *names].index))
     parser.add_argument("--out", type=Path, default=Path("hopper_attention_check.jsonl"))
     parser.add_argument("--seconds", type=float, default=0.3, help="of timing a case")

@@ -12,7 +12,7 @@ spill at most 256 bytes a thread on sm_90 by Triton 3.6 are worth a place here.
 Attention's cases ``wave`` are the batches that the engine makes of real transcripts (``wave_batches.py``): all of them,
 which is a layer's attention, and those with the most and the least to do. On a GPU all that attention needs is compiled
 beforehand, in processes side by side (``--processes``), by launches on few tokens: one takes seconds. One that fails or
-does not end is left out. There the variants of ``hopper_attention`` stand beside the tiles.
+does not end is left out. There attention's variants for Hopper stand beside the tiles.
 """
 
 from __future__ import annotations
@@ -47,11 +47,13 @@ OPS = ("option_logprobs", "prefix_attention", "cuda")  # "cuda": option_logprobs
 ATTENTION = {"wave": None, "causal": 8192, "window": 16_384, "branches": 4096}  # cases, with their tokens
 WINDOW = 4096
 MODELS = {Heads(32, 8, 128): "Qwen3-8B", Heads(16, 8, 128): "Qwen3-0.6B"}  # whose waves heads are given
-HOPPER: dict[str, dict[str, bool]] = {  # variants of hopper_attention
-    "warps": {},
-    "warps-one-tile": {"persistent": False},
-    "overlap": {"overlap": True},
-    "turns": {"overlap": True, "turns": True},
+HOPPER: dict[str, tuple[str, dict[str, bool]]] = {  # attention's variants for Hopper: module, options
+    "warps": ("hopper_attention", {}),
+    "warps-one-tile": ("hopper_attention", {"persistent": False}),
+    "overlap": ("hopper_attention", {"overlap": True}),
+    "turns": ("hopper_attention", {"overlap": True, "turns": True}),
+    "beside": ("overlap_attention", {}),
+    "beside-one-tile": ("overlap_attention", {"persistent": False}),
 }
 TINY_BUDGETS = Budgets(wave_tokens=64, batch_tokens=32)
 FEW_TOKENS = 60
@@ -208,8 +210,9 @@ def attention_case(name: str, heads: Heads, at: Setting, call: Callable[[], Sequ
 
 
 def hopper_variants() -> list[Alternative]:
-    op = importlib.import_module(f"{TRITON}.hopper_attention").prefix_attention
-    return [Alternative(name, {"prefix_attention": partial(op, **options)}) for name, options in HOPPER.items()]
+    ops = {module: importlib.import_module(f"{TRITON}.{module}").prefix_attention for module, _ in HOPPER.values()}
+    choices = [(name, partial(ops[module], **options)) for name, (module, options) in HOPPER.items()]
+    return [Alternative(name, {"prefix_attention": op}) for name, op in choices]
 
 
 def attend(*arguments: object) -> Tensor:

@@ -1,4 +1,5 @@
-"""Runs ``hopper_attention``'s kernel on a CPU: its own source, with Gluon's words standing for what they mean.
+"""Runs the kernels of ``hopper_attention`` and ``overlap_attention`` on a CPU: their own source, with Gluon's words
+standing for what they mean.
 
 A partition of warps is a thread. Barriers have true phases, so that a wrong count or parity is a deadlock (an error
 after some seconds) or a race. What is asynchronous takes place as late as it may: a product reads its buffers when it
@@ -12,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock, patch
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.language import constexpr
 
-from psykern.kernels.triton import hopper_attention, hopper_kernel
+from psykern.kernels.triton import hopper_attention, hopper_kernel, overlap_attention, overlap_kernel
 
 PATIENCE = 20.0  # seconds, of a barrier
 _own = threading.local()  # program: its index; products: those not waited for
@@ -105,7 +106,9 @@ def _store(pointer: Pointer, x: Tensor, mask: Tensor) -> None:
     pointer.flat[pointer.place.expand(x.shape)[mask].long()] = x[mask]
 
 
-def _copy(source: Descriptor, place: Sequence[Any], barrier: Barrier, target: Shared) -> None:
+def _copy(source: Descriptor, place: Sequence[Any], barrier: Barrier, target: Shared, pred: Any = True) -> None:
+    if not pred:
+        return
     target.data.fill_(math.nan)
     row, column = int(place[0]), int(place[1])
 
@@ -208,6 +211,7 @@ def gluon(programs: int) -> SimpleNamespace:
         "full": lambda shape, x, dtype, layout: torch.full(shape, x, dtype=dtype),
         "full_like": torch.full_like,
         "zeros_like": torch.zeros_like,
+        "to_tensor": lambda x: x,
         "expand_dims": lambda x, axis: x.unsqueeze(axis),
         "convert_layout": lambda x, layout: x,
         "num_programs": lambda axis: programs,
@@ -220,12 +224,11 @@ def gluon(programs: int) -> SimpleNamespace:
     return SimpleNamespace(**words, **{name: MagicMock() for name in layouts})
 
 
-@contextmanager
-def on_cpu(processors: int) -> Iterator[None]:
-    """``hopper_attention`` with its kernel run on the CPU, as by a GPU of so many multiprocessors."""
-    words = {n: f.fn for n, f in vars(hopper_kernel).items() if isinstance(f, GluonJITFunction)}
-    words |= {n: x.value for n, x in vars(hopper_kernel).items() if isinstance(x, constexpr)}
-    words |= {
+def words_of(module: ModuleType) -> dict[str, Any]:
+    """What the names in a kernel's module stand for."""
+    words = {n: f.fn for n, f in vars(module).items() if isinstance(f, GluonJITFunction)}
+    words |= {n: x.value for n, x in vars(module).items() if isinstance(x, constexpr)}
+    known = {
         "product_layout": MagicMock(),
         "rows_layout": MagicMock(),
         "mbarrier": SimpleNamespace(
@@ -233,7 +236,7 @@ def on_cpu(processors: int) -> Iterator[None]:
             init=_init,
             wait=lambda barrier, phase, pred=True: barrier.wait(phase) if pred else None,
             arrive=_arrive,
-            expect=lambda barrier, size: None,  # its arrival is the copy's
+            expect=lambda barrier, size, pred=True: None,  # its arrival is the copy's
         ),
         "fetch": _copy,
         "warpgroup_mma": _multiply,
@@ -242,22 +245,41 @@ def on_cpu(processors: int) -> Iterator[None]:
         "meet": lambda: None,
         "leave": lambda: None,
     }
+    return words | {name: word for name, word in known.items() if hasattr(module, name)}
 
-    class Launcher:
-        def __getitem__(self, grid: tuple[int]) -> Any:
-            def launch(*arguments: Any, num_warps: int, **options: Any) -> None:
-                values = [Pointer(a) if isinstance(a, Tensor) else a for a in arguments]
-                with ExitStack() as stack:
-                    for name, value in (words | {"gl": gluon(grid[0])}).items():
-                        stack.enter_context(patch.object(hopper_kernel, name, value))
-                    for _own.program in range(grid[0]):
-                        hopper_kernel.attention_kernel(*values, **options)
 
-            return launch
+class Launcher:
+    """Stands for ``attention_kernel`` of a module and runs it, program by program."""
 
+    def __init__(self, module: ModuleType) -> None:
+        self.module = module
+
+    def __getitem__(self, grid: tuple[int]) -> Any:
+        def launch(*arguments: Any, num_warps: int, **options: Any) -> None:
+            values = [Pointer(a) if isinstance(a, Tensor) else a for a in arguments]
+            words = {m: words_of(m) | {"gl": gluon(grid[0])} for m in (hopper_kernel, overlap_kernel)}
+            with ExitStack() as stack:
+                for module, names in words.items():
+                    for name, value in names.items():
+                        stack.enter_context(patch.object(module, name, value))
+                for _own.program in range(grid[0]):
+                    _own.products = []
+                    self.module.attention_kernel(*values, **options)
+                    assert not _own.products, "a product was not waited for"
+
+        return launch
+
+
+@contextmanager
+def on_cpu(processors: int) -> Iterator[None]:
+    """Both operations with their kernels run on the CPU, as by a GPU of so many multiprocessors."""
+    descriptor = lambda x, head_dim: Descriptor(x, 128, head_dim)  # noqa: E731
     with (
-        patch.object(hopper_attention, "attention_kernel", Launcher()),
-        patch.object(hopper_attention, "_descriptor", lambda x, head_dim: Descriptor(x, 128, head_dim)),
+        patch.object(hopper_attention, "attention_kernel", Launcher(hopper_kernel)),
+        patch.object(overlap_attention, "attention_kernel", Launcher(overlap_kernel)),
+        patch.object(hopper_attention, "_descriptor", descriptor),
+        patch.object(overlap_attention, "_descriptor", descriptor),
         patch.object(hopper_attention, "_num_processors", lambda device: processors),
+        patch.object(overlap_attention, "_num_processors", lambda device: processors),
     ):
         yield

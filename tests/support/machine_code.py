@@ -8,8 +8,13 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 _WIDTH = {"128": 4, "64": 2, "WIDE": 2}  # registers, by the instruction's suffix
 
@@ -63,3 +68,24 @@ def hazards(code: Sequence[str]) -> list[str]:
         if any(product.sums & (written | set(numbers)) or product.reads & written for product in products):
             found.append(instruction)
     return found
+
+
+def gluon_code(kernel: Any, values: dict[str, Any], num_warps: int) -> list[str]:
+    """The machine code for an H100 of a Gluon kernel on bf16, launched with ``values`` for its parameters. Pointers but
+    those of the tiles' tables, and strides of rows, are multiples of 16."""
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        name, value = parameter.name, values[parameter.name]
+        if parameter.is_constexpr:
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = "*i32" if value.dtype == torch.int32 else "*bf16"
+        elif isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<bf16{value.block_shape},{value.layout!r}>"
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+        if signature[name] == "*bf16" or name.startswith("stride"):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = GluonASTSource(kernel, signature, constants, attributes)
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
+    return instructions(built.asm["cubin"])
