@@ -102,13 +102,6 @@ OWN: dict[str, Backend] = {
     "psykern:stored": "auto",
     "psykern:bf16": "auto",
 }
-HOPPER: dict[str, tuple[str, dict[str, bool]]] = {  # psykern with this attention: module, options
-    "psykern:warps": ("hopper_attention", {}),
-    "psykern:overlap": ("hopper_attention", {"overlap": True}),
-    "psykern:turns": ("hopper_attention", {"overlap": True, "turns": True}),
-    "psykern:beside": ("overlap_attention", {}),
-    "psykern:beside-one-tile": ("overlap_attention", {"persistent": False}),
-}
 BASELINES = {"study": run_study_procedure, "careful": run_careful_user}
 Runs = Mapping[str, Callable[[], Scored]]  # by the provider's name
 
@@ -295,7 +288,11 @@ def bench_shape(options: argparse.Namespace) -> None:
             models["psykern:streamed"] = Model(folder, model.compute, num_slots=2)
         runs = {name: partial(run, user, whole) for name, run in BASELINES.items()}
         runs |= {name: partial(own, model, whole) for name, model in models.items()}
-        runs |= {name: partial(attending, name, runs["psykern"]) for name in options.providers if is_attending(name)}
+        runs |= {
+            name: partial(with_other_blocks, name, runs["psykern"])
+            for name in options.providers
+            if has_other_blocks(name)
+        }
         warm_ups = {name: partial(run, user, short) for name, run in BASELINES.items()}
         sustained = sustained_gflops(options, suitable.batch_tokens)
         rows, square = [], 64 if options.quick else 2048
@@ -305,7 +302,7 @@ def bench_shape(options: argparse.Namespace) -> None:
             row |= {"sustained_gflops": round(sustained, 1) if sustained else "", "share_of_sustained": share}
             rows.append(row | {"careful_rms_against_fp32": round(others, 6)})
             if device.type == "cuda" and (
-                measured.name == "psykern" or is_attending(measured.name)
+                measured.name == "psykern" or has_other_blocks(measured.name)
             ):  # at once: what comes next may be cut
                 rows[-1]["kernel_idle_share"] = profile_run(measured.name, runs[measured.name], options)
             print_row(rows[-1])
@@ -320,18 +317,12 @@ def sustained_gflops(options: argparse.Namespace, num_rows: int) -> float:
     return work.flops / repeated(work, 1.5, options.device)[0] / 1e9
 
 
-def is_attending(provider: str) -> bool:
-    return provider in HOPPER or provider.partition(":")[2][:1].isdigit()
+def has_other_blocks(provider: str) -> bool:
+    return provider.partition(":")[2][:1].isdigit()
 
 
-def attending(provider: str, run: Callable[[], Scored]) -> Scored:
-    """``run`` with another attention in the place of what psykern takes, or the plain one with other blocks."""
-    triton = import_module("psykern.kernels.triton")
-    if provider in HOPPER:
-        module, choices = HOPPER[provider]
-        attention = import_module(f"psykern.kernels.triton.{module}").prefix_attention
-        with patch.object(triton, "prefix_attention", partial(attention, **choices)):
-            return run()
+def with_other_blocks(provider: str, run: Callable[[], Scored]) -> Scored:
+    """``run`` with other blocks of attention than those of the table for GPUs: ``psykern:128x128x32x8x3``."""
     module = import_module("psykern.kernels.triton.prefix_attention")
     blocks = module.Blocks(*map(int, provider.partition(":")[2].split("x")))
     with patch.object(module, "blocks_of", lambda *_: blocks):
@@ -391,7 +382,7 @@ def shape_providers(study: str, runs: Runs, warm_ups: Runs, options: argparse.Na
         release(options.device)
         first = warm_ups.get(name, runs[name])()
         before = None if name in warm_ups else first.logprob
-        repeats = options.repeats if name == "psykern" or is_attending(name) else 1
+        repeats = options.repeats if name == "psykern" or has_other_blocks(name) else 1
         verify = partial(comparison.check, name, distance, before=before)
         yield Provider(name, runs[name], dtype_of(options), repeats, verify)
 

@@ -89,19 +89,18 @@ first() { # is it right, how fast is the machine, how fast is a run
     fi
     bench gpu_rates 100 gpu_rates --seconds "${SECONDS_EACH:-0.8}"
     score Qwen3-8B 170
-    bench run_gpu 60 run --data "$data"
     score Qwen3-0.6B 90
 }
 
-second() { # Hopper's attention, its variants side by side, and end to end
+second() { # alternatives to the table of attention's blocks, on a real wave; then end to end beside the best of them
     [ -n "${SKIP_BUILD:-}" ] || part build 90 "$python" setup.py --quiet build_ext --inplace
-    part hopper_attention 155 "$python" benchmarks/hopper_attention_check.py --out "$folder/hopper_attention.jsonl"
-    PROVIDERS="psykern psykern:warps psykern:overlap psykern:turns" REPEATS=1 score Qwen3-8B 160
+    part tune 150 "$python" benchmarks/tune.py --device "$device" --ops prefix_attention --cases wave --name tune \
+        --folder "$folder" ${quick[@]+"${quick[@]}"}
     bench run_gpu 90 run --data "$data"
-    PROVIDERS="psykern study psykern:overlap psykern:turns psykern:warps careful" score Qwen3-0.6B 110
 }
 
 third() { # the winners, others beside them
+    [ -n "${SKIP_BUILD:-}" ] || part build 90 "$python" setup.py --quiet build_ext --inplace
     score Qwen3-8B 170
     score Qwen3-0.6B 90
     bench option_logprobs_gpu 70 option_logprobs

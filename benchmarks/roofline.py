@@ -1,6 +1,6 @@
-"""Predicts what an H100 and an A100 need for each operation, for a layer and for the whole of Psych-201, for the
-study's models. **Nothing here is measured**: peaks are the makers' data sheets, and what share of them is reached is
-assumed (:class:`Assumptions`).
+"""Predicts what an H100, an A100 and an H200 need for each operation, for a layer and for the whole of Psych-201, for
+the study's models. **No hours are measured**: peaks are the makers' data sheets, and what share of them is reached is
+assumed (:class:`Assumptions`), or, for an H200, was measured in a run of an 8B model (``MEASURED``).
 
 An operation takes the longer of two times: its floating-point operations at the rate of the unit that does them, and
 its bytes at the memory's bandwidth, each array read or written once. FLOPs are those of ``budgets.cost``: 2 for each
@@ -49,12 +49,13 @@ class Device:
 DEVICES = (
     Device("H100 SXM 80GB", flops=989e12, bandwidth=3.35e12, l2=50e6, memory=80e9, link=64e9),
     Device("A100 SXM 80GB", flops=312e12, bandwidth=2.0e12, l2=40e6, memory=80e9, link=32e9),
+    Device("H200 SXM 141GB", flops=989e12, bandwidth=4.8e12, l2=60e6, memory=141e9, link=64e9),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Assumptions:
-    """Shares of the data sheet that are taken to be reached. None is measured with psykern yet."""
+    """Shares of the data sheet that are taken to be reached; not measured."""
 
     gemm: float = 0.75  # bf16 products of thousands of rows through the vendor's library
     attention: float = 0.5  # two products with a softmax between them
@@ -62,6 +63,11 @@ class Assumptions:
     link: float = 0.8  # from pinned memory
     memory: float = 0.7  # that weights may take before they are streamed: psykern's own rule
     idle: float = 0.03  # of the time, in which the device waits for the host
+
+
+# By device: products at 704 TFLOP/s, attention at 412, kernels always running, in results/profile_qwen3-8b_h200.csv;
+# elementwise operations at 3.5 to 4.3 TB/s in rates_h200.csv. At its limit of 700 W all the while.
+MEASURED = {"H200 SXM 141GB": Assumptions(gemm=0.71, attention=0.41, bandwidth=0.82, idle=0.004)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +189,10 @@ class Roof:
         return "compute" if compute >= memory else "memory"
 
 
+def roof_of(device: Device) -> Roof:
+    return Roof(device, MEASURED.get(device.name, Assumptions()))
+
+
 @dataclass(frozen=True, slots=True)
 class Prediction:
     """A model on a device; times of a batch, and of the dataset."""
@@ -276,7 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         row
         for device in DEVICES
         for model in options.models
-        for row in rows_of(model, Roof(device), options.batch_rows, options.wave_rows)
+        for row in rows_of(model, roof_of(device), options.batch_rows, options.wave_rows)
     ]
     for row in table:
         if row["scope"] != "op" or len(options.models) == 1:

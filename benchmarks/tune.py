@@ -12,7 +12,7 @@ spill at most 256 bytes a thread on sm_90 by Triton 3.6 are worth a place here.
 Attention's cases ``wave`` are the batches that the engine makes of real transcripts (``wave_batches.py``): all of them,
 which is a layer's attention, and those with the most and the least to do. On a GPU all that attention needs is compiled
 beforehand, in processes side by side (``--processes``), by launches on few tokens: one takes seconds. One that fails or
-does not end is left out. There attention's variants for Hopper stand beside the tiles.
+does not end is left out.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain
 from typing import NamedTuple
 from unittest.mock import patch
@@ -47,14 +46,6 @@ OPS = ("option_logprobs", "prefix_attention", "cuda")  # "cuda": option_logprobs
 ATTENTION = {"wave": None, "causal": 8192, "window": 16_384, "branches": 4096}  # cases, with their tokens
 WINDOW = 4096
 MODELS = {Heads(32, 8, 128): "Qwen3-8B", Heads(16, 8, 128): "Qwen3-0.6B"}  # whose waves heads are given
-HOPPER: dict[str, tuple[str, dict[str, bool]]] = {  # attention's variants for Hopper: module, options
-    "warps": ("hopper_attention", {}),
-    "warps-one-tile": ("hopper_attention", {"persistent": False}),
-    "overlap": ("hopper_attention", {"overlap": True}),
-    "turns": ("hopper_attention", {"overlap": True, "turns": True}),
-    "beside": ("overlap_attention", {}),
-    "beside-one-tile": ("overlap_attention", {"persistent": False}),
-}
 TINY_BUDGETS = Budgets(wave_tokens=64, batch_tokens=32)
 FEW_TOKENS = 60
 MOST_BATCHES = 32  # of a wave case; the mix makes 14
@@ -125,11 +116,11 @@ def product_tiles(rows: int) -> list[Alternative]:
 def attention_blocks(head_dim: int) -> list[Alternative]:
     """Of ``prefix_attention``: rows, keys, keys of masked blocks, warps, stages; "loads" without TMA."""
     module = importlib.import_module(f"{TRITON}.prefix_attention")
-    sizes = [(128, 64, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 32, 8, 2), (64, 64, 32, 4, 3)]
+    sizes = [(128, 64, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 32, 8, 2)]
     if head_dim <= 64:
-        sizes += [(128, 128, 32, 8, 3), (128, 64, 32, 8, 4), (64, 128, 32, 4, 3)]
+        sizes += [(64, 64, 32, 4, 3), (128, 128, 32, 8, 3), (128, 64, 32, 8, 4), (64, 128, 32, 4, 3)]
     else:
-        sizes += [(128, 64, 32, 8, 3), (64, 128, 32, 4, 2)]
+        sizes += [(128, 128, 32, 8, 3), (128, 64, 32, 8, 3), (64, 128, 32, 4, 2)]
     blocks = [("x".join(map(str, size)), module.Blocks(*size)) for size in sizes]
     found = [Alternative(name, {"blocks_of": lambda *_, b=b: b}) for name, b in blocks]
     return [*found, Alternative("loads", {"uses_tma": lambda *_: False})]
@@ -177,7 +168,6 @@ class Setting(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     quick: bool = False
-    has_hopper: bool = False  # variants of hopper_attention among the alternatives
 
     @property
     def heads(self) -> Sequence[Heads]:
@@ -205,14 +195,8 @@ def kernel_of(case: str) -> str:
 def attention_case(name: str, heads: Heads, at: Setting, call: Callable[[], Sequence[Tensor]], pairs: int) -> Case:
     where = f"{name}, {heads.queries} ({heads.keys}) of {heads.size}"
     flops = 4.0 * heads.queries * heads.size * pairs
-    alternatives = attention_blocks(heads.size) + (hopper_variants() if at.has_hopper else [])
+    alternatives = attention_blocks(heads.size)
     return Case("prefix_attention", where, f"{TRITON}.prefix_attention", call, alternatives, TOLERANCE, flops)
-
-
-def hopper_variants() -> list[Alternative]:
-    ops = {module: importlib.import_module(f"{TRITON}.{module}").prefix_attention for module, _ in HOPPER.values()}
-    choices = [(name, partial(ops[module], **options)) for name, (module, options) in HOPPER.items()]
-    return [Alternative(name, {"prefix_attention": op}) for name, op in choices]
 
 
 def attend(*arguments: object) -> Tensor:
@@ -378,7 +362,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         account_of_all(options)
         return
     on_gpu = options.device.type == "cuda"
-    at = Setting(options.device, dtype_of(options), options.quick, has_hopper=on_gpu)
+    at = Setting(options.device, dtype_of(options), options.quick)
     names = options.cases if "prefix_attention" in options.ops else []
     default = min(16, len(os.sched_getaffinity(0))) if on_gpu else 0
     processes = default if options.processes is None else options.processes

@@ -270,9 +270,10 @@ def test_a_part_that_fails_loses_no_other(tmp_path: Path) -> None:
     found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert found.returncode == 1, found.stderr
     states = [line.split()[:2] for line in found.stdout.splitlines() if line.endswith(" s")]
-    parts = ["build", "smoke", "tests_engine", "gpu_rates", "score_qwen3-8b", "run_gpu", "score_qwen3-0.6b", "tune"]
-    parts += ["score_qwen3-8b", "score_qwen3-0.6b", "option_logprobs_gpu", "prefix_attention_gpu", "score_llama-3.2-1b"]
-    parts += ["elementwise_gpu", "sanitizer"]
+    parts = ["build", "smoke", "tests_engine", "gpu_rates", "score_qwen3-8b", "score_qwen3-0.6b"]  # of each call
+    parts += ["build", "tune", "run_gpu"]
+    parts += ["build", "score_qwen3-8b", "score_qwen3-0.6b", "option_logprobs_gpu", "prefix_attention_gpu"]
+    parts += ["score_llama-3.2-1b", "elementwise_gpu", "sanitizer"]
     assert states == [[part, "passed" if part == "elementwise_gpu" else "failed"] for part in parts]
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"summary.txt", "gpu-results.tar.gz"}
     late = subprocess.run(command, env={**environment, "LIMIT": "1"}, capture_output=True, text=True, check=False)
