@@ -236,6 +236,25 @@ def test_the_summary_takes_the_worst_number_of_each_target(results: Path) -> Non
     assert targets["idle share of the device"]["reached"] == "not measured"
 
 
+def test_the_summary_compares_attention_with_others_of_its_shape(results: Path) -> None:
+    """By hand: 2 / 4 at 4k tokens; what is shorter does not count. And a part whose rows name no provider."""
+    shapes = {tokens: f"32 (8) of 128, {tokens} tokens" for tokens in (2048, 4096)}
+    rows: list[dict[str, object]] = [
+        {"kind": "attention", "provider": name, "shape": shapes[tokens], "seconds": seconds, "tflops": 100 * seconds}
+        for name, tokens, seconds in (("psykern", 2048, 9), ("sdpa", 2048, 1), ("psykern", 4096, 4), ("sdpa", 4096, 2))
+    ]
+    rows.append({"kind": "products", "provider": "square", "shape": "8192 x 8192 x 8192", "seconds": 1, "tflops": 1})
+    machine = {"device": "a GPU", "cuda": "13.0"}
+    (results / "gpu_rates.json").write_text(json.dumps({"machine": machine, "rows": rows}))
+    (results / "run_gpu.json").write_text(json.dumps({"machine": machine, "rows": [{"what": "the first run"}]}))
+    (results / "status.tsv").write_text("gpu_rates\t0\t31\nrun_gpu\t0\t12\n")
+    gpu_summary.main([str(results)])
+    targets = {t["target"]: t["measured"] for t in gpu_summary.summary(results)["targets"]}
+    assert targets["attention, sustained: times torch's default, from 4k"] == 0.5
+    assert targets["attention, sustained: TFLOP/s, 4k tokens"] == 400
+    assert targets["attention, sustained: times cuDNN's, from 4k"] is None
+
+
 def test_numbers_of_tiny_shapes_or_of_a_cpu_are_not_measured(results: Path) -> None:
     (results / "quick").touch()
     assert {t["reached"] for t in gpu_summary.summary(results)["targets"]} == {"not measured"}
