@@ -144,7 +144,7 @@ class HeadRows {
     const int64_t block = kColumns * std::clamp<int64_t>(fitting, 1, kChunkColumns / kColumns);
     const Buffer packed = allocate_numbers(block * depth), tile = allocate(Product::kPanelRows * block);
     Number* columns = reinterpret_cast<Number*>(packed.get());
-    Product::begin();
+    const typename Product::Session session;
     for (int64_t begin = first_token; begin < last_token; begin += block) {
       const int64_t count = std::min(block, last_token - begin);
       for (int64_t t = 0; t < count; t += kColumns) pack_tokens(begin + t, columns + t * depth);
@@ -156,7 +156,6 @@ class HeadRows {
         }
       }
     }
-    Product::end();
   }
 
  private:

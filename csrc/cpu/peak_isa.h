@@ -39,7 +39,7 @@ double add_up_bf16(float start) {
   float tile[16 * 16] = {start};
   uint16_t ones[16 * 32];
   std::fill_n(ones, 16 * 32, narrow(1.0f));
-  Bf16Product::begin();
+  const Bf16Product::Session session;
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -55,7 +55,6 @@ double add_up_bf16(float start) {
     _tile_dpbf16ps(3, 5, 7);
   }
   _tile_stored(0, tile, 64);
-  Bf16Product::end();
   return static_cast<double>(tile[0]);
 }
 constexpr double kBf16Flops = 2.0 * (kPeakSteps / 16) * 4 * 16 * 16 * 32;

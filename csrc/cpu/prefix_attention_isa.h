@@ -86,6 +86,7 @@ class AttentionTask {
  private:
   using Number = typename Product::Number;
   static constexpr int64_t kRows = Product::kPanelRows, kDepth = Product::kDepth;
+  static_assert(kTileKeys <= kDepth, "the weights of a row are one block");
 
   // Rows of the task that see the packed keys, as one panel, and which columns of the tile.
   struct Panel {
@@ -394,9 +395,8 @@ void prefix_attention_as(const PrefixAttention& p, int num_threads) {
   const int64_t num_tasks = static_cast<int64_t>(plan.tasks.size()) - 1;
   psykern::parallel_for(num_tasks * p.num_kv_heads, num_threads, [&](int64_t i) {
     const int64_t task = num_tasks - 1 - i / p.num_kv_heads;  // those with the most keys first
-    Product::begin();
+    const typename Product::Session session;
     AttentionTask<Product, T>(p, plan, static_cast<size_t>(task), i % p.num_kv_heads).run();
-    Product::end();
   });
 }
 

@@ -22,7 +22,7 @@ namespace {
 
 using psykern::FloatType;
 
-constexpr int64_t kFp32Depth = 256, kPairDepth = 512;  // of a block
+constexpr int64_t kFp32Depth = 256, kPairDepth = 512, kTileDepth = 256;  // of a block
 
 // kPacked: rows [depth][kRows], else [kRows][kFp32Depth].
 template <int kRows, bool kPacked>
@@ -63,9 +63,10 @@ struct Fp32Products {
   static constexpr int64_t kDepth = kFp32Depth;     // of a block
   static constexpr int64_t kDepthUnit = 1;          // depths are padded to multiples of it
 
-  // What a thread does before and after its products.
-  static void begin() {}
-  static void end() {}
+  // Held by a thread while it multiplies.
+  struct Session {
+    Session() {}
+  };
 
   // tile[i * kColumns..] = (is_first ? 0 : tile[i]) + sum over d < depth of row i's number d * columns[d][..]
   static void multiply(int64_t num_rows, const float* rows, const float* columns, int64_t depth, float* tile,
@@ -165,20 +166,24 @@ struct Bf16Packing {
 
 #if defined(__AMX_BF16__)
 // Tiles of bf16: 16 rows of 32 numbers times 32 numbers of 16 columns.
-struct Bf16Product : Bf16Packing<kPairDepth, 32> {
+struct Bf16Product : Bf16Packing<kTileDepth, 32> {
   static constexpr bool kHasTiles = true;
   static constexpr int64_t kTile = 16, kPanelRows = 2 * kTile;
 
-  static void begin() {
-    struct alignas(64) Config {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    };
-    static constexpr Config kConfig;
-    _tile_loadconfig(&kConfig);
-  }
-  static void end() { _tile_release(); }
+  struct Session {
+    Session() {
+      struct alignas(64) Config {
+        uint8_t palette = 1, start_row = 0, reserved[14] = {};
+        uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+      };
+      static constexpr Config kConfig;
+      _tile_loadconfig(&kConfig);
+    }
+    ~Session() { _tile_release(); }
+    Session(const Session&) = delete;
+    Session& operator=(const Session&) = delete;
+  };
 
   // As Fp32Product::multiply; rows behind num_rows are read up to a whole tile, and their tile rows are written.
   static void multiply(int64_t num_rows, const uint16_t* rows, const uint16_t* columns, int64_t depth, float* tile,
@@ -281,8 +286,9 @@ struct Bf16Product : Bf16Packing<kPairDepth, 2> {
   static constexpr bool kHasTiles = false;
   static constexpr int64_t kPanelRows = kMaxPanel;
 
-  static void begin() {}
-  static void end() {}
+  struct Session {
+    Session() {}
+  };
 
   static void multiply(int64_t num_rows, const uint16_t* rows, const uint16_t* columns, int64_t depth, float* tile,
                        bool is_first) {
