@@ -229,23 +229,39 @@ inline void for_each(const F& f) {
 }
 
 // 2^x for several x <= 0 (and NaN) at once, step by step, so that none waits for its own last step: x = n + f with
-// |f| <= 1/2, a polynomial in f, times 2^n. Below -126.5, where 2^n would leave the normal numbers, it is 0, and at 0
-// it is 1. Coefficients from the highest down; that of degree 0 is 1.
+// |f| <= 1/2, a polynomial in f, times 2^n. Below -126.5 at the latest, where 2^n would leave the normal numbers, it is
+// 0, and at 0 it is 1. Coefficients from the highest down; that of degree 0 is 1.
 template <int kDegree, int kVectors>
 inline void exp2_nonpositive(Vec (&x)[kVectors], const float (&coefficients)[kDegree]) {
+  Vec f[kVectors], p[kVectors];
+#if defined(__AVX512DQ__)  // has x - n, and times 2^n
+  for_each<kVectors>([&](int i) {
+    constexpr int kToInteger = 8;  // rounds to the nearest, reports nothing
+    f[i] = reinterpret_cast<Vec>(_mm512_reduce_ps(reinterpret_cast<__m512>(x[i]), kToInteger));
+  });
+#else
   const Vec shifter = broadcast(12582912.0f + 127.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
-  Vec shifted[kVectors], p[kVectors];
+  Vec shifted[kVectors];
   for_each<kVectors>([&](int i) { x[i] = maximum(broadcast(-127.0f), x[i]); });
   for_each<kVectors>([&](int i) { shifted[i] = x[i] + shifter; });
-  for_each<kVectors>([&](int i) { p[i] = shifted[i] - shifter; });
-  for_each<kVectors>([&](int i) { x[i] = x[i] - p[i]; });
+  for_each<kVectors>([&](int i) { f[i] = shifted[i] - shifter; });
+  for_each<kVectors>([&](int i) { f[i] = x[i] - f[i]; });
+#endif
   for_each<kVectors>([&](int i) { p[i] = broadcast(coefficients[0]); });
 #pragma GCC unroll 8
   for (int k = 1; k < kDegree; ++k) {
-    for_each<kVectors>([&](int i) { p[i] = p[i] * x[i] + broadcast(coefficients[k]); });
+    for_each<kVectors>([&](int i) { p[i] = p[i] * f[i] + broadcast(coefficients[k]); });
   }
-  for_each<kVectors>([&](int i) { p[i] = p[i] * x[i] + broadcast(1.0f); });
+  for_each<kVectors>([&](int i) { p[i] = p[i] * f[i] + broadcast(1.0f); });
+#if defined(__AVX512DQ__)
+  for_each<kVectors>([&](int i) {
+    const auto from = reinterpret_cast<__m512>(x[i]), n = reinterpret_cast<__m512>(x[i] - f[i]);
+    const __mmask16 is_normal = _mm512_cmp_ps_mask(from, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);  // or NaN
+    x[i] = reinterpret_cast<Vec>(_mm512_maskz_scalef_ps(is_normal, reinterpret_cast<__m512>(p[i]), n));
+  });
+#else
   for_each<kVectors>([&](int i) { x[i] = p[i] * reinterpret_cast<Vec>(reinterpret_cast<IntVec>(shifted[i]) << 23); });
+#endif
 }
 
 template <int kVectors>
