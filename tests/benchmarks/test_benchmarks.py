@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -31,6 +32,9 @@ from providers import Scored
 from support.checkpoints import CONFIGS, make_model
 from support.exactness import TOLERANCE
 from torch import Tensor
+
+from psykern import demo
+from psykern.data.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -126,6 +130,18 @@ def test_exactness_is_measured_and_a_wrong_result_refused(tmp_path: Path) -> Non
     assert all(1e-8 < float(str(row["token_worst"])) < TOLERANCE and row["tokens"] == 399 for row in rows.values())
     with pytest.raises(SystemExit, match=r"m: psykern is 2\.0e-02 nats from fp64: refused"):
         exactness.row("m", "psykern", np.full(400, 0.02), None)
+
+
+def test_what_bf16_costs_beside_transformers(tmp_path: Path) -> None:
+    shutil.copy(demo.MODEL / "tokenizer.json", tmp_path)
+    make_model(tmp_path, vocab_size=Tokenizer.load(tmp_path).size, **CONFIGS["qwen3"])
+    study = min(demo.SAMPLE.glob("*.jsonl.gz"), key=lambda file: file.stat().st_size)
+    own, other = exactness.rounded_cases(tmp_path, [study])
+    assert (own["provider"], other["provider"]) == ("psykern", "transformers")
+    assert own["tokens"] == other["tokens"] and int(str(own["tokens"])) > 100
+    rounding = [float(str(row["rms"])) for row in (own, other)]
+    assert min(rounding) > 1e-4  # of numbers with 8 bits
+    assert rounding[0] < 1.5 * rounding[1] < 1.0
 
 
 @pytest.mark.slow
