@@ -24,6 +24,7 @@ from torch import Tensor
 from psykern.core.errors import BackendError
 from psykern.core.settings import Backend
 from psykern.kernels.checks import expect, expect_dtype, expect_offsets, expect_out, expect_span, out_like, span
+from psykern.kernels.routes import Routes
 from psykern.kernels.segments import Segments
 
 _HOW_TO_GET = {
@@ -126,6 +127,78 @@ def _expect_layer(name: str, layer: Layer, x: Tensor) -> None:
     if bias is not None:
         expect(f"bias of {name}", bias.shape == weight.shape[:1], lambda: f"[{weight.shape[0]}]", bias)
         expect_dtype(f"bias of {name}", bias, _FLOATS)
+
+
+Experts = Sequence[Tensor]  # the weight [M, K] of each expert, or all in one tensor [E, M, K]
+
+
+def expert_swiglu(
+    x: Tensor, gates: Experts, ups: Experts, routes: Routes, *, out: Tensor | None = None, backend: Backend = "auto"
+) -> Tensor:
+    """SwiGLU of a mixture of experts: x [N, K] to [N * k, F] by ``routes``, whose row i is of slot ``routes.slots[i]``.
+
+    ``gates`` and ``ups``: weights [F, K] of each expert. Rows are gathered by the product itself. A row's numbers are
+    those of :func:`swiglu` with its expert alone. ``triton`` and ``cuda`` take weights that are one tensor each.
+    ``out`` must not share memory with x. Raises ``ValueError`` for shapes or dtypes that do not fit.
+    """
+    expect("x", x.dim() == 2 and x.shape[1] > 0, "[N, K] with K at least 1", x)
+    expect_dtype("x", x, _FLOATS)
+    expect("x", x.shape[0] == routes.num_rows, lambda: f"[{routes.num_rows}, K], as routes say", x)
+    _expect_experts("gates", gates, routes, x)
+    _expect_experts("ups", ups, routes, x)
+    expect("ups", ups[0].shape == gates[0].shape, lambda: f"{list(gates[0].shape)} like gates", ups[0])
+    shape = (routes.slots.shape[0], gates[0].shape[0])
+    target = x.new_empty(shape) if out is None else out
+    expect_out("out", target, shape, x)
+    _op("expert_swiglu", backend, x.device)(x, gates, ups, routes, target)
+    return target
+
+
+def expert_linear(
+    x: Tensor, weights: Experts, routes: Routes, *, out: Tensor | None = None, backend: Backend = "auto"
+) -> Tensor:
+    """Products of a mixture of experts: x [N * k, K], in the order of ``routes.slots``, to [N * k, M] in the order of
+    slots, so that the k rows of one row stand side by side.
+
+    ``weights``: [M, K] of each expert. A row's numbers are those of :func:`linear` with its expert alone; else as
+    :func:`expert_swiglu`.
+    """
+    expect("x", x.dim() == 2 and x.shape[1] > 0, "[N * k, K] with K at least 1", x)
+    expect_dtype("x", x, _FLOATS)
+    expect("x", x.shape[0] == routes.slots.shape[0], lambda: f"[{routes.slots.shape[0]}, K], as routes say", x)
+    _expect_experts("weights", weights, routes, x)
+    shape = (x.shape[0], weights[0].shape[0])
+    target = x.new_empty(shape) if out is None else out
+    expect_out("out", target, shape, x)
+    _op("expert_linear", backend, x.device)(x, weights, routes, target)
+    return target
+
+
+def add_weighted(x: Tensor, weights: Tensor, total: Tensor, *, backend: Backend = "auto") -> Tensor:
+    """Adds to ``total`` [N, D], which it gives, the k rows of x [N * k, D] that belong to each of its rows, times
+    ``weights`` [N, k] fp32: total[n] + sum over j of weights[n, j] * x[n * k + j], in fp32 and in this order, rounded
+    once."""
+    expect("total", total.dim() == 2, "[N, D]", total)
+    expect_dtype("total", total, _FLOATS)
+    expect("weights", weights.dim() == 2 and len(weights) == len(total), lambda: f"[{len(total)}, k]", weights)
+    expect_dtype("weights", weights, (torch.float32,))
+    expect_out("x", x, (weights.numel(), total.shape[1]), total)
+    _op("add_weighted", backend, total.device)(x, weights, total)
+    return total
+
+
+def _expect_experts(name: str, experts: Experts, routes: Routes, x: Tensor) -> None:
+    """One weight for each expert, all alike."""
+    if len(experts) != routes.num_experts or not len(experts):
+        raise ValueError(f"{name}: expected one for each of {routes.num_experts} experts, got {len(experts)}")
+    first = experts[0]
+    expect(name, first.dim() == 2 and first.shape[1] == x.shape[1], lambda: f"[M, {x.shape[1]}] each", first)
+    expect_dtype(name, first, _FLOATS)
+    if isinstance(experts, Tensor):
+        return
+    for weight in experts:
+        expect(name, weight.shape == first.shape, lambda: f"{list(first.shape)} like the first", weight)
+        expect_dtype(name, weight, (first.dtype,))
 
 
 def option_logprobs(

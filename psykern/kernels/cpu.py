@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 
 from psykern import _cpu
+from psykern.kernels.reference import add_weighted as add_weighted
+from psykern.kernels.reference import expert_linear as expert_linear
+from psykern.kernels.reference import expert_swiglu as expert_swiglu
 from psykern.kernels.segments import Segments
 
 # weight, bias, up, its bias (of swiglu alone), out

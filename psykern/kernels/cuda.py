@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 
 from psykern import _cuda
+from psykern.kernels.reference import add_weighted as add_weighted
+from psykern.kernels.reference import expert_linear as expert_linear
+from psykern.kernels.reference import expert_swiglu as expert_swiglu
 from psykern.kernels.reference import linear as linear
 from psykern.kernels.reference import swiglu as swiglu
 from psykern.kernels.segments import Segments

@@ -8,11 +8,13 @@ Arguments are checked by ``psykern.kernels``, where the operations are described
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from psykern.kernels.routes import Routes
 from psykern.kernels.segments import Segments
 
 ROW_TILE = 1024  # rows of hidden
@@ -38,6 +40,29 @@ def swiglu(x: Tensor, gate: tuple[Tensor, Tensor | None], up: tuple[Tensor, Tens
     factor = torch.empty_like(out)
     linear(x, (gate, up), (out, factor), add=False)
     silu_mul(out, factor, out)
+
+
+def expert_swiglu(x: Tensor, gates: Sequence[Tensor], ups: Sequence[Tensor], routes: Routes, out: Tensor) -> None:
+    rows = routes.slots.long() // routes.top_k
+    for expert, (first, last) in enumerate(pairwise(routes.offsets.tolist())):
+        if first < last:
+            swiglu(x[rows[first:last]], (gates[expert], None), (ups[expert], None), out[first:last])
+
+
+def expert_linear(x: Tensor, weights: Sequence[Tensor], routes: Routes, out: Tensor) -> None:
+    products = torch.empty_like(out)
+    for expert, (first, last) in enumerate(pairwise(routes.offsets.tolist())):
+        if first < last:
+            linear(x[first:last], ((weights[expert], None),), (products[first:last],), add=False)
+    out[routes.slots.long()] = products
+
+
+def add_weighted(x: Tensor, weights: Tensor, total: Tensor) -> None:
+    rows = x.view(*weights.shape, total.shape[1])
+    sums = total.float()
+    for j in range(weights.shape[1]):
+        sums = sums + rows[:, j].float() * weights[:, j : j + 1]
+    total.copy_(sums)
 
 
 def option_logprobs(

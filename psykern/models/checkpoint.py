@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,19 +23,13 @@ from safetensors import SafetensorError, safe_open
 from psykern.core.errors import CheckpointError
 from psykern.core.hub import is_hub_id, split_revision
 from psykern.models.names import Names, Spelling, matches
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from psykern.models.source import DTYPES, Source, are_equal, listed, refusal
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _ADAPTER = "adapter_config.json"
-_EXPECTED = "expected float32, bfloat16 or float16"
-_QUANTISED = f"quantised weights are not supported, {_EXPECTED}"
-_WIDE = f"float64 weights are not supported, {_EXPECTED}; convert them, as model.to(torch.float32) does"
-_COMPARED = 1 << 22  # numbers of two tensors at a time
 _PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 _HUB_FILES = ["*.json", "chat_template.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
-_MAX_NAMED = 8  # problems spelled out in one message
 _HASH_BYTES = 1 << 20  # read at a time
 
 
@@ -120,7 +114,7 @@ def _as_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Checkpoint:
+class Checkpoint(Source):
     """The weights of a model folder, by the model's own names. Made by :meth:`open`; tensors are views of the mapped
     files."""
 
@@ -151,7 +145,7 @@ class Checkpoint:
             if absent or extra:
                 raise CheckpointError(
                     f"{path}: does not hold the tensors that {_INDEX} places there: "
-                    f"absent: {_listed(absent)}; not in the index: {_listed(extra)}"
+                    f"absent: {listed(absent)}; not in the index: {listed(extra)}"
                 )
             tensors.update({spelling.own(name): tensor for name, tensor in shards[path].items()})
         return cls(folder, tensors, spelling)
@@ -160,75 +154,37 @@ class Checkpoint:
     def names(self) -> frozenset[str]:
         return frozenset(self._tensors)
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all tensors as they are stored."""
-        return sum(tensor.nbytes for tensor in self._tensors.values())
-
     def stored_name(self, name: str) -> str:
         """As the files have it."""
         return self._spelling.stored(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._get(name).shape)
+        return tuple(self.raw(name).shape)
 
     def dtype(self, name: str) -> torch.dtype:
-        """One of :data:`DTYPES`."""
-        return self._get(name).dtype
+        """As it is stored, any; :meth:`tensor` gives those of :data:`DTYPES` alone."""
+        return self.raw(name).dtype
+
+    def is_mapped(self, name: str) -> bool:
+        """True but for the rare tensor that does not begin where its dtype must."""
+        return self.raw(name).data_ptr() % self.raw(name).element_size() == 0
+
+    def stored_bytes(self, name: str) -> int:
+        return self.raw(name).nbytes
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor on the CPU, in its stored dtype, mapped and not copied: not to be written to."""
-        tensor = self._get(name)
+        tensor = self.raw(name)
+        if tensor.dtype not in DTYPES:
+            raise CheckpointError(f"{self.folder}: {self.stored_name(name)} is {tensor.dtype}: {refusal(tensor.dtype)}")
         # The format does not align data; kernels may take an element's natural alignment for granted.
         return tensor if tensor.data_ptr() % tensor.element_size() == 0 else tensor.clone()
 
-    def check(self, expected: Mapping[str, tuple[int, ...]], optional: Collection[str] = ()) -> None:
-        """Raises :class:`CheckpointError` unless the tensors are exactly the ``expected`` ones, with their shapes.
-
-        ``optional`` holds names or patterns (``*.rotary_emb.inv_freq``) that may be absent, or present and unused.
-        """
-        stored = self._spelling.stored
-        counted = {n: t for n, t in self._tensors.items() if n in expected or not matches(n, optional)}
-        refused = {name: tensor.dtype for name, tensor in counted.items() if tensor.dtype not in DTYPES}
-        missing = [stored(name) for name in expected if name not in counted and not matches(name, optional)]
-        unused = [stored(name) for name in counted if name not in expected]
-        misshaped = [
-            f"{stored(name)} (expected {list(shape)}, got {list(counted[name].shape)})"
-            for name, shape in expected.items()
-            if name in counted and counted[name].shape != shape
-        ]
-        problems = {
-            **{
-                why: [f"{stored(name)} is {dtype}" for name, dtype in refused.items() if _refusal(dtype) == why]
-                for why in (_QUANTISED, _WIDE)
-            },
-            "missing tensors": missing,
-            "unused tensors": unused,
-            "wrongly shaped tensors": misshaped,
-        }
-        found = [f"{what}: {_listed(names)}" for what, names in problems.items() if names]
-        if found:
-            raise CheckpointError(f"{self.folder}: weights do not fit the config: {'; '.join(found)}")
-
-    def check_tied(self, head: str, embedding: str) -> None:
-        """Raises :class:`CheckpointError` where both are there and differ: what the config ties is two weights then,
-        and transformers scores with the head's own."""
-        if head in self._tensors and not _are_equal(self._tensors[head], self._tensors[embedding]):
-            raise CheckpointError(
-                f"{self.folder}: tie_word_embeddings is true, and {self.stored_name(head)} differs from "
-                f"{self.stored_name(embedding)}: expected the same weights; set tie_word_embeddings to false to score "
-                "with the former, as transformers does, or remove it"
-            )
-
-    def _get(self, name: str) -> torch.Tensor:
+    def raw(self, name: str) -> torch.Tensor:
+        """As it is stored, of any dtype: quantised weights and what belongs to them, too."""
         if name not in self._tensors:
             raise CheckpointError(f"{self.folder}: no tensor named {self.stored_name(name)}")
-        tensor = self._tensors[name]
-        if tensor.dtype not in DTYPES:
-            raise CheckpointError(
-                f"{self.folder}: {self.stored_name(name)} is {tensor.dtype}: {_refusal(tensor.dtype)}"
-            )
-        return tensor
+        return self._tensors[name]
 
 
 def hash_model(folder: Path) -> str:
@@ -270,12 +226,12 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
     pickled = [name for name in present if matches(name, _PICKLED)]
     if pickled:
         raise CheckpointError(
-            f"{folder}: pickled weights are refused, because loading them can run code: {_listed(pickled)}; "
+            f"{folder}: pickled weights are refused, because loading them can run code: {listed(pickled)}; "
             "convert them to safetensors"
         )
     others = [name for name in present if name.endswith(".safetensors")]
     raise CheckpointError(
-        f"{folder}: no weights: looked for {_SINGLE} or {_INDEX}; other safetensors: {_listed(others)}"
+        f"{folder}: no weights: looked for {_SINGLE} or {_INDEX}; other safetensors: {listed(others)}"
     )
 
 
@@ -291,7 +247,7 @@ def _indexed_files(folder: Path) -> dict[Path, set[str] | None]:
         files[folder / file] = {name for name, place in places.items() if place == file}
     absent = [shard.name for shard in files if not shard.is_file()]
     if absent:
-        raise CheckpointError(f"{folder}: shards of {_INDEX} are missing: {_listed(absent)}")
+        raise CheckpointError(f"{folder}: shards of {_INDEX} are missing: {listed(absent)}")
     return files
 
 
@@ -312,24 +268,11 @@ def _check_other_sources(folder: Path, shards: Mapping[Path, dict[str, torch.Ten
         return
     for path in sorted(others):
         for name, tensor in _map_file(path).items():
-            if name not in single or not _are_equal(tensor, single[name]):
+            if name not in single or not are_equal(tensor, single[name]):
                 raise CheckpointError(
                     f"{folder}: {_SINGLE} and {path.name} of {_INDEX} are two sources of weights and differ in {name}: "
                     "remove one"
                 )
-
-
-def _are_equal(one: torch.Tensor, two: torch.Tensor) -> bool:
-    """In shape and in every number."""
-    if one.shape != two.shape:
-        return False
-    pairs = zip(one.reshape(-1, 1).split(_COMPARED), two.reshape(-1, 1).split(_COMPARED), strict=True)
-    return all(torch.allclose(a.double(), b.double(), rtol=0, atol=0, equal_nan=True) for a, b in pairs)
-
-
-def _refusal(dtype: torch.dtype) -> str:
-    """Why a dtype that is none of :data:`DTYPES` is refused."""
-    return _WIDE if dtype == torch.float64 else _QUANTISED
 
 
 def _map_file(path: Path) -> dict[str, torch.Tensor]:
@@ -342,10 +285,3 @@ def _map_file(path: Path) -> dict[str, torch.Tensor]:
         reason = str(error).partition("\n")[0]  # torch's goes on with frames of C++
         again = "download it again (`git lfs pull` where the folder was cloned)"
         raise CheckpointError(f"{path}: damaged or not a safetensors file: {reason}; {again}") from error
-
-
-def _listed(names: list[str]) -> str:
-    if not names:
-        return "none"
-    more = len(names) - _MAX_NAMED
-    return ", ".join(names[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -6,6 +6,7 @@ and behind them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,12 +17,14 @@ from torch import Tensor
 from psykern import kernels
 from psykern.kernels.compute import Compute
 from psykern.models.batch import Scratch
-from psykern.models.checkpoint import Checkpoint, widen
+from psykern.models.checkpoint import widen
 from psykern.models.families import read_spec
 from psykern.models.layer import Layer, LayerSpec
 from psykern.models.rope import RotaryTables
 from psykern.models.slots import Layout, Slots, free_bytes, share_layouts
-from psykern.models.spec import EMBEDDING, FINAL_NORM, HEAD
+from psykern.models.source import Source
+from psykern.models.spec import EMBEDDING, FINAL_NORM
+from psykern.models.weights import open_weights
 
 _RESIDENT_SHARE = 0.7  # of the free memory: weights beyond that are streamed, the rest is for waves
 _STREAMED_SLOTS = 2  # one is computed with while the other is filled
@@ -31,8 +34,9 @@ class Model:
     """See the module.
 
     On a CPU the layers are the mapped file itself, whatever dtype it has: kernels widen or round weights where they use
-    them. (``reference`` gets one layer's copy where the dtype is not that of ``compute``.) On a device they are in
-    slots (:mod:`.slots`), all at once where they fit beside the embedding and the head.
+    them. (``reference`` gets one layer's copy where the dtype is not that of ``compute``.) What no file has as it is,
+    as quantised weights, is made anew for each wave, a layer at a time. On a device layers are in slots
+    (:mod:`.slots`), all at once where they fit beside the embedding and the head.
     """
 
     def __init__(self, folder: Path, compute: Compute, *, num_slots: int | None = None) -> None:
@@ -41,13 +45,11 @@ class Model:
         """
         self.spec = read_spec(folder)
         self.compute = compute
-        self._checkpoint = Checkpoint.open(folder, self.spec.names())
-        self._checkpoint.check(self.spec.tensors(), self.spec.unused())
-        if self.spec.has_tied_head:
-            self._checkpoint.check_tied(HEAD, EMBEDDING)
-        self._read = partial(_read_layer, self._checkpoint, self.spec.layers)
+        self._source = open_weights(folder, self.spec)
+        self._read = partial(_read_layer, self._source, self.spec.layers)
         self._tables = RotaryTables(compute.device, self.spec.max_positions)
         self._outside: dict[str, Tensor] = {}  # embedding, head and final norm on a device
+        self._is_mapped = all(map(self._source.is_mapped, self._names()))
         self._slots = self._make_slots(num_slots)
         self._layers: dict[int, tuple[Layer, int]] = {}  # that stay, and for how many positions
         if compute.device.type != "cpu":  # now, so that what is free afterwards is free
@@ -70,7 +72,7 @@ class Model:
     @property
     def is_resident(self) -> bool:
         """All layers stay where they are computed with: nothing is copied for a further wave."""
-        return self._slots is None or self._slots.is_resident
+        return self._is_mapped if self._slots is None else self._slots.is_resident
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """[N] token ids on the model's device to [N, D] in the compute dtype."""
@@ -92,7 +94,11 @@ class Model:
 
     def tensors(self, index: int) -> Mapping[str, Tensor]:
         """The weights of layer ``index`` by their names within it, as :meth:`layer` has them."""
-        return self._read(index) if self._slots is None else self._slots.layer(index)
+        if self._slots is not None:
+            return self._slots.layer(index)
+        # Mapped ones as the file has them, which kernels take; those that are made anew as they are computed with.
+        prefix, tensors = self.spec.layers[index].prefix, self._read(index)
+        return {n: t if self._source.is_mapped(prefix + n) else t.to(self.dtype) for n, t in tensors.items()}
 
     def score(self, hidden: Tensor, token_offsets: Tensor, token_ids: Tensor) -> kernels.OptionLogprobs:
         """Final norm and head of hidden [R, D] for the tokens wanted of each row, as ``kernels.option_logprobs``."""
@@ -121,14 +127,17 @@ class Model:
         else:
             of_layer = self.spec.layers[layer]
             names = [of_layer.prefix + name for name in of_layer.tensors()]
-        bad = (name for name in names if not torch.isfinite(self._checkpoint.tensor(name)).all())
-        return [self._checkpoint.stored_name(name) for name in bad]
+        bad = (name for name in names if not torch.isfinite(self._source.tensor(name)).all())
+        return [self._source.stored_name(name) for name in bad]
+
+    def _names(self) -> list[str]:
+        """Of all tensors of the layers."""
+        return [layer.prefix + name for layer in self.spec.layers for name in layer.tensors()]
 
     def _make_slots(self, num_slots: int | None) -> Slots | None:
         layers = self.spec.layers
         if num_slots is None and self.device.type == "cpu":
-            names = (layer.prefix + name for layer in layers for name in layer.tensors())
-            if self.compute.backend == "cpu" or all(self._checkpoint.dtype(name) == self.dtype for name in names):
+            if self.compute.backend == "cpu" or all(self._source.dtype(name) == self.dtype for name in self._names()):
                 return None
             layouts = share_layouts((layer.tensors(), {}) for layer in layers)  # nothing is fused, as without slots
             return self._make_slots_of(layouts, 1)
@@ -144,25 +153,25 @@ class Model:
 
     def _outside_bytes(self) -> int:
         """Of the embedding and the head on a device."""
-        stored = (self._checkpoint.tensor(name) for name in {EMBEDDING, self.spec.head_name})
-        return sum(tensor.numel() * self._dtype_on_device(tensor).itemsize for tensor in stored)
+        names = {EMBEDDING, self.spec.head_name}
+        return sum(math.prod(self._source.shape(n)) * self._dtype_outside(n).itemsize for n in names)
 
     def _on_device(self, name: str) -> Tensor:
-        """A tensor outside the layers: on a CPU as it is stored, to a device copied once."""
-        stored = self._checkpoint.tensor(name)
-        if self.device.type == "cpu":
-            return stored
+        """A tensor outside the layers: on a CPU as it is stored, to a device copied once, and what is made is made
+        once."""
+        if self.device.type == "cpu" and self._source.is_mapped(name):
+            return self._source.tensor(name)
         if name not in self._outside:
-            self._outside[name] = stored.to(self.device, self._dtype_on_device(stored))
+            self._outside[name] = self._source.tensor(name).to(self.device, self._dtype_outside(name))
         return self._outside[name]
 
-    def _dtype_on_device(self, stored: Tensor) -> torch.dtype:
+    def _dtype_outside(self, name: str) -> torch.dtype:
         """Of a tensor outside the layers. Tensor cores multiply half precision with its like alone; fp32 takes either,
         and a head in half precision is half the bytes."""
-        return stored.dtype if self.dtype == torch.float32 else self.dtype
+        return self._source.dtype(name) if self.dtype == torch.float32 else self.dtype
 
 
-def _read_layer(checkpoint: Checkpoint, layers: tuple[LayerSpec, ...], index: int) -> dict[str, Tensor]:
-    """Layer ``index`` as the file has it, by the names within a layer."""
+def _read_layer(source: Source, layers: tuple[LayerSpec, ...], index: int) -> dict[str, Tensor]:
+    """Layer ``index`` as the source has it, by the names within a layer."""
     layer = layers[index]
-    return {name: checkpoint.tensor(layer.prefix + name) for name in layer.tensors()}
+    return {name: source.tensor(layer.prefix + name) for name in layer.tensors()}

@@ -8,13 +8,16 @@ projection; the numbers of a row must be dense. Arguments are checked by ``psyke
 described.
 """
 
-from psykern.kernels.reference import linear, swiglu
+from psykern.kernels.reference import add_weighted, expert_linear, expert_swiglu, linear, swiglu
 from psykern.kernels.triton.elementwise import add_rms_norm, gather_rows, qk_norm_rope, silu_mul
 from psykern.kernels.triton.option_logprobs import option_logprobs
 from psykern.kernels.triton.prefix_attention import prefix_attention
 
 __all__ = [
     "add_rms_norm",
+    "add_weighted",
+    "expert_linear",
+    "expert_swiglu",
     "gather_rows",
     "linear",
     "option_logprobs",
