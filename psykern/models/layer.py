@@ -93,7 +93,7 @@ class Layer(NamedTuple):
 
         ``out`` is ``hidden`` itself where all rows need an output. Where few do, in the last layer, all are normed,
         for all have keys and values, and ``out`` holds in turn what the mixer is asked for and what it is added to.
-        No array of a batch's size is allocated.
+        No array of a batch's size is allocated, but for what routes rows to experts.
         """
         x = self.norms.enter(hidden, scratch)
         asking = batch.pick(x, out)
