@@ -128,9 +128,10 @@ class Checkpoint(Source):
 
         Raises :class:`CheckpointError`, also for weights that are there twice and differ.
         """
-        names, files = names or Names(), _weight_files(folder)
-        shards = {path: _map_file(path) for path in files}
-        _check_other_sources(folder, shards)
+        names = names or Names()
+        files = {path: in_it and names.wanted(in_it) for path, in_it in _weight_files(folder).items()}
+        shards = {path: _map_file(path, names) for path in files}
+        _check_other_sources(folder, shards, names)
         try:
             spelling = names.read({name for stored in (*shards.values(), *files.values()) for name in stored or ()})
         except ValueError as error:
@@ -251,7 +252,7 @@ def _indexed_files(folder: Path) -> dict[Path, set[str] | None]:
     return files
 
 
-def _check_other_sources(folder: Path, shards: Mapping[Path, dict[str, torch.Tensor]]) -> None:
+def _check_other_sources(folder: Path, shards: Mapping[Path, dict[str, torch.Tensor]], names: Names) -> None:
     """Raises :class:`CheckpointError` where the folder holds other weights too, which another reader would take."""
     if (folder / _ADAPTER).exists():
         raise CheckpointError(f"{folder}: {_ADAPTER}: an adapter beside the weights is not applied; merge or remove it")
@@ -267,7 +268,7 @@ def _check_other_sources(folder: Path, shards: Mapping[Path, dict[str, torch.Ten
     except CheckpointError:  # no index, or one without its files: nobody could read those
         return
     for path in sorted(others):
-        for name, tensor in _map_file(path).items():
+        for name, tensor in _map_file(path, names).items():
             if name not in single or not are_equal(tensor, single[name]):
                 raise CheckpointError(
                     f"{folder}: {_SINGLE} and {path.name} of {_INDEX} are two sources of weights and differ in {name}: "
@@ -275,11 +276,12 @@ def _check_other_sources(folder: Path, shards: Mapping[Path, dict[str, torch.Ten
                 )
 
 
-def _map_file(path: Path) -> dict[str, torch.Tensor]:
+def _map_file(path: Path, names: Names) -> dict[str, torch.Tensor]:
+    """Without the tensors that ``names`` pass over."""
     try:
         file: Any = safe_open(path, framework="pt", device="cpu")
         # A CPU tensor of safe_open is a view of one private (copy-on-write) mapping, so no weights are read here.
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, the handle is no mapping
+        return {name: file.get_tensor(name) for name in sorted(names.wanted(file.keys()))}
     except (SafetensorError, OSError, ValueError, TypeError, RuntimeError, AttributeError) as error:
         # Beside SafetensorError: no access, sizes that overflow, dtypes that this torch does not have.
         reason = str(error).partition("\n")[0]  # torch's goes on with frames of C++

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.checkpoints import CONFIGS, make_model, oracle_logprobs
+from support.checkpoints import CONFIGS, LAYERS, make_model, oracle_logprobs
 from support.exactness import INVARIANCE, TOLERANCE, in_fp64, token_logprobs, worst_sum
 from support.groups import encoded, random_group, wanted
 from transformers import PreTrainedModel
@@ -83,8 +83,7 @@ def test_every_family_equals_transformers(
     assert_scores(score(group, tmp_path, backend=backend), group, oracle)
 
 
-@pytest.mark.parametrize("num_slots", [2, 3])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("name", "num_slots"), [*((name, 2) for name in CONFIGS), *((name, 3) for name in LAYERS)])
 def test_fused_layers_that_are_streamed_equal_transformers(
     name: str, num_slots: int, tmp_path: Path, group: list[EncodedTranscript]
 ) -> None:
