@@ -3,11 +3,11 @@ processor's own peak (``rates.py``).
 
 Cases: ``gate_up`` is ``expert_swiglu``, which gathers its rows, ``down`` is ``expert_linear``, which scatters them.
 Each row goes to 8 of 128 experts: ``even`` gives each expert as many rows, ``skewed`` prefers expert e by
-(e + 1)^-0.7. ``psykern_loop`` is ``swiglu`` or ``linear`` of each expert's rows in turn, sorted beforehand and left in that order:
-the same products on the same rows. ``psykern_whole`` is one such product of all rows with the weights of one expert:
-what a dense layer of that shape would take, which packs its weights for more rows and reads them from a cache.
-``reference`` is a loop of torch's products. FLOPs: 2 N k K M, twice that of ``gate_up``; rates and shares are those of
-the best run.
+(e + 1)^-0.7. ``psykern_loop`` is ``swiglu`` or ``linear`` of each expert's rows in turn, sorted beforehand and left in
+that order: the same products on the same rows. ``psykern_whole`` is one such product of all rows with the weights of
+one expert: what a dense layer of that shape would take, which packs its weights for more rows and reads them from a
+cache. ``reference`` is a loop of torch's products. FLOPs: 2 N k K M, twice that for ``gate_up``; rates and shares are
+those of the best run.
 
     python benchmarks/bench_experts.py [--rows 64 2048 8192] [--dtypes float32 bfloat16] [--repeats 5] [--name NAME]
 """
