@@ -80,7 +80,7 @@ asan: setup
 	cp -r psykern $(ASAN) && $(VENV)/bin/cmake --install $(ASAN) --prefix $(ASAN)/psykern
 	cd $(ASAN) && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 $(CURDIR)/$(PY) -m pytest $(CURDIR)/tests/engine/test_plan.py \
-	    $(addprefix $(CURDIR)/tests/kernels/test_,cpu_kernels.py linear.py linear_arguments.py option_logprobs.py prefix_attention.py elementwise.py)
+	    $(addprefix $(CURDIR)/tests/kernels/test_,cpu_kernels.py linear.py linear_arguments.py experts.py option_logprobs.py prefix_attention.py elementwise.py)
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks psykern/*.so $(VENV)/.built
