@@ -52,7 +52,7 @@ test: build
 # Every case of the Triton kernels under Triton's interpreter, which a process must choose before it imports them.
 interpret: setup
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=$(THREADS) $(OLDER) $(PYTEST) --dist worksteal -k triton -W ignore \
-	    $(addprefix tests/kernels/test_,triton_kernels.py contract.py dispatch.py elementwise.py option_logprobs.py prefix_attention.py)
+	    $(addprefix tests/kernels/test_,triton_kernels.py triton_experts.py contract.py dispatch.py elementwise.py option_logprobs.py prefix_attention.py)
 
 # A file stays in one process, which makes its models, its Ray cluster and its compiled kernels once.
 plain: setup
