@@ -40,7 +40,6 @@ _OLMO3_DEFAULTS = {**_OLMO2_DEFAULTS, "sliding_window": 4096, "rope_theta": 500_
 
 # What transformers obeys in any config and psykern does not.
 _NOT_COMPUTED: Mapping[str, str] = {
-    "quantization_config": "quantised weights are not supported",
     "per_layer_config": "layers with settings of their own are not supported",
     "text_config": "a config within the config is not read",
     "configuration_files": "another config file is not read",

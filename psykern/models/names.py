@@ -7,7 +7,7 @@ of a checkpoint are named in one way; one tensor under two names is an error.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -32,6 +32,7 @@ class Names:
     optional: Collection[str] = ()  # names or patterns of tensors that may be absent, or present and unused
     prefixes: Mapping[str, str] = field(default_factory=dict)
     twins: Mapping[str, str] = field(default_factory=dict)  # another name of a tensor, under which alone it may stand
+    parts: Collection[str] = ()  # of quantised weights: what stands in place of their last word, "weight"
 
     def read(self, stored: Iterable[str]) -> Spelling:
         """What the ``stored`` names mean. Raises ValueError that names two tensors which are one, or are named in two
@@ -58,9 +59,16 @@ class Names:
         for begin, own_begin in self.prefixes.items():
             if name.startswith(wrapper + begin):
                 meant = own_begin + name.removeprefix(wrapper + begin)
-                if meant in self.expected or matches(meant, self.optional):
+                if self._knows(meant) or any(map(self._knows, self._wholes(meant))):
                     return wrapper + begin, own_begin, meant
         return None
+
+    def _knows(self, name: str) -> bool:
+        return name in self.expected or matches(name, self.optional)
+
+    def _wholes(self, name: str) -> Iterator[str]:
+        """Weights that it may be a part of."""
+        return (name.removesuffix(part) + "weight" for part in self.parts if name.endswith(f".{part}"))
 
 
 @dataclass(frozen=True, slots=True)
