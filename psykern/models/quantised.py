@@ -16,7 +16,7 @@ from torch import Tensor
 
 from psykern.core.errors import CheckpointError
 from psykern.models.checkpoint import Checkpoint
-from psykern.models.quantisation.scheme import Parts, Scheme
+from psykern.models.quantisation.scheme import Dtypes, Parts, Scheme
 from psykern.models.source import DTYPES, Source, listed
 
 _STACKED = re.compile(r"\.experts\.(?:gate_up_proj|down_proj)[._]")  # a part of all experts' weights in one tensor
@@ -95,17 +95,11 @@ class Dequantised(Source):
         if absent:
             yield f"missing {', '.join(absent)}, has {', '.join(parts)}"
             return
-        dtypes = {**self._scheme.optional(), **needed}
-        before = False
-        for suffix, part in parts.items():
-            if suffix not in dtypes:
-                yield f"{suffix}: expected none beside {', '.join(needed)}"
-            elif part.dtype not in dtypes[suffix]:
-                before = True
-                yield f"{suffix}: expected {' or '.join(map(str, dtypes[suffix]))}, got {part.dtype}"
+        wrong = list(_wrong_dtypes(parts, {**self._scheme.optional(), **needed}))
+        yield from wrong
         if len(shape) != 2:
             yield f"expected a plain tensor {list(shape)}, got a quantised one"
-        elif not before:
+        elif not wrong:
             yield from self._scheme.problems(parts, (shape[0], shape[1]))
 
     def _zero_biases(self, expected: Collection[str]) -> list[str]:
@@ -118,6 +112,15 @@ class Dequantised(Source):
         found = {suffix: self._checkpoint.raw(part) for suffix, part in self._parts[name].items()}
         # The format does not align data, and a part may be viewed as another dtype.
         return {suffix: part.clone() if part.data_ptr() % 8 else part for suffix, part in found.items()}
+
+
+def _wrong_dtypes(parts: Parts, dtypes: Dtypes) -> Iterator[str]:
+    """Of each part that may not be there, or not in its dtype."""
+    for suffix, part in parts.items():
+        if suffix not in dtypes:
+            yield f"{suffix}: expected none beside {', '.join(dtypes)}"
+        elif part.dtype not in dtypes[suffix]:
+            yield f"{suffix}: expected {' or '.join(map(str, dtypes[suffix]))}, got {part.dtype}"
 
 
 def _group(scheme: Scheme, checkpoint: Checkpoint) -> dict[str, dict[str, str]]:

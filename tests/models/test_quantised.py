@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,99 +16,30 @@ from support import quantised
 from support.checkpoints import make_model, oracle_logprobs
 from support.groups import random_group, wanted
 from support.model_folders import SINGLE
-from support.quantised import Quantiser, quantise
+from support.quantised import quantise
+from support.quantised_cases import CASES, DOWN, SIZES, UP, config, stored
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from psykern.core.errors import CheckpointError
 from psykern.core.types import EncodedTranscript
 from psykern.engine.engine import Engine
 from psykern.engine.plan import plan
 from psykern.kernels.compute import Compute
+from psykern.models.checkpoint import hash_model
 from psykern.models.families import read_spec
 from psykern.models.model import Model
 from psykern.models.quantisation import blocks
+from psykern.models.quantisation.bitsandbytes import FourBits, Int8
+from psykern.models.quantisation.compressed import Packed, Sharing
+from psykern.models.quantisation.config import read_scheme
 from psykern.models.weights import open_weights
-
-UP, DOWN = "model.layers.0.mlp.up_proj.", "model.layers.1.mlp.down_proj."
-
-
-class Case(NamedTuple):
-    config: dict[str, Any]  # quantization_config
-    quantiser: Quantiser
-    label: str  # in the manifest
-    also: tuple[str, ...] = ()  # quantised beside the layers' matrices
-
-
-def bnb(kind: str, label: str, **how: Any) -> Case:
-    config = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": kind}
-    return Case(config, partial(quantised.bitsandbytes_4bit, kind=kind, **how), f"bitsandbytes {label}")
-
-
-def gptq(bits: int, **how: Any) -> Case:
-    form = "gptq_v2" if how.get("version") == 2 else "gptq"
-    config = {"quant_method": "gptq", "bits": bits, "group_size": how.get("group", 16), "checkpoint_format": form}
-    config["desc_act"] = how.get("shuffled", False)
-    return Case(config, partial(quantised.gptq, bits=bits, **how), f"gptq {bits} bits")
-
-
-def compressed(form: str, weights: dict[str, Any], quantiser: Quantiser, label: str, also: Sequence[str] = ()) -> Case:
-    scheme = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
-    config = {"quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": scheme}}
-    config |= {"quantization_status": "compressed", "kv_cache_scheme": None, "ignore": ["lm_head"]}
-    return Case(config, quantiser, f"compressed-tensors {form}, {label}", tuple(also))
-
-
-def packed(bits: int, strategy: str, **how: Any) -> Case:
-    weights = {"num_bits": bits, "type": "int", "symmetric": how.get("symmetric", True), "strategy": strategy}
-    weights |= {"group_size": how.get("group"), "actorder": "group" if how.get("shuffled") else None}
-    quantiser = partial(quantised.pack_quantized, bits=bits, **how)
-    return compressed("pack-quantized", weights, quantiser, f"{bits} bits, {strategy}", ["lm_head.weight"])
-
-
-def unpacked(form: str, strategy: str, block: tuple[int, int], **how: Any) -> Case:
-    is_float = how["fp8"]
-    weights = {"num_bits": 8, "type": "float" if is_float else "int", "strategy": strategy}
-    weights |= {"symmetric": how.get("zero") is None, "group_size": block[1], "block_structure": list(block)}
-    quantiser = partial(quantised.unpacked, block=block, **how)
-    return compressed(form, weights, quantiser, f"{'fp8' if is_float else 'int8'}, {strategy}")
-
-
-CASES = {
-    "nf4": bnb("nf4", "nf4", block=128),
-    "nf4-double": bnb("nf4", "nf4, double quantised", double=True),
-    "fp4": bnb("fp4", "fp4"),
-    "int8": Case(
-        {"quant_method": "bitsandbytes", "load_in_8bit": True},
-        quantised.bitsandbytes_int8,
-        "bitsandbytes int8, activations not quantised",
-    ),
-    "gptq-4": gptq(4),
-    "gptq-4-order": gptq(4, shuffled=True, symmetric=False),
-    "gptq-2-v2": gptq(2, symmetric=False, version=2),
-    "gptq-3-one-group": gptq(3, group=-1, symmetric=False),
-    "gptq-8": gptq(8, symmetric=False),
-    "awq": Case({"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm"}, quantised.awq, "awq 4 bits"),
-    "packed-4-group": packed(4, "group", group=16),
-    "packed-4-order": packed(4, "group", group=16, shuffled=True, symmetric=False),
-    "packed-8-channel": packed(8, "channel", symmetric=False),
-    "int-group": unpacked("int-quantized", "group", (1, 16), fp8=False, zero=5),
-    "float-channel": unpacked("float-quantized", "channel", (1, -1), fp8=True),
-    "naive-tensor": unpacked("naive-quantized", "tensor", (-1, -1), fp8=True),
-    "float-block": unpacked("float-quantized", "block", (24, 40), fp8=True),
-    "fp8": Case(
-        {"quant_method": "fp8", "weight_block_size": [24, 40], "activation_scheme": "dynamic", "fmt": "e4m3"},
-        partial(quantised.block_fp8, block=(24, 40)),  # cut at the edges of 32 and of 96
-        "fp8 in blocks of 24 x 40, activations not quantised",
-    ),
-}
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PreTrainedModel]:
     folder = tmp_path_factory.mktemp("base")
-    return folder, make_model(
-        folder, model_type="qwen3", hidden_size=32, num_attention_heads=2, head_dim=16, num_hidden_layers=2
-    )
+    return folder, make_model(folder, **SIZES)
 
 
 @pytest.fixture(scope="module")
@@ -160,3 +91,90 @@ def test_tensors_and_scores(
     expected = oracle(base[1], meant, group)
     for how in ({}, {"num_slots": 2}, {"backend": "reference"}) if case.also else ({},):
         assert np.abs(logprobs(folder, group, **how) - expected).max() <= 1e-4
+
+
+def names(folder: Path) -> dict[str, Tensor]:
+    source = open_weights(folder, read_spec(folder))
+    return {name: source.tensor(name) for name in source.names}
+
+
+def assert_equal(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_parts_are_known_under_a_wrapper_s_and_a_bare_decoder_s_names(folder: Path) -> None:
+    meant = quantise(folder, CASES["nf4-double"].quantiser, CASES["nf4-double"].config)
+
+    def rename(tensors: dict[str, Tensor]) -> None:
+        for name in list(tensors):
+            tensors["_orig_mod." + name.removeprefix("model.")] = tensors.pop(name)
+
+    assert_equal(names(stored(folder, rename)), meant)
+
+
+def test_gptq_s_zero_biases_are_passed_over_and_others_are_not(folder: Path) -> None:
+    meant = quantise(folder, CASES["gptq-4"].quantiser, CASES["gptq-4"].config)
+    biases = {f"{UP}bias": torch.zeros(96), f"{DOWN}bias": torch.zeros(32)}
+    stored(folder, lambda tensors: tensors.update(biases))
+    source = open_weights(folder, read_spec(folder))
+    assert all(torch.equal(source.tensor(name), meant[name]) for name in meant)
+    biases[f"{DOWN}bias"][3] = 1
+    stored(folder, lambda tensors: tensors.update(biases))
+    with pytest.raises(CheckpointError, match=rf"unused tensors: {DOWN}bias$"):
+        open_weights(folder, read_spec(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "renamed"),
+    [
+        ("gptq-4-order", "quantize_config.json", {}),
+        ("awq", "quant_config.json", {"bits": "w_bit", "group_size": "q_group_size"}),
+    ],
+)
+def test_files_that_early_versions_wrote_beside_the_config(
+    name: str, file: str, renamed: dict[str, str], folder: Path
+) -> None:
+    meant = quantise(folder, CASES[name].quantiser, CASES[name].config)
+    config(folder, lambda said: said.pop("quantization_config"))
+    before = hash_model(folder)
+    early = {renamed.get(k, k): v for k, v in CASES[name].config.items() if k not in ("quant_method", "version")}
+    (folder / file).write_text(json.dumps(early))
+    assert_equal(names(folder), meant)
+    assert hash_model(folder) != before
+
+
+def test_a_file_of_early_versions_beside_plain_weights_says_nothing(
+    base: tuple[Path, PreTrainedModel], folder: Path
+) -> None:
+    (folder / "quantize_config.json").write_text('{"bits": 4, "group_size": 128}')
+    assert open_weights(folder, read_spec(folder)).changes == ()
+    config(folder, lambda said: said.update(quantization_config={"quant_method": "gptq", "bits": 4}))
+    with pytest.raises(
+        CheckpointError, match=r"config\.json: quantization_config: expected quantised weights, got none"
+    ):
+        open_weights(folder, read_spec(folder))
+
+
+def test_the_config_of_a_nested_text_model(folder: Path) -> None:
+    quantise(folder, CASES["int8"].quantiser, CASES["int8"].config)
+    config(folder, lambda said: said.update(text_config={"quantization_config": said.pop("quantization_config")}))
+    assert read_scheme(folder) == (Int8(), True)
+
+
+def test_shapes_that_fill_no_byte_word_or_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "_CHUNK", 1)
+    generator = np.random.default_rng(4)
+    odd = generator.standard_normal((3, 5)).astype(np.float32)
+    parts, meant = quantised.bitsandbytes_4bit(odd, "nf4", double=True, block=4)
+    for storage in (torch.uint8, torch.bfloat16):  # as bnb_4bit_quant_storage has it
+        parts["weight"] = parts["weight"].flatten().view(storage)
+        assert list(FourBits("nf4").problems(parts, (3, 5))) == []
+        assert torch.equal(FourBits("nf4").weight(parts), torch.from_numpy(meant))
+    wide = generator.standard_normal((11, 45)).astype(np.float32)
+    parts, meant = quantised.pack_quantized(wide, 4, group=9, symmetric=False)
+    scheme = Packed(4, Sharing("group", (1, 9)), is_symmetric=False, has_order=False)
+    assert list(scheme.problems(parts, (11, 45))) == []
+    assert torch.equal(scheme.weight(parts), torch.from_numpy(meant))
+    parts["weight_g_idx"] = torch.full((45,), -1, dtype=torch.int32)  # no order
+    assert torch.equal(scheme.weight(parts), torch.from_numpy(meant))

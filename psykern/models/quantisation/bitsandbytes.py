@@ -19,12 +19,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from psykern.models.quantisation.blocks import dequantise, look_up
+from psykern.models.quantisation.blocks import dequantise, look_up, widened
 from psykern.models.quantisation.scheme import Dtypes, Parts, Scheme, Shape, misshaped
 
 _STORAGE = (torch.uint8, torch.int8, torch.bfloat16, torch.float16, torch.float32)  # bnb_4bit_quant_storage
 _CODES, _ABSMAX, _MAP = "weight", "weight.absmax", "weight.quant_map"
 _NESTED_ABSMAX, _NESTED_MAP = "weight.nested_absmax", "weight.nested_quant_map"
+_LARGEST = 4096  # block that the library makes
 _ROWS = 0  # the weight_format in which rows lie as they are
 
 
@@ -46,8 +47,8 @@ class _State:
         nested = "nested_blocksize" in said
         shape, offset = said.get("shape"), said.get("nested_offset", 0.0)
         sizes = [said.get("blocksize"), *([said["nested_blocksize"]] if nested else [])]
-        if not isinstance(shape, list) or not all(map(_is_size, [*shape, *sizes])):
-            raise ValueError(f"expected positive numbers in shape, blocksize and nested_blocksize, got {said!r:.160}")
+        if not isinstance(shape, list) or not all(map(_is_size, shape)) or not all(map(_is_block, sizes)):
+            raise ValueError(f"expected a shape, and a blocksize of 2 to {_LARGEST}, even, got {said!r:.160}")
         if not isinstance(offset, (int, float)) or not math.isfinite(offset):
             raise ValueError(f"expected a number as nested_offset, got {offset!r:.80}")
         return cls(tuple(shape), sizes[0], sizes[1] if nested else None, float(offset))
@@ -135,7 +136,7 @@ class Int8(Scheme):
     def weight(self, parts: Parts) -> Tensor:
         weight, scales = parts["weight"], parts["SCB"][:, None]
         rows, columns = weight.shape
-        scaled = dequantise(lambda i, j: weight[i:j].float(), (rows, columns), scales, block=(1, columns))
+        scaled = dequantise(lambda i, j: widened(weight[i:j]), (rows, columns), scales, block=(1, columns))
         return scaled.mul_(1 / 127)  # last, so that it is rounded as there
 
     def label(self, parts: Parts) -> str:
@@ -145,10 +146,7 @@ class Int8(Scheme):
 def _blockwise(stored: Tensor, table: Tensor, scales: Tensor, block_size: int) -> Tensor:
     """Flat float32: what ``table`` [256, k] has for each byte, times the scale of its run of ``block_size`` numbers,
     the last filled up. Runs are rows here, as they need not be of one row of a weight."""
-    each = table.shape[1]
-    if block_size % each:
-        raise ValueError(f"blocksize: expected a multiple of {each}, got {block_size}")
-    width = block_size // each
+    width = block_size // table.shape[1]
     filled = torch.nn.functional.pad(stored, (0, -stored.numel() % width)).view(-1, width)
     shape = filled.shape[0], block_size
     return dequantise(lambda i, j: look_up(table, filled[i:j]), shape, scales[:, None], block=(1, block_size)).flatten()
@@ -156,6 +154,10 @@ def _blockwise(stored: Tensor, table: Tensor, scales: Tensor, block_size: int) -
 
 def _is_nested(parts: Parts) -> bool:
     return _ABSMAX in parts and parts[_ABSMAX].dtype == torch.uint8
+
+
+def _is_block(value: object) -> bool:
+    return isinstance(value, int) and _is_size(value) and value % 2 == 0 and value <= _LARGEST
 
 
 def _is_size(value: object) -> bool:

@@ -59,16 +59,24 @@ def _apply(op: Callable[..., Tensor], x: Tensor, y: Tensor, width: int, columns:
         op(x[:, whole:], y[:, full:], out=out[:, whole:])
 
 
-def unpack(words: Tensor, bits: int) -> Tensor:
-    """Codes of ``bits`` (2, 3, 4, 8) that lie in int32 words [n, w] one behind another, the lowest bits first: float32
-    [n, 32 w / bits]. With 3 bits, 32 codes are 3 words."""
+def unpack(words: Tensor, bits: int, zero: int = 0) -> Tensor:
+    """Codes of ``bits`` (2, 3, 4, 8) that lie in int32 words [n, w] one behind another, the lowest bits first, less
+    ``zero``: float32 [n, 32 w / bits]. With 3 bits, 32 codes are 3 words."""
     stored = words.contiguous().view(torch.uint8)
     if bits != 3:
         each = torch.arange(256)[:, None] >> torch.arange(0, 8, bits)
-        return look_up((each % (1 << bits)).float(), stored)
+        return look_up((each % (1 << bits) - zero).float(), stored)
     triple = stored.view(words.shape[0], -1, 3).int()  # 8 codes
     joined = triple[..., 0] | triple[..., 1] << 8 | triple[..., 2] << 16
-    return ((joined[..., None] >> torch.arange(0, 24, 3, dtype=torch.int32)) & 7).flatten(1).float()
+    return ((joined[..., None] >> torch.arange(0, 24, 3, dtype=torch.int32)) & 7).flatten(1).float() - zero
+
+
+def widened(codes: Tensor) -> Tensor:
+    """int8 or fp8 [n, m] in float32. torch converts fp8 number by number, half as fast as a table."""
+    if codes.dtype == torch.int8:
+        return codes.float()
+    table = torch.arange(256, dtype=torch.uint8).view(codes.dtype).float()
+    return look_up(table[:, None], codes.contiguous().view(torch.uint8))
 
 
 def look_up(table: Tensor, stored: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from psykern.models.quantisation.blocks import dequantise, unpack
+from psykern.models.quantisation.blocks import dequantise, unpack, widened
 from psykern.models.quantisation.scheme import FLOATS, Dtypes, Parts, Scheme, Shape, misshaped
 
 Strategy = Literal["tensor", "channel", "group", "block"]
@@ -64,7 +64,7 @@ class Packed(Scheme):
         }  # fmt: skip
 
     def optional(self) -> Dtypes:
-        return {_ORDER: (torch.int32,)}
+        return {_ORDER: (torch.int32,)} if self.sharing.strategy == "group" else {}
 
     def problems(self, parts: Parts, shape: Shape) -> Iterator[str]:
         outputs, inputs = shape
@@ -90,11 +90,12 @@ class Packed(Scheme):
         packed, (outputs, inputs) = parts["weight_packed"], self.shape(parts)
         block = self.sharing.block((outputs, inputs))
         scales = parts["weight_scale"].float().view(-(-outputs // block[0]), -1)
+        offset = 0 if _ZEROS in parts else 1 << (self.bits - 1)
         return dequantise(
-            lambda i, j: unpack(packed[i:j], self.bits)[:, :inputs],
+            lambda i, j: unpack(packed[i:j], self.bits, offset)[:, :inputs],
             (outputs, inputs),
             scales,
-            self._zeros(parts, scales, outputs),
+            self._zeros(parts, scales, outputs) if _ZEROS in parts else None,
             block=block,
             columns=_order(parts),
         )
@@ -104,8 +105,6 @@ class Packed(Scheme):
 
     def _zeros(self, parts: Parts, scales: Tensor, outputs: int) -> Tensor:
         """Of each scale, as the codes have them."""
-        if _ZEROS not in parts:
-            return torch.full_like(scales, 1 << (self.bits - 1))
         if parts[_ZEROS].dtype == torch.int8:
             return parts[_ZEROS].float().view_as(scales) + (1 << (self.bits - 1))
         return unpack(parts[_ZEROS].t(), self.bits)[:, :outputs].t()
@@ -140,7 +139,7 @@ class Unpacked(Scheme):
         block = self.sharing.block((rows, columns))
         scales = parts["weight_scale"].float().view(-(-rows // block[0]), -1)
         zeros = parts[_ZEROS].float().view_as(scales) if _ZEROS in parts else None
-        return dequantise(lambda i, j: weight[i:j].float(), (rows, columns), scales, zeros, block=block)
+        return dequantise(lambda i, j: widened(weight[i:j]), (rows, columns), scales, zeros, block=block)
 
     def label(self, parts: Parts) -> str:
         return f"compressed-tensors {self.form}, {'int8' if self.kind == 'int' else 'fp8'}, {self.sharing.strategy}"

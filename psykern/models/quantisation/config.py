@@ -137,9 +137,13 @@ def _group(c: Fields, default: object) -> Scheme:
             raise w.error("actorder: expected none, as the weights are not packed, got 'group'")
         return Unpacked(form, kind, sharing, is_symmetric)
     bits = _one_of(w, "num_bits", w.get("num_bits", 8), _PACKED_BITS)
-    if kind != "int" or sharing.strategy == "block":
-        raise w.error(f"type, strategy: expected int by tensor, channel or group, got {kind} by {sharing.strategy}")
-    return Packed(bits, sharing, is_symmetric, has_order=w.get("actorder") == "group")
+    has_order = w.get("actorder") == "group"
+    if kind != "int" or sharing.strategy == "block" or (has_order and sharing.strategy != "group"):
+        raise w.error(
+            "type, strategy, actorder: expected int by tensor, channel or group, and an order of groups alone, got "
+            f"{kind} by {sharing.strategy}, {w.get('actorder')!r}"
+        )
+    return Packed(bits, sharing, is_symmetric, has_order)
 
 
 def _sharing(w: Fields) -> Sharing:
@@ -165,6 +169,6 @@ def _block(c: Fields, key: str) -> tuple[int, int]:
 
 
 def _one_of(c: Fields, key: str, value: Any, handled: tuple[Any, ...]) -> Any:
-    if value not in handled or isinstance(value, bool):
+    if value not in handled or type(value) is not type(handled[0]):  # 4.0 and True are no numbers of bits
         raise c.error(f"{key}: expected {' or '.join(map(repr, handled))}, got {value!r:.80}")
     return value

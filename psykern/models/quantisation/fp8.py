@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from psykern.models.quantisation.blocks import dequantise
+from psykern.models.quantisation.blocks import dequantise, widened
 from psykern.models.quantisation.scheme import FLOATS, Dtypes, Parts, Scheme, Shape, misshaped
 
 
@@ -37,7 +37,7 @@ class BlockFp8(Scheme):
     def weight(self, parts: Parts) -> Tensor:
         weight, scales = parts["weight"], parts["weight_scale_inv"].float()
         rows, columns = weight.shape
-        return dequantise(lambda i, j: weight[i:j].float(), (rows, columns), scales, block=self.block)
+        return dequantise(lambda i, j: widened(weight[i:j]), (rows, columns), scales, block=self.block)
 
     def label(self, parts: Parts) -> str:
         return f"fp8 in blocks of {self.block[0]} x {self.block[1]}, activations not quantised"

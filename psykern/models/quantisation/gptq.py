@@ -63,15 +63,17 @@ class Gptq(Scheme):
         return outputs, words * 32 // self.bits
 
     def weight(self, parts: Parts) -> Tensor:
-        packed, (outputs, inputs) = parts["qweight"], self.shape(parts)
+        packed, (outputs, inputs) = parts["qweight"].t().contiguous(), self.shape(parts)
+        zeros = self._zeros(parts["qzeros"]).t()
+        low, high = (int(v) for v in zeros.aminmax())
         size = inputs if self.group_size == -1 else self.group_size
         order = parts.get("g_idx")
         in_runs = order is None or torch.equal(order, torch.arange(inputs, dtype=torch.int32) // size)
         return dequantise(
-            lambda i, j: unpack(packed[:, i:j].t(), self.bits),
+            lambda i, j: unpack(packed[i:j], self.bits, low if low == high else 0),
             (outputs, inputs),
             parts["scales"].t().float(),
-            self._zeros(parts["qzeros"]).t(),
+            None if low == high else zeros,  # symmetric ones are all alike, which saves a pass
             block=(1, size),
             columns=None if in_runs or order is None else order.long(),
         )
