@@ -28,6 +28,8 @@ from psykern.models.source import DTYPES, Source, are_equal, listed, refusal
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _ADAPTER = "adapter_config.json"
+# How weights are quantised, beside a config.json that does not say it: early AutoGPTQ and AutoAWQ.
+LEGACY_CONFIGS: Mapping[str, str] = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 _PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 _HUB_FILES = ["*.json", "chat_template.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
 _HASH_BYTES = 1 << 20  # read at a time
@@ -88,10 +90,11 @@ def _download(model: str, weights: bool) -> Path:
 
 def read_config(folder: Path) -> dict[str, object]:
     """The object in the folder's ``config.json``, as it stands there. Raises :class:`CheckpointError`."""
-    return _read_object(folder / "config.json")
+    return read_object(folder / "config.json")
 
 
-def _read_object(path: Path) -> dict[str, object]:
+def read_object(path: Path) -> dict[str, object]:
+    """The object in a JSON file. Raises :class:`CheckpointError`."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_as_object)
     except FileNotFoundError as error:
@@ -189,9 +192,11 @@ class Checkpoint(Source):
 
 
 def hash_model(folder: Path) -> str:
-    """``sha256:…`` over ``config.json`` and the weight files: the content, size and name of each."""
+    """``sha256:…`` over ``config.json`` (and what says how weights are quantised beside it) and the weight files: the
+    content, size and name of each."""
     total = hashlib.sha256()
-    for path in sorted([folder / "config.json", *_weight_files(folder)]):
+    beside = [folder / name for name in LEGACY_CONFIGS if (folder / name).is_file()]
+    for path in sorted([folder / "config.json", *beside, *_weight_files(folder)]):
         digest = hashlib.sha256()
         size = 0
         try:
@@ -238,7 +243,7 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
 
 def _indexed_files(folder: Path) -> dict[Path, set[str] | None]:
     path = folder / _INDEX
-    places = _read_object(path).get("weight_map")
+    places = read_object(path).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise CheckpointError(f"{path}: expected weight_map to be an object of tensor names, got {places!r:.80}")
     files: dict[Path, set[str] | None] = {}

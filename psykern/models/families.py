@@ -74,7 +74,6 @@ _MLLAMA_IMAGE_TOKENS = 8  # rows of the embedding behind the vocabulary
 
 # What transformers obeys in any config and psykern does not.
 _NOT_COMPUTED: Mapping[str, str] = {
-    "quantization_config": "quantised weights are not supported",
     "per_layer_config": "layers with settings of their own are not supported",
     "configuration_files": "another config file is not read",
     "transformers_weights": "weights under another name are not read",

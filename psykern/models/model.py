@@ -66,6 +66,11 @@ class Model:
         return self.compute.dtype
 
     @property
+    def changes(self) -> tuple[str, ...]:
+        """What was done to the weights on their way from the files."""
+        return self._source.changes
+
+    @property
     def num_layers(self) -> int:
         return self.spec.num_layers
 

@@ -8,7 +8,7 @@ does not pass through, as the vision tower, are known by name and never mapped; 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -60,6 +60,7 @@ class Names:
     optional: Collection[str] = ()  # names or patterns of tensors that may be absent, or present and unused
     naming: Naming = field(default_factory=lambda: Naming({}))
     twins: Mapping[str, str] = field(default_factory=dict)  # another name of a tensor, under which alone it may stand
+    parts: Collection[str] = ()  # of quantised weights: what stands in place of their last word, "weight"
 
     def wanted(self, stored: Iterable[str]) -> set[str]:
         """The ``stored`` names without those of other parts."""
@@ -90,9 +91,16 @@ class Names:
         for begin, own_begin in self.naming.prefixes.items():
             if name.startswith(wrapper + begin):
                 meant = own_begin + name.removeprefix(wrapper + begin)
-                if meant in self.expected or matches(meant, self.optional):
+                if self._knows(meant) or any(map(self._knows, self._wholes(meant))):
                     return wrapper + begin, own_begin, meant
         return None
+
+    def _knows(self, name: str) -> bool:
+        return name in self.expected or matches(name, self.optional)
+
+    def _wholes(self, name: str) -> Iterator[str]:
+        """Weights that it may be a part of."""
+        return (name.removesuffix(part) + "weight" for part in self.parts if name.endswith(f".{part}"))
 
 
 @dataclass(frozen=True, slots=True)

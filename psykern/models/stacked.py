@@ -56,6 +56,10 @@ class Stacked(Source):
     def names(self) -> Collection[str]:
         return self._names
 
+    @property
+    def changes(self) -> tuple[str, ...]:
+        return self._source.changes
+
     def shape(self, name: str) -> tuple[int, ...]:
         if (place := self._place(name)) is None:
             return self._source.shape(name)

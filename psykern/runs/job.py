@@ -74,6 +74,7 @@ def recipe_of(scorer: Scorer, dataset: Dataset, out: str | Path, settings: Setti
     return Recipe(
         model_id=scorer.name,
         model_hash=scorer.hash,
+        weights="; ".join(scorer.model.changes) or None,
         tokenizer_hash=language.tokenizer.hash,
         beyond_embedding=language.beyond,
         data=tuple(InputFile(str(file.path), file.hash, file.bytes) for file in dataset.files),

@@ -69,6 +69,7 @@ class Recipe:
 
     model_id: str
     model_hash: str
+    weights: str | None  # what was done to them on their way from the files, as dequantising; None: nothing
     tokenizer_hash: str
     beyond_embedding: int | None  # token ids from here on, which the tokenizer has, are not in the embedding
     data: tuple[InputFile, ...]

@@ -189,7 +189,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "num_attention_heads is 4 and num_key_value_heads is 3: expected a multiple of the latter",
     ),
     ({"hidden_act": "gelu"}, "hidden_act: expected 'silu', got 'gelu'"),
-    ({"quantization_config": {"quant_method": "awq"}}, "quantization_config: quantised weights are not supported"),
     ({"rms_norm_eps": None}, "rms_norm_eps: "),
     ({"rms_norm_eps": "1e-6"}, "rms_norm_eps: "),
     ({"rms_norm_eps": float("nan")}, "rms_norm_eps: expected a number, got nan"),

@@ -86,6 +86,7 @@ def recipe(**changes: Any) -> Recipe:
     made = Recipe(
         model_id="tiny",
         model_hash="a1",
+        weights=None,
         tokenizer_hash="b2",
         beyond_embedding=None,
         data=(InputFile("data.jsonl", "c3", 10),),
