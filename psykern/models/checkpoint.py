@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,9 +86,9 @@ def _download(model: str, weights: bool) -> Path:
         ) from error
 
 
-def read_config(folder: Path) -> dict[str, object]:
+def read_config(folder: Path, name: str = "config.json") -> dict[str, object]:
     """The object in the folder's ``config.json``, as it stands there. Raises :class:`CheckpointError`."""
-    return _read_object(folder / "config.json")
+    return _read_object(folder / name)
 
 
 def _read_object(path: Path) -> dict[str, object]:
@@ -150,6 +150,11 @@ class Checkpoint(Source):
             tensors.update({spelling.own(name): tensor for name, tensor in shards[path].items()})
         return cls(folder, tensors, spelling)
 
+    @classmethod
+    def of_file(cls, path: Path) -> Checkpoint:
+        """Of one file that is no model's; each name is its own."""
+        return cls(path.parent, _map_file(path), Names().read(()))
+
     @property
     def names(self) -> frozenset[str]:
         return frozenset(self._tensors)
@@ -189,8 +194,13 @@ class Checkpoint(Source):
 
 def hash_model(folder: Path) -> str:
     """``sha256:…`` over ``config.json`` and the weight files: the content, size and name of each."""
+    return hash_files([folder / "config.json", *_weight_files(folder)])
+
+
+def hash_files(paths: Iterable[Path]) -> str:
+    """``sha256:…`` over the content, size and name of each."""
     total = hashlib.sha256()
-    for path in sorted([folder / "config.json", *_weight_files(folder)]):
+    for path in sorted(paths):
         digest = hashlib.sha256()
         size = 0
         try:

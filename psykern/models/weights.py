@@ -2,17 +2,50 @@
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-from psykern.models.checkpoint import Checkpoint
+from psykern.models.adapters import Adapter, Merged, hash_adapter
+from psykern.models.checkpoint import Checkpoint, hash_model
+from psykern.models.families import read_spec
 from psykern.models.source import Source
 from psykern.models.spec import EMBEDDING, HEAD, ModelSpec
 
 
-def open_weights(folder: Path, spec: ModelSpec) -> Source:
-    """The tensors of ``spec``, checked. Raises :class:`CheckpointError` where they are not as they must be."""
+@dataclass(frozen=True, eq=False)
+class Base:
+    """A model folder that is open: mapped, checked and hashed once, whatever adapters are merged into it."""
+
+    folder: Path
+    spec: ModelSpec
+    source: Source
+
+    @classmethod
+    def open(cls, folder: Path) -> Base:
+        """Raises ``CheckpointError`` where the folder's config, tensors or shapes are not as they must be."""
+        spec = read_spec(folder)
+        return cls(folder, spec, open_weights(folder, spec))
+
+    @cached_property
+    def hash(self) -> str:
+        """``sha256:…`` of config and weights, which are read for it."""
+        return hash_model(self.folder)
+
+    def hash_with(self, adapter: Path | None) -> str:
+        """The same with the adapter in that folder."""
+        if adapter is None:
+            return self.hash
+        both = f"{self.hash} {hash_adapter(adapter)}"
+        return f"sha256:{hashlib.sha256(both.encode()).hexdigest()}"
+
+
+def open_weights(folder: Path, spec: ModelSpec, adapter: Adapter | None = None) -> Source:
+    """The tensors of ``spec``, checked, and merged with ``adapter``, whose model has the spec ``adapter.untied(spec)``.
+    Raises :class:`CheckpointError` where they are not as they must be."""
     source: Source = Checkpoint.open(folder, spec.names())
     source.check(spec.tensors(), spec.unused())
     if spec.has_tied_head:
         source.check_tied(HEAD, EMBEDDING)
-    return source
+    return source if adapter is None else Merged.of(adapter, source, spec)
