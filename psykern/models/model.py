@@ -46,7 +46,7 @@ class Model:
         that are held at once; None: on a device as many as fit, on a CPU none. Raises ``CheckpointError`` where a
         folder's config, tensors or shapes are not as they must be.
         """
-        base = Base.open(base) if isinstance(base, Path) else base
+        self.base = base = Base.open(base) if isinstance(base, Path) else base
         opened = None if adapter is None else Adapter.open(adapter)
         self.spec = base.spec if opened is None else opened.untied(base.spec)
         self.compute = compute

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from psykern.models.adapters import Adapter, Merged, hash_adapter
+from psykern.models.adapters import Adapter, Merged
 from psykern.models.checkpoint import Checkpoint, hash_model
 from psykern.models.families import read_spec
 from psykern.models.source import Source
@@ -33,12 +33,9 @@ class Base:
         """``sha256:…`` of config and weights, which are read for it."""
         return hash_model(self.folder)
 
-    def hash_with(self, adapter: Path | None) -> str:
-        """The same with the adapter in that folder."""
-        if adapter is None:
-            return self.hash
-        both = f"{self.hash} {hash_adapter(adapter)}"
-        return f"sha256:{hashlib.sha256(both.encode()).hexdigest()}"
+    def hash_with(self, adapter_hash: str) -> str:
+        """The same of the base with an adapter."""
+        return f"sha256:{hashlib.sha256(f'{self.hash} {adapter_hash}'.encode()).hexdigest()}"
 
 
 def open_weights(folder: Path, spec: ModelSpec, adapter: Adapter | None = None) -> Source:
