@@ -51,6 +51,28 @@ def linear(
     num_threads: int,
     isa: str | None = None,
 ) -> None: ...
+def expert_swiglu(
+    x: np.ndarray,
+    gates: Sequence[np.ndarray],
+    ups: Sequence[np.ndarray],
+    slots: np.ndarray,
+    offsets: np.ndarray,
+    out: np.ndarray,
+    *,
+    top_k: int,
+    num_threads: int,
+    isa: str | None = None,
+) -> None: ...
+def expert_linear(
+    x: np.ndarray,
+    weights: Sequence[np.ndarray],
+    slots: np.ndarray,
+    offsets: np.ndarray,
+    out: np.ndarray,
+    *,
+    num_threads: int,
+    isa: str | None = None,
+) -> None: ...
 def option_logprobs(
     hidden: np.ndarray,
     weight: np.ndarray,
@@ -102,6 +124,9 @@ def qk_norm_rope(
     eps: float,
     num_threads: int,
     isa: str | None = None,
+) -> None: ...
+def add_weighted(
+    x: np.ndarray, weights: np.ndarray, total: np.ndarray, *, num_threads: int, isa: str | None = None
 ) -> None: ...
 def silu_mul(
     gate: np.ndarray, up: np.ndarray, out: np.ndarray, *, num_threads: int, isa: str | None = None

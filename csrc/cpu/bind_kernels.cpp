@@ -196,6 +196,22 @@ void silu_mul(const py::array& gate, const py::array& up, const py::array& out, 
   kernels.silu_mul(p, num_threads);
 }
 
+void add_weighted(const py::array& x, const py::array& weights, const py::array& total, int num_threads,
+                  const Isa& isa) {
+  psykern::AddWeighted p{};
+  const FloatRows rows = get_float_rows("total", total, {"N", "D"});
+  expect(total.writeable(), "total", "an array to write to", "a read-only one");
+  p.type = rows.type, p.num_rows = total.shape(0), p.size = total.shape(1);
+  p.total = rows.data, p.total_stride = rows.stride;
+  p.weights = get_values<const float>("weights", weights, {p.num_rows, "k"});
+  p.top_k = weights.shape(1);
+  const FloatRows x_rows = get_like("x", x, p.type, {p.num_rows * p.top_k, p.size}, " like total");
+  p.x = x_rows.data, p.x_stride = x_rows.stride;
+  const psykern::Kernels& kernels = choose(num_threads, isa);
+  const py::gil_scoped_release release;
+  kernels.add_weighted(p, num_threads);
+}
+
 double peak(const std::string& dtype, int64_t num_blocks, int num_threads, const Isa& isa) {
   const bool is_fp32 = dtype == "float32";
   expect(is_fp32 || dtype == "bfloat16", "dtype", "float32 or bfloat16", dtype);
@@ -237,6 +253,8 @@ void bind_kernels(py::module_& m) {
         arg("summed").none(true), py::kw_only(), arg("eps"), arg("norm_first"), arg("num_threads"), arg("isa") = none);
   m.def("qk_norm_rope", &qk_norm_rope, arg("x"), arg("weight").none(true), arg("cos"), arg("sin"), arg("positions"),
         arg("out"), py::kw_only(), arg("eps"), arg("num_threads"), arg("isa") = none);
+  m.def("add_weighted", &add_weighted, arg("x"), arg("weights"), arg("total"), py::kw_only(), arg("num_threads"),
+        arg("isa") = none);
   m.def("silu_mul", &silu_mul, arg("gate"), arg("up"), arg("out"), py::kw_only(), arg("num_threads"),
         arg("isa") = none);
 }

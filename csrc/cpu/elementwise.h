@@ -48,4 +48,14 @@ struct SiluMul {
   int64_t num_rows, size;
 };
 
+// total[n] = total[n] + Σ_j weights[n, j] x[n * top_k + j], in the order of j, rounded once.
+struct AddWeighted {
+  FloatType type;
+  const void* x;         // [num_rows * top_k, size]
+  const float* weights;  // [num_rows, top_k]
+  void* total;           // [num_rows, size]
+  int64_t x_stride, total_stride;
+  int64_t num_rows, top_k, size;
+};
+
 }  // namespace psykern

@@ -16,6 +16,7 @@
 namespace {
 
 using psykern::AddRmsNorm;
+using psykern::AddWeighted;
 using psykern::FloatType;
 using psykern::QkNormRope;
 using psykern::SiluMul;
@@ -257,6 +258,23 @@ void silu_mul_isa(const SiluMul& p, int num_threads) {
   auto* kernel = choose_kernel(p.type, streamed,
                                [](auto number, auto full) { return &silu_then_mul<decltype(number), decltype(full)>; });
   for_rows(p.num_rows, p.size, num_threads, [&](int64_t row) { kernel(p, row); });
+}
+
+template <typename T>
+void add_weighted_rows(const AddWeighted& p, int64_t row) {
+  const float* weights = p.weights + row * p.top_k;
+  const T* x = row_of<T>(p.x, p.x_stride, row * p.top_k);
+  T* total = row_of<T>(p.total, p.total_stride, row);
+  for_vectors(p.size, [&](int64_t i, int, auto lanes) {
+    Vec sum = get(total + i, lanes);
+    for (int64_t j = 0; j < p.top_k; ++j) sum += broadcast(weights[j]) * get(x + j * p.x_stride + i, lanes);
+    put(total + i, sum, lanes);
+  });
+}
+
+void add_weighted_isa(const AddWeighted& p, int num_threads) {
+  auto* kernel = p.type == FloatType::kBfloat16 ? &add_weighted_rows<uint16_t> : &add_weighted_rows<float>;
+  for_rows(p.num_rows, p.size * (p.top_k + 1), num_threads, [&](int64_t row) { kernel(p, row); });
 }
 
 }  // namespace

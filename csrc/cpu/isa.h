@@ -21,6 +21,7 @@ struct Kernels {
   void (*add_rms_norm)(const AddRmsNorm&, int num_threads);
   void (*qk_norm_rope)(const QkNormRope&, int num_threads);
   void (*silu_mul)(const SiluMul&, int num_threads);
+  void (*add_weighted)(const AddWeighted&, int num_threads);
   void (*linear)(const Linear&, int num_threads);
   double (*peak)(const Peak&, int num_threads);  // gives the floating-point operations done
 };

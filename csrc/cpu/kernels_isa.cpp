@@ -10,9 +10,8 @@
 namespace psykern {
 
 extern const Kernels PSYKERN_TABLE = {
-    PSYKERN_NAME,          kHasBf16Product,   &option_logprobs_isa,
-    &prefix_attention_isa, &add_rms_norm_isa, &qk_norm_rope_isa,
-    &silu_mul_isa,         &linear_isa,       &peak_isa,
+    PSYKERN_NAME,      kHasBf16Product, &option_logprobs_isa, &prefix_attention_isa, &add_rms_norm_isa,
+    &qk_norm_rope_isa, &silu_mul_isa,   &add_weighted_isa,    &linear_isa,           &peak_isa,
 };
 
 }  // namespace psykern

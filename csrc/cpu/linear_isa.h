@@ -1,10 +1,13 @@
 // linear for one instruction set; included once per set by kernels_isa.cpp.
 //
 // A thread takes a block of rows, copies it once, in blocks of depth, and then chunks of the columns until there are no
-// more of them for that block; then it helps with the others' blocks. For each block of depth the chunk's columns are
-// packed, from the file's own rows, and panels of rows pass over them while they are in the L2 cache, a panel of rows
-// while it is in the L1 cache. A tile's sums stay in the L2 cache until they are complete and then go where they
-// belong, through the epilogue, while the next tile is multiplied.
+// more of them for that block; when no block is left, it helps with the others'. For each block of depth the chunk's
+// columns are packed, from the file's own rows, and panels of rows pass over them while they are in the L2 cache, a
+// panel of rows while it is in the L1 cache. A tile's sums stay in the L2 cache until they are complete and then go
+// where they belong, through the epilogue, while the next tile is multiplied.
+//
+// A block's rows are of one group, so of a mixture a thread has whole experts. Rows are gathered where they are copied,
+// and scattered where they are finished.
 //
 // Weights that were packed before are not faster: 0.95 to 1.07 of the time with 2,048 rows, and they have to be read
 // from memory as fp32 where the file has bf16 (Xeon with AVX-512, 2026-11). So nothing of a layer is copied. Neither
@@ -80,11 +83,10 @@ struct Chunk {
   int64_t first, last;
 };
 
-inline std::vector<Chunk> chunks_of(const Linear& p, int threads) {
+// Those of a group that `threads` share.
+inline std::vector<Chunk> chunks_of(const psykern::RowGroup& group, bool is_gated, int64_t threads) {
   std::vector<int64_t> panels;
-  for (int64_t i = 0; i < p.num_parts; ++i) {
-    panels.push_back(column_panels(p.parts[i].columns, p.epilogue == Epilogue::kSiluMul));
-  }
+  for (int64_t i = 0; i < group.num_parts; ++i) panels.push_back(column_panels(group.parts[i].columns, is_gated));
   const int64_t all = std::accumulate(panels.begin(), panels.end(), int64_t{0});
   const int64_t most =
       threads == 1 ? kChunkPanels : std::clamp<int64_t>(all / (kChunksPerThread * threads), 1, kChunkPanels);
@@ -92,32 +94,57 @@ inline std::vector<Chunk> chunks_of(const Linear& p, int threads) {
   for (size_t i = 0; i < panels.size(); ++i) {
     const int64_t count = (panels[i] + most - 1) / most;
     for (int64_t j = 0; j < count; ++j) {
-      chunks.push_back({p.parts + i, panels[i] * j / count, panels[i] * (j + 1) / count});
+      chunks.push_back({group.parts + i, panels[i] * j / count, panels[i] * (j + 1) / count});
     }
   }
   return chunks;
 }
 
-// Blocks of rows: as even as possible, and as many for each thread.
-struct RowBlocks {
-  int64_t num_rows, count;
+// Blocks that a group's rows are cut in: as many for each of `threads`.
+inline int64_t count_blocks(int64_t rows, int64_t row_bytes, int64_t panel_rows, int64_t threads) {
+  const int64_t near = std::clamp(kCopiedBytes / row_bytes, kLeastBlockRows, kMostBlockRows);
+  const int64_t most = near / panel_rows * panel_rows;
+  const int64_t count = std::max((rows + most - 1) / most, std::clamp<int64_t>(rows / kLeastBlockRows, 1, threads));
+  return count >= threads ? (count + threads - 1) / threads * threads : count;
+}
 
-  RowBlocks(int64_t rows, int64_t row_bytes, int64_t panel_rows, int threads) : num_rows(rows) {
-    const int64_t near = std::clamp(kCopiedBytes / row_bytes, kLeastBlockRows, kMostBlockRows);
-    const int64_t most = near / panel_rows * panel_rows;
-    count = std::max((rows + most - 1) / most, std::clamp<int64_t>(rows / kLeastBlockRows, 1, threads));
-    if (count >= threads) count = (count + threads - 1) / threads * threads;
-  }
-  int64_t first(int64_t block) const { return num_rows * block / count; }
+// Rows [first, last), and the chunks that they are multiplied with, [first_chunk, last_chunk) of all.
+struct RowBlock {
+  int64_t first, last, first_chunk, last_chunk;
 };
+
+struct LinearPlan {
+  std::vector<Chunk> chunks;
+  std::vector<RowBlock> blocks;
+};
+
+template <typename Product>
+LinearPlan plan_of(const Linear& p, int64_t num_threads) {
+  const int64_t row_bytes = p.depth * static_cast<int64_t>(sizeof(typename Product::Number));
+  LinearPlan plan;
+  for (const psykern::RowGroup* group = p.groups; group < p.groups + p.num_groups; ++group) {
+    const int64_t rows = group->last_row - group->first_row, first = static_cast<int64_t>(plan.chunks.size());
+    if (rows == 0) continue;
+    const int64_t threads = std::max<int64_t>(num_threads * rows / p.num_rows, 1);  // its share of them
+    const std::vector<Chunk> chunks = chunks_of(*group, p.epilogue == Epilogue::kSiluMul, threads);
+    if (chunks.empty()) continue;
+    plan.chunks.insert(plan.chunks.end(), chunks.begin(), chunks.end());
+    const int64_t count = count_blocks(rows, row_bytes, Product::kPanelRows, threads);
+    for (int64_t i = 0; i < count; ++i) {  // as even as possible
+      const int64_t begin = group->first_row + rows * i / count, end = group->first_row + rows * (i + 1) / count;
+      plan.blocks.push_back({begin, end, first, static_cast<int64_t>(plan.chunks.size())});
+    }
+  }
+  return plan;
+}
 
 template <typename Product, typename T>
 class LinearBlock {
  public:
-  LinearBlock(const Linear& problem, int64_t first_row, int64_t last_row)
+  LinearBlock(const Linear& problem, const RowBlock& block)
       : p(problem),
-        first(first_row),
-        rows(last_row - first_row),
+        first(block.first),
+        rows(block.last - block.first),
         panels((rows + Product::kPanelRows - 1) / Product::kPanelRows),
         blocks((p.depth + Product::kDepth - 1) / Product::kDepth) {
     const int64_t slots = panels * Product::kPanelRows;
@@ -174,14 +201,17 @@ class LinearBlock {
   }
 
   void copy_rows() {
-    const T* x = static_cast<const T*>(p.x) + first * p.x_stride;
     for (int64_t panel = 0; panel < panels; ++panel) {
       const int64_t count = start(panel + 1) - start(panel);
+      const T* x[Product::kPanelRows];
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t row = first + start(panel) + i;
+        x[i] = static_cast<const T*>(p.x) + (p.x_slots == nullptr ? row : p.x_slots[row] / p.top_k) * p.x_stride;
+      }
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t d = block * Product::kDepth, depth = std::min(Product::kDepth, p.depth - d);
         Number* to = copied_rows(block, panel);
-        const T* rows = x + start(panel) * p.x_stride + d;
-        Product::copy_rows([&](int64_t i) { return rows + i * p.x_stride; }, count, depth, to);
+        Product::copy_rows([&](int64_t i) { return x[i] + d; }, count, depth, to);
         if (Product::kHasTiles) {  // rows of the last tile that are none
           std::fill(to + count * Product::kDepth, to + Product::kPanelRows * Product::kDepth, Number{0});
         }
@@ -193,7 +223,8 @@ class LinearBlock {
   void finish(const LinearPart& part, int64_t panel, int64_t c, const float* sum, const float* bias) const {
     const Vec bias0 = load(bias), bias1 = load(bias + kLanes);
     for (int64_t row = start(panel); row < start(panel + 1); ++row, sum += kColumns) {
-      T* out = static_cast<T*>(part.out) + (first + row) * part.out_stride;
+      const int64_t to = p.out_slots == nullptr ? first + row : p.out_slots[first + row];
+      T* out = static_cast<T*>(part.out) + to * part.out_stride;
       const Vec c0 = load(sum) + bias0, c1 = load(sum + kLanes) + bias1;
       if (is_gated()) {
         put_columns(out + c * kLanes, silu(c0) * c1, part.columns - c * kLanes, false);
@@ -240,28 +271,29 @@ class LinearBlock {
 
 template <typename Product, typename T>
 void linear_as(const Linear& p, int num_threads) {
-  const std::vector<Chunk> chunks = chunks_of(p, num_threads);
-  const auto num_chunks = static_cast<int64_t>(chunks.size());
-  if (num_chunks == 0) return;
-  const int64_t row_bytes = p.depth * static_cast<int64_t>(sizeof(typename Product::Number));
-  const RowBlocks rows(p.num_rows, row_bytes, Product::kPanelRows, num_threads);
-  std::vector<std::atomic<int64_t>> taken(static_cast<size_t>(rows.count));  // chunks of each block
+  const LinearPlan plan = plan_of<Product>(p, num_threads);
+  const auto num_blocks = static_cast<int64_t>(plan.blocks.size());
+  if (num_blocks == 0) return;
+  std::vector<std::atomic<int64_t>> taken(plan.blocks.size());  // chunks of each block
+  std::atomic<int64_t> next_block{0};
+  const auto work_on = [&](int64_t i) {
+    const RowBlock& block = plan.blocks[static_cast<size_t>(i)];
+    std::atomic<int64_t>& next = taken[static_cast<size_t>(i)];
+    int64_t chunk = block.first_chunk + next++;
+    if (chunk >= block.last_chunk) return;
+    LinearBlock<Product, T> of_rows(p, block);
+    for (; chunk < block.last_chunk; chunk = block.first_chunk + next++) {
+      of_rows.run(plan.chunks[static_cast<size_t>(chunk)]);
+    }
+  };
   psykern::parallel_for(num_threads, num_threads, [&](int64_t thread) {
     const typename Product::Session session;
-    const int64_t own = thread * rows.count / num_threads;
-    for (int64_t i = 0; i < rows.count; ++i) {
-      const int64_t block = (own + i) % rows.count;
-      std::atomic<int64_t>& next = taken[static_cast<size_t>(block)];
-      int64_t chunk = next++;
-      if (chunk >= num_chunks) continue;
-      LinearBlock<Product, T> of_rows(p, rows.first(block), rows.first(block + 1));
-      for (; chunk < num_chunks; chunk = next++) of_rows.run(chunks[static_cast<size_t>(chunk)]);
-    }
+    for (int64_t block = next_block++; block < num_blocks; block = next_block++) work_on(block);
+    for (int64_t i = 0; i < num_blocks; ++i) work_on((thread * num_blocks / num_threads + i) % num_blocks);
   });
 }
 
 void linear_isa(const Linear& p, int num_threads) {
-  if (p.num_rows == 0) return;
   if (p.type == FloatType::kBfloat16) {
     linear_as<Bf16Product, uint16_t>(p, num_threads);
   } else {

@@ -16,9 +16,7 @@ import torch
 from torch import Tensor
 
 from psykern import _cpu
-from psykern.kernels.reference import add_weighted as add_weighted
-from psykern.kernels.reference import expert_linear as expert_linear
-from psykern.kernels.reference import expert_swiglu as expert_swiglu
+from psykern.kernels.routes import Routes
 from psykern.kernels.segments import Segments
 
 # weight, bias, up, its bias (of swiglu alone), out
@@ -26,7 +24,7 @@ _Part = tuple[np.ndarray, np.ndarray | None, np.ndarray | None, np.ndarray | Non
 
 
 def linear(x: Tensor, layers: Sequence[tuple[Tensor, Tensor | None]], outs: Sequence[Tensor], add: bool) -> None:
-    targets = [out.float() if add and out.dtype == torch.float16 else _target(out) for out in outs]
+    targets = [_held(out) if add else _target(out) for out in outs]
     parts: list[_Part] = [
         (_weight(weight), _bias(bias), None, None, _floats(target))
         for (weight, bias), target in zip(layers, targets, strict=True)
@@ -42,6 +40,40 @@ def swiglu(x: Tensor, gate: tuple[Tensor, Tensor | None], up: tuple[Tensor, Tens
     part: _Part = (_weight(weight), _bias(bias), _weight(up_weight), _bias(up_bias), _floats(target))
     _multiply(x, [part], "silu_mul")
     _finish(out, target)
+
+
+def expert_swiglu(x: Tensor, gates: Sequence[Tensor], ups: Sequence[Tensor], routes: Routes, out: Tensor) -> Tensor:
+    target = _target(out)
+    _cpu.expert_swiglu(
+        _floats(x),
+        [_weight(weight) for weight in gates],
+        [_weight(weight) for weight in ups],
+        _array(routes.slots),
+        _array(routes.offsets),
+        _floats(target),
+        top_k=routes.top_k,
+        num_threads=torch.get_num_threads(),
+    )
+    return _finish(out, target)
+
+
+def expert_linear(x: Tensor, weights: Sequence[Tensor], routes: Routes, out: Tensor) -> Tensor:
+    target = _target(out)
+    _cpu.expert_linear(
+        _floats(x),
+        [_weight(weight) for weight in weights],
+        _array(routes.slots),
+        _array(routes.offsets),
+        _floats(target),
+        num_threads=torch.get_num_threads(),
+    )
+    return _finish(out, target)
+
+
+def add_weighted(x: Tensor, weights: Tensor, total: Tensor) -> Tensor:
+    target = _held(total)
+    _cpu.add_weighted(_floats(x), _array(weights), _floats(target), num_threads=torch.get_num_threads())
+    return _finish(total, target)
 
 
 def _multiply(x: Tensor, parts: Sequence[_Part], epilogue: str) -> None:
@@ -167,6 +199,11 @@ def gather_rows(source: Tensor, rows: Tensor, out: Tensor) -> Tensor:
 def _target(out: Tensor) -> Tensor:
     """``out`` itself where the kernel can write it, else an array that is copied to it afterwards."""
     return torch.empty(out.shape) if out.dtype == torch.float16 else _dense_rows(out)
+
+
+def _held(out: Tensor) -> Tensor:
+    """As :func:`_target`, with what ``out`` holds."""
+    return out.float() if out.dtype == torch.float16 else _dense_rows(out)
 
 
 def _dense_rows(x: Tensor) -> Tensor:

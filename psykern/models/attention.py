@@ -119,7 +119,7 @@ class AttentionSpec:
             per_visible_key=2 * 2 * self.q_size,
         )
 
-    def attention(self, tensors: Mapping[str, Tensor], rotary: tuple[Tensor, Tensor], backend: Backend) -> Attention:
+    def part(self, tensors: Mapping[str, Tensor], rotary: tuple[Tensor, Tensor], backend: Backend) -> Attention:
         """With a layer's weights. ``rotary``: cos and sin of :attr:`rope`."""
         qkv, kv = (Linear.find(tensors, f"self_attn.{name}_proj") for name in ("qkv", "kv"))
         return Attention(

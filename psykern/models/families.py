@@ -14,6 +14,7 @@ from typing import Any, Literal
 from psykern.core.errors import CheckpointError
 from psykern.models.attention import AttentionSpec
 from psykern.models.checkpoint import read_config
+from psykern.models.experts import ExpertsSpec
 from psykern.models.fields import LAYER_TYPES, Fields
 from psykern.models.layer import LayerSpec, NormsSpec
 from psykern.models.mlp import MlpSpec
@@ -34,6 +35,16 @@ _QWEN2_DEFAULTS = {
     "max_window_layers": 28,
 }
 _QWEN3_DEFAULTS = {**_QWEN2_DEFAULTS, "head_dim": 128}
+_QWEN3_MOE_DEFAULTS = {
+    **_DEFAULTS,
+    "max_position_embeddings": 32_768,
+    "num_key_value_heads": 4,
+    "sliding_window": 4096,
+    "decoder_sparse_step": 1,
+    "moe_intermediate_size": 768,
+    "num_experts_per_tok": 8,
+    "num_experts": 128,
+}
 _OLMO2_DEFAULTS = {**_DEFAULTS, "rms_norm_eps": 1e-5}
 _OLMO3_DEFAULTS = {**_OLMO2_DEFAULTS, "sliding_window": 4096, "rope_theta": 500_000.0}
 
@@ -67,6 +78,17 @@ def qwen3(c: Fields) -> ModelSpec:
     return decoder(c, by_type(_qwen_types(c), mixer), MlpSpec.of(c))
 
 
+def qwen3_moe(c: Fields) -> ModelSpec:
+    c = c.or_else(_QWEN3_MOE_DEFAULTS)
+    bias = c.boolean("attention_bias")
+    window = c.get("use_sliding_window") and c.get("sliding_window") is not None
+    mixer = AttentionSpec.of(  # of all layers or of none, unlike Qwen3
+        c, LAYER_TYPES[bool(window)], qk_norm="head", qkv_bias=bias, o_bias=bias
+    )
+    experts = ExpertsSpec.of(c, is_normalised=c.boolean("norm_topk_prob"))
+    return decoder(c, [mixer] * c.positive("num_hidden_layers"), _experts_or_mlp(c, experts))
+
+
 def olmo2(c: Fields) -> ModelSpec:
     c = c.or_else(_OLMO2_DEFAULTS)
     bias = c.boolean("attention_bias")
@@ -85,6 +107,7 @@ FAMILIES: Mapping[str, Callable[[Fields], ModelSpec]] = {
     "llama": llama,
     "qwen2": qwen2,
     "qwen3": qwen3,
+    "qwen3_moe": qwen3_moe,
     "olmo2": olmo2,
     "olmo3": olmo3,
 }
@@ -104,9 +127,12 @@ def parse_spec(config: Mapping[str, Any], name: str) -> ModelSpec:
 
 
 def decoder(
-    c: Fields, mixers: Sequence[AttentionSpec], ffn: MlpSpec, norms: Literal["before", "after"] = "before"
+    c: Fields,
+    mixers: Sequence[AttentionSpec],
+    ffn: MlpSpec | Sequence[MlpSpec | ExpertsSpec],
+    norms: Literal["before", "after"] = "before",
 ) -> ModelSpec:
-    """One layer for each mixer, all with the same feed-forward part and norms."""
+    """One layer for each mixer, with its feed-forward part or one for all, and the same norms."""
     for key, why in _NOT_COMPUTED.items():
         if c.get(key):
             raise c.error(f"{key}: {why}")
@@ -119,6 +145,7 @@ def decoder(
     if eps < 0:
         raise c.error(f"rms_norm_eps: expected no negative number, got {eps}")
     both = NormsSpec(norms, hidden_size, eps)
+    ffns = [ffn] * len(mixers) if isinstance(ffn, MlpSpec) else ffn
     return ModelSpec(
         model_type=c.get("model_type"),
         vocab_size=c.positive("vocab_size"),
@@ -126,8 +153,22 @@ def decoder(
         eps=eps,
         max_positions=c.positive("max_position_embeddings"),
         has_tied_head=c.boolean("tie_word_embeddings"),
-        layers=tuple(LayerSpec(f"model.layers.{i}.", mixer, ffn, both) for i, mixer in enumerate(mixers)),
+        layers=tuple(
+            LayerSpec(f"model.layers.{i}.", mixer, own, both)
+            for i, (mixer, own) in enumerate(zip(mixers, ffns, strict=True))
+        ),
     )
+
+
+def _experts_or_mlp(c: Fields, experts: ExpertsSpec) -> list[MlpSpec | ExpertsSpec]:
+    """The feed-forward part of each layer: every n-th has experts, but for those that are named."""
+    num_layers, step = c.positive("num_hidden_layers"), c.positive("decoder_sparse_step")
+    named = c.get("mlp_only_layers") or []
+    if not isinstance(named, list) or not all(type(i) is int and 0 <= i < num_layers for i in named):
+        raise c.error(f"mlp_only_layers: expected numbers of layers, from 0 to {num_layers - 1}, got {named!r:.80}")
+    dense = {i for i in range(num_layers) if i in named or (i + 1) % step != 0}
+    mlp = MlpSpec.of(c) if dense else None
+    return [experts if i not in dense or mlp is None else mlp for i in range(num_layers)]
 
 
 def by_type(types: Sequence[str], mixer: Callable[[str], AttentionSpec]) -> list[AttentionSpec]:

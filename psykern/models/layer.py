@@ -16,6 +16,7 @@ from psykern import kernels
 from psykern.core.settings import Backend
 from psykern.models.attention import Attention, AttentionSpec
 from psykern.models.batch import Batch, LayerState, Scratch
+from psykern.models.experts import Experts, ExpertsSpec
 from psykern.models.mlp import Mlp, MlpSpec
 from psykern.models.parts import Flops, Fused, Shapes
 from psykern.models.rope import RotaryTables
@@ -51,7 +52,7 @@ class LayerSpec:
 
     prefix: str  # of its tensors in the checkpoint: "model.layers.7."
     mixer: AttentionSpec
-    ffn: MlpSpec
+    ffn: MlpSpec | ExpertsSpec
     norms: NormsSpec
 
     def tensors(self) -> Shapes:
@@ -74,8 +75,8 @@ class LayerSpec:
         """With a layer's weights, by their names within it; fused products are used where ``tensors`` have them."""
         rotary = tables.of(self.mixer.rope, num_positions)
         return Layer(
-            self.mixer.attention(tensors, rotary, backend),
-            self.ffn.mlp(tensors, backend),
+            self.mixer.part(tensors, rotary, backend),
+            self.ffn.part(tensors, backend),
             self.norms.norms(tensors, backend),
         )
 
@@ -84,7 +85,7 @@ class Layer(NamedTuple):
     """One layer's parts with their weights."""
 
     mixer: Attention
-    ffn: Mlp
+    ffn: Mlp | Experts
     norms: Before | After
 
     def __call__(self, hidden: Tensor, out: Tensor, state: LayerState, batch: Batch, scratch: Scratch) -> None:
@@ -92,7 +93,7 @@ class Layer(NamedTuple):
 
         ``out`` is ``hidden`` itself where all rows need an output. Where few do, in the last layer, all are normed,
         for all have keys and values, and ``out`` holds in turn what the mixer is asked for and what it is added to.
-        No array of a batch's size is allocated.
+        No array of a batch's size is allocated, but for what routes rows to experts.
         """
         x = self.norms.enter(hidden, scratch)
         asking = batch.pick(x, out)
@@ -119,7 +120,7 @@ class Before(NamedTuple):
         """Adds ``mixed`` to ``out`` and gives what the feed-forward part takes: the norm of the sum, in ``mixed``."""
         return kernels.add_rms_norm(mixed, out, self.ffn, self.eps, normed=mixed, summed=out, backend=self.backend)[0]
 
-    def leave(self, ffn: Mlp, x: Tensor, out: Tensor, scratch: Scratch) -> None:
+    def leave(self, ffn: Mlp | Experts, x: Tensor, out: Tensor, scratch: Scratch) -> None:
         """Adds the feed-forward part of x to ``out``."""
         ffn.add(x, out, scratch)
 
@@ -140,7 +141,7 @@ class After(NamedTuple):
         """Adds the norm of ``mixed`` to ``out``, which is what the feed-forward part takes. ``mixed`` is written."""
         return self._add_norm(self.mixer, mixed, out)
 
-    def leave(self, ffn: Mlp, x: Tensor, out: Tensor, scratch: Scratch) -> None:
+    def leave(self, ffn: Mlp | Experts, x: Tensor, out: Tensor, scratch: Scratch) -> None:
         """Adds the norm of the feed-forward part of x to ``out``, which may be x."""
         self._add_norm(self.ffn, ffn(x, scratch), out)
 

@@ -23,8 +23,7 @@ class MlpSpec:
     @classmethod
     def of(cls, c: Fields, *, has_bias: bool = False) -> MlpSpec:
         sizes = c.positive("hidden_size"), c.positive("intermediate_size")
-        if (act := c.get("hidden_act")) not in ("silu", "swish"):  # two names of one function
-            raise c.error(f"hidden_act: expected 'silu', got {act!r}")
+        check_activation(c)
         return cls(*sizes, has_bias)
 
     @property
@@ -50,7 +49,7 @@ class MlpSpec:
     def flops(self) -> Flops:
         return Flops(per_query=2 * 3 * self.hidden_size * self.intermediate_size)
 
-    def mlp(self, tensors: Mapping[str, Tensor], backend: Backend) -> Mlp:
+    def part(self, tensors: Mapping[str, Tensor], backend: Backend) -> Mlp:
         """With a layer's weights."""
         return Mlp(
             spec=self,
@@ -91,3 +90,9 @@ class Mlp:
         both = scratch.ffn[: 2 * m * columns].view(m, 2 * columns)
         gate, up = kernels.linear(x, (self.gate_up,), (both,), backend=self.backend)[0].chunk(2, dim=1)
         return kernels.silu_mul(gate, up, out=gate, backend=self.backend)
+
+
+def check_activation(c: Fields) -> None:
+    """Raises ``CheckpointError`` for another function than SwiGLU's own."""
+    if (act := c.get("hidden_act")) not in ("silu", "swish"):  # two names of one function
+        raise c.error(f"hidden_act: expected 'silu', got {act!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from psykern.models.experts import ExpertsSpec
 from psykern.models.layer import LayerSpec
 from psykern.models.names import PREFIXES, Names
 from psykern.models.parts import Shapes
@@ -43,6 +44,13 @@ class ModelSpec:
         """Names and patterns of tensors that a checkpoint may hold and that are not needed."""
         return ["*.rotary_emb.inv_freq", *([HEAD] if self.has_tied_head else [])]
 
+    def stacks(self) -> list[str]:
+        """Patterns of what a checkpoint may hold instead of each expert's weights; see :class:`.Stacked`."""
+        if not any(isinstance(layer.ffn, ExpertsSpec) for layer in self.layers):
+            return []
+        return ["*.mlp.experts.gate_up_proj", "*.mlp.experts.down_proj"]
+
     def names(self) -> Names:
         """How a checkpoint may spell them. Of two tensors that are one, safetensors' ``save_model`` keeps the head."""
-        return Names(self.tensors().keys(), self.unused(), PREFIXES, {EMBEDDING: HEAD} if self.has_tied_head else {})
+        optional = [*self.unused(), *self.stacks()]
+        return Names(self.tensors().keys(), optional, PREFIXES, {EMBEDDING: HEAD} if self.has_tied_head else {})

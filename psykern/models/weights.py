@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from psykern.models.adapters import Adapter, Merged
 from psykern.models.checkpoint import Checkpoint, hash_model
+from psykern.models.experts import ExpertsSpec
 from psykern.models.families import read_spec
 from psykern.models.source import Source
 from psykern.models.spec import EMBEDDING, HEAD, ModelSpec
+from psykern.models.stacked import Stacked
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,11 +39,12 @@ class Base:
         return f"sha256:{hashlib.sha256(f'{self.hash} {adapter_hash}'.encode()).hexdigest()}"
 
 
-def open_weights(folder: Path, spec: ModelSpec, adapter: Adapter | None = None) -> Source:
-    """The tensors of ``spec``, checked, and merged with ``adapter``, whose model has the spec ``adapter.untied(spec)``.
-    Raises :class:`CheckpointError` where they are not as they must be."""
+def open_weights(folder: Path, spec: ModelSpec) -> Source:
+    """The tensors of ``spec``, checked. Raises :class:`CheckpointError` where they are not as they must be."""
     source: Source = Checkpoint.open(folder, spec.names())
+    if any(isinstance(layer.ffn, ExpertsSpec) for layer in spec.layers):
+        source = Stacked(source, spec)
     source.check(spec.tensors(), spec.unused())
     if spec.has_tied_head:
         source.check_tied(HEAD, EMBEDDING)
-    return source if adapter is None else Merged.of(adapter, source, spec)
+    return source

@@ -15,7 +15,17 @@ from psykern import _cpu
 # alone on the command line, for those of the engine are of launches that nobody waits for.
 os.environ.setdefault("CUDA_LAUNCH_BLOCKING", "1")
 
-OPS = ("linear", "option_logprobs", "prefix_attention", "add_rms_norm", "qk_norm_rope", "silu_mul")
+OPS = (
+    "linear",
+    "expert_swiglu",
+    "expert_linear",
+    "add_weighted",
+    "option_logprobs",
+    "prefix_attention",
+    "add_rms_norm",
+    "qk_norm_rope",
+    "silu_mul",
+)
 
 
 @pytest.fixture(params=_cpu.instruction_sets())

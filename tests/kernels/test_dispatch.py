@@ -13,7 +13,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import torch
 from support.backends import BACKENDS, PLACES, REFERENCE, Place, each_place, missing
-from support.ops import OPS, call, segments
+from support.ops import OPS, call, map_tensors, segments
 
 from psykern import kernels
 from psykern.kernels import reference
@@ -102,6 +102,25 @@ I32 = torch.int32
 
 
 MISFITS: list[tuple[str, str, Any, str]] = [
+    ("expert_swiglu", "x", torch.ones(3, 0), "[N, K] with K at least 1, got [3, 0]"),
+    ("expert_swiglu", "x", torch.ones(4, 4), "[3, K], as routes say, got [4, 4]"),
+    ("expert_swiglu", "gates", torch.ones(2, 5, 4), "one for each of 3 experts, got 2"),
+    ("expert_swiglu", "gates", torch.ones(3, 5, 3), "[M, 4] each, got [5, 3]"),
+    ("expert_swiglu", "gates", torch.ones(3, 5, 4).long(), "torch.float32 or torch.bfloat16 or torch.float16, got"),
+    ("expert_swiglu", "ups", torch.ones(3, 6, 4), "[5, 4] like gates, got [6, 4]"),
+    ("expert_swiglu", "ups", [torch.ones(5, 4)] * 2 + [torch.ones(6, 4)], "[5, 4] like the first, got [6, 4]"),
+    ("expert_swiglu", "ups", [torch.ones(5, 4)] * 2 + [torch.ones(5, 4).bfloat16()], "torch.float32, got"),
+    ("expert_swiglu", "out", torch.ones(3, 5), "[6, 5], got [3, 5]"),
+    ("expert_linear", "x", torch.ones(6), "[N * k, K] with K at least 1, got [6]"),
+    ("expert_linear", "x", torch.ones(3, 4), "[6, K], as routes say, got [3, 4]"),
+    ("expert_linear", "x", torch.ones(6, 4).int(), "torch.float32 or torch.bfloat16 or torch.float16, got torch.int32"),
+    ("expert_linear", "weights", [], "one for each of 3 experts, got 0"),
+    ("expert_linear", "out", torch.ones(6, 5).bfloat16(), "torch.float32 on"),
+    ("add_weighted", "total", torch.ones(4), "[N, D], got [4]"),
+    ("add_weighted", "weights", torch.ones(2, 3), "[3, k], got [2, 3]"),
+    ("add_weighted", "weights", torch.ones(3, 2).bfloat16(), "torch.float32, got torch.bfloat16"),
+    ("add_weighted", "x", torch.ones(3, 4), "[6, 4], got [3, 4]"),
+    ("add_weighted", "x", torch.ones(6, 4).bfloat16(), "torch.float32 on"),
     ("option_logprobs", "hidden", torch.ones(4), "[R, D], got [4]"),
     ("option_logprobs", "weight", torch.ones(5), "[V, 4], got [5]"),
     ("option_logprobs", "weight", torch.ones(5, 3), "[V, 4], got [5, 3]"),
@@ -160,7 +179,7 @@ def test_an_argument_that_does_not_fit_is_named_with_expected_and_got(
     place: Place, op: str, name: str, bad: Any, message: str
 ) -> None:
     skip_values_on_a_device(place, message.startswith(("ids of", "rows of")))
-    given = bad.to(place.device) if isinstance(bad, torch.Tensor) else bad
+    given = map_tensors(lambda tensor: tensor.to(place.device), bad)
     with pytest.raises(ValueError, match=f"^{name}: expected {re.escape(message)}"):
         call(op, place.backend, place, **{name: given})
 

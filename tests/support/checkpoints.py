@@ -27,6 +27,8 @@ YARN_ROPE = {
     "beta_slow": 1.0,
 }
 
+EXPERTS = {"moe_intermediate_size": 48, "num_experts_per_tok": 2, "head_dim": 16}
+
 # One entry per way in which the families differ; window and rope scaling act within the tests' transcripts.
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
@@ -51,6 +53,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "qwen3": {"model_type": "qwen3", "head_dim": 24, "tie_word_embeddings": True},
     "qwen3-one-kv-head": {"model_type": "qwen3", "head_dim": 16, "num_key_value_heads": 1},
+    "qwen3-moe": {"model_type": "qwen3_moe", "num_experts": 8, "norm_topk_prob": True} | EXPERTS,
+    "qwen3-moe-some-layers": {
+        "model_type": "qwen3_moe",
+        "num_experts": 5,
+        "mlp_only_layers": [0],
+        "use_sliding_window": True,
+        "sliding_window": 16,
+        "tie_word_embeddings": True,
+    }
+    | EXPERTS,
     "olmo2": {"model_type": "olmo2", "num_key_value_heads": 4},
     "olmo3": {"model_type": "olmo3", "sliding_window": 16, "num_hidden_layers": 4},
     "olmo3-yarn": {
@@ -90,6 +102,8 @@ def make_model(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, 
     model.save_pretrained(folder)
     if dtype != torch.float32:  # not model.float(): its rotary frequencies were rounded too
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if "num_experts" in config:
+        model.set_experts_implementation("eager")  # torch's grouped product has no fp64
     return model.eval()
 
 

@@ -49,7 +49,7 @@ def rotary_of(config: PreTrainedConfig, layer_type: str) -> tuple[Tensor, float]
     """Inverse frequencies and attention scaling of transformers' own module for layers of this type."""
     name = config.model_type
     modeling = import_module(f"transformers.models.{name}.modeling_{name}")
-    module = getattr(modeling, f"{name.capitalize()}RotaryEmbedding")(config)
+    module = getattr(modeling, f"{name.title().replace('_', '')}RotaryEmbedding")(config)
     prefix = f"{layer_type}_" if hasattr(module, f"{layer_type}_inv_freq") else ""
     return getattr(module, f"{prefix}inv_freq"), getattr(module, f"{prefix}attention_scaling")
 

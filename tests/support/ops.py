@@ -14,10 +14,14 @@ from support.backends import REFERENCE, Place, poisoned_memory
 from torch import Tensor
 
 from psykern import kernels
+from psykern.kernels.routes import Routes
 
 OPS = (
     "linear",
     "swiglu",
+    "expert_swiglu",
+    "expert_linear",
+    "add_weighted",
     "option_logprobs",
     "prefix_attention",
     "add_rms_norm",
@@ -28,13 +32,26 @@ OPS = (
 
 
 def arguments(op: str, place: Place = REFERENCE) -> dict[str, Any]:
-    """A valid call of each operation, but for ``backend``: 3 rows, V = 5, D = 4; 2 heads of 8 on 1; P = 6."""
+    """A valid call of each operation, but for ``backend``: 3 rows, V = 5, D = 4; 2 heads of 8 on 1; P = 6; 2 of 3
+    experts."""
     ids = torch.tensor([0, 4, 2], dtype=torch.int32)
     positions = torch.arange(3, dtype=torch.int32)
     layer = torch.ones(5, 4), torch.ones(5)
     calls: dict[str, dict[str, Any]] = {
         "linear": {"x": torch.ones(3, 4), "layers": [layer], "outs": [torch.ones(3, 5)]},
         "swiglu": {"x": torch.ones(3, 4), "gate": layer, "up": layer},
+        "expert_swiglu": {
+            "x": torch.ones(3, 4),
+            "gates": torch.ones(3, 5, 4),
+            "ups": torch.ones(3, 5, 4),
+            "routes": Routes.of(torch.tensor([[0, 2], [2, 1], [0, 1]]), 3),
+        },
+        "expert_linear": {
+            "x": torch.ones(6, 4),
+            "weights": torch.ones(3, 5, 4),
+            "routes": Routes.of(torch.tensor([[0, 2], [2, 1], [0, 1]]), 3),
+        },
+        "add_weighted": {"x": torch.ones(6, 4), "weights": torch.ones(3, 2), "total": torch.ones(3, 4)},
         "option_logprobs": {
             "hidden": torch.ones(3, 4),
             "weight": torch.ones(5, 4),
@@ -126,9 +143,11 @@ def put(place: Place, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def map_tensors(f: Callable[[Tensor], Any], value: Any) -> Any:
-    """``value`` with ``f`` of each tensor in it, in tuples and lists too."""
+    """``value`` with ``f`` of each tensor in it, in tuples, lists and routes too."""
     if isinstance(value, Tensor):
         return f(value)
+    if isinstance(value, Routes):
+        return Routes(f(value.slots), f(value.offsets), value.top_k)
     return type(value)(map_tensors(f, item) for item in value) if type(value) in (tuple, list) else value
 
 
@@ -154,6 +173,9 @@ def cases(dtype: torch.dtype) -> dict[str, Case]:
         "linear": _linear(dtype),
         "linear-add": _linear_add(dtype),
         "swiglu": _swiglu(dtype),
+        "expert_swiglu": _expert_swiglu(dtype),
+        "expert_linear": _expert_linear(dtype),
+        "add_weighted": _add_weighted(dtype),
         "option_logprobs": _option_logprobs(dtype),
         **{f"attention-{n}": _prefix_attention(attention.LAYOUTS[n], None, dtype) for n in layouts},
         **{f"attention-{n}-window": _prefix_attention(attention.LAYOUTS[n], 5, dtype) for n in layouts},
@@ -243,6 +265,84 @@ def _swiglu(dtype: torch.dtype) -> Case:
         spoil=("x", lambda i: (i, 7)),
         apart=("x", "gate", "up"),
         tolerance=_LINEAR_TOLERANCES[dtype],
+    )
+
+
+# Of rows to 3 of 6 experts: expert 1 has none, expert 4 has one of each row.
+_EXPERTS = torch.tensor([[4, 0, 2], [5, 4, 3], [2, 3, 4], [4, 5, 0], [0, 4, 5], [3, 2, 4], [4, 0, 3]])
+
+
+def _routed(i: int) -> Tensor:
+    """The rows that are row i's of those sorted by expert."""
+    return (Routes.of(_EXPERTS, 6).slots // 3 == i).nonzero()[:, 0]
+
+
+def _route_alone(given: dict[str, Any], i: int) -> Routes:
+    return Routes.of(_EXPERTS[i : i + 1].to(given["routes"].slots.device), 6)
+
+
+def _experts(columns: int, dtype: torch.dtype, seed: int) -> Tensor:
+    return torch.stack([_layer(columns, dtype, seed + e)[0] for e in range(6)])
+
+
+def _expert_swiglu(dtype: torch.dtype) -> Case:
+    return Case(
+        "expert_swiglu",
+        {
+            "x": _normal(7, 77, dtype=dtype, seed=0),
+            "gates": _experts(33, dtype, 1),
+            "ups": _experts(33, dtype, 11),
+            "routes": Routes.of(_EXPERTS, 6),
+        },
+        items=7,
+        alone=lambda given, i: given | {"x": given["x"][i : i + 1], "routes": _route_alone(given, i)},
+        part=lambda i: (_routed(i),),
+        spoil=("x", lambda i: (i, 7)),
+        apart=("x", "gates", "ups"),
+        tolerance=_LINEAR_TOLERANCES[dtype],
+    )
+
+
+def _expert_linear(dtype: torch.dtype) -> Case:
+    return Case(
+        "expert_linear",
+        {
+            "x": _normal(21, 77, dtype=dtype, seed=0),
+            "weights": _experts(33, dtype, 1),
+            "routes": Routes.of(_EXPERTS, 6),
+        },
+        items=7,
+        alone=lambda given, i: given | {"x": given["x"][_routed(i)], "routes": _route_alone(given, i)},
+        part=lambda i: (slice(3 * i, 3 * i + 3),),
+        spoil=("x", lambda i: (int(_routed(i)[1]), 7)),
+        apart=("x", "weights"),
+        tolerance=_LINEAR_TOLERANCES[dtype],
+    )
+
+
+def _add_to(
+    x: Tensor, weights: Tensor, total: Tensor, *, out: Tensor | None = None, backend: kernels.Backend
+) -> Tensor:
+    """kernels.add_weighted to an array of its own, or to ``out``, where the total is put first."""
+    target = torch.empty_like(total) if out is None else out
+    return kernels.add_weighted(x, weights, target.copy_(total), backend=backend)
+
+
+def _add_weighted(dtype: torch.dtype) -> Case:
+    return Case(
+        "add_weighted",
+        {
+            "x": _normal(27, 35, dtype=dtype, seed=0),
+            "weights": _normal(9, 3, dtype=torch.float32, seed=1),
+            "total": _normal(9, 35, dtype=dtype, seed=2),
+        },
+        items=9,
+        alone=lambda given, i: _rows("weights", "total")(given, i) | {"x": given["x"][3 * i : 3 * i + 3]},
+        part=lambda i: (slice(i, i + 1),),
+        spoil=("x", lambda i: (3 * i + 1, 7)),
+        may_be=({"out": "total"},),
+        apart=("x", "total"),
+        function=_add_to,
     )
 
 
