@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -9,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
+from safetensors.torch import save_file
 from support.adapters import WEIGHTS, edit_config, edit_tensors, make_adapter
 from support.checkpoints import CONFIGS, make_model, oracle_logprobs
 from support.exactness import TOLERANCE, in_fp64
@@ -119,6 +122,23 @@ def assert_equal_layers(model: Model, decoder: PreTrainedModel) -> None:
     for i, layer in enumerate(decoder.layers):
         for name, tensor in layer.state_dict().items():
             torch.testing.assert_close(model.tensors(i)[name], tensor, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")  # of peft, about its own conversion
+def test_changes_of_single_experts(tmp_path: Path) -> None:
+    """As adapters name them since before transformers 5, whose experts are one tensor: peft converts them."""
+    base = make_model(tmp_path / "base", **CONFIGS["qwen3-moe"])
+    generator, tensors, front = torch.Generator().manual_seed(0), {}, "base_model.model.model.layers."
+    for expert in (f"{layer}.mlp.experts.{e}" for layer in range(3) for e in range(8)):
+        for module, (rows, columns) in {"gate_proj": (48, 64), "up_proj": (48, 64), "down_proj": (64, 48)}.items():
+            for part, shape in (("lora_A", (4, columns)), ("lora_B", (rows, 4))):
+                tensors[f"{front}{expert}.{module}.{part}.weight"] = torch.randn(shape, generator=generator) * 0.1
+    (tmp_path / "adapter").mkdir()
+    save_file(tensors, tmp_path / "adapter" / WEIGHTS)
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": ["gate_proj", "up_proj", "down_proj"]}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    merged = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()
+    assert_scores(score(opened(tmp_path / "base", tmp_path / "adapter")), merged.eval())
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,9 @@ from support.toy import Oracle, Toy, assert_records, make_toy
 
 import psykern
 from psykern import CheckpointError, RunFolderError, Settings
+from psykern.data.dataset import Dataset
 from psykern.models import locate, weights
+from psykern.runs import cluster
 from psykern.study.finished import open_runs
 
 SETTINGS = Settings(device="cpu")
@@ -148,6 +150,20 @@ def test_what_is_no_adapter_on_a_base(adapters: Adapters, toy: Toy, tmp_path: Pa
     with pytest.raises(CheckpointError, match="adapter: expected folders of different names, got"):
         psykern.score_adapters(toy.model, toy.data, tmp_path / "run", [adapters.one, f"{adapters.one}/"], SETTINGS)
     assert not list(tmp_path.rglob("*.parquet"))
+
+
+def test_a_worker_of_a_cluster_has_the_adapter(
+    adapters: Adapters, toy: Toy, both: tuple[psykern.Run, ...], tmp_path: Path
+) -> None:
+    """Without a cluster: what the actor makes of what it is given."""
+    dataset = Dataset.find(toy.data)
+    recipe = cluster._Worker(str(toy.model), str(adapters.one), SETTINGS, dataset, str(tmp_path)).recipe()
+    expected = both[0].manifest
+    assert (recipe.model_id, recipe.model_hash, recipe.adapter) == (
+        expected.model_id,
+        expected.model_hash,
+        expected.adapter,
+    )
 
 
 def test_an_adapters_own_tokenizer(adapters: Adapters, toy: Toy, tmp_path: Path) -> None:
