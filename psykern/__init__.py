@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from psykern.runs.folder import read_run
     from psykern.runs.job import Run
     from psykern.runs.manifest import Manifest
-    from psykern.runs.run import score, score_conditions
+    from psykern.runs.run import score, score_adapters, score_conditions
     from psykern.runs.summary import StudySummary, Summary, format_summary
     from psykern.scoring.loading import load
     from psykern.scoring.results import Choice, Logprob, Reject, Surprisal, TokenScores, TopTokens
@@ -58,7 +58,7 @@ _HOMES = {
     "runs.folder": "read_run",
     "runs.job": "Run",
     "runs.manifest": "Manifest",
-    "runs.run": "score score_conditions",
+    "runs.run": "score score_adapters score_conditions",
     "runs.summary": "StudySummary Summary format_summary",
     "scoring.results": "Choice Logprob Reject Surprisal TokenScores TopTokens",
     "scoring.loading": "load",
@@ -113,6 +113,7 @@ __all__ = [
     "load",
     "read_run",
     "score",
+    "score_adapters",
     "score_conditions",
     "score_on_cluster",
     "step",

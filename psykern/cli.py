@@ -129,6 +129,13 @@ def _add_input(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--revision", metavar="REV", help="branch, tag or commit of the hub id MODEL, as owner/name@REV says too"
     )
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="folder or hub id of a LoRA adapter, merged into MODEL; several share one base and go to RUN/NAME",
+    )
     defaults = Settings()
     for name, hint in get_type_hints(Settings, include_extras=True).items():
         kind, about = get_args(hint)
@@ -177,8 +184,9 @@ def _conditions(text: str) -> list[str]:
 
 
 def _score(options: argparse.Namespace, settings: Settings) -> int:
-    if options.ray is not None and (options.shard is not None or len(options.condition) > 1):
-        raise psykern.PsykernError("ray: takes one condition and no --shard; its workers share the units")
+    adapters = options.adapter
+    if options.ray is not None and (options.shard is not None or len(options.condition) > 1 or len(adapters) > 1):
+        raise psykern.PsykernError("ray: takes one condition, one adapter and no --shard; its workers share the units")
     with _stop_signals(at_once=options.ray is None) as stop, _caveats():
         how: dict[str, Any] = {
             "revision": options.revision,
@@ -191,20 +199,27 @@ def _score(options: argparse.Namespace, settings: Settings) -> int:
         try:
             if options.ray is not None:
                 workers = psykern.Workers(options.ray or None, options.ray_workers, options.ray_cpus)
+                how["adapter"] = next(iter(adapters), None)
                 return _report(psykern.score_on_cluster(*where, settings, workers=workers, **how))
             how["shard"] = _shard(options.shard)
+            if len(adapters) > 1:
+                conditions = options.condition if len(options.condition) > 1 else None
+                return _report_each(psykern.score_adapters(*where, adapters, settings, conditions=conditions, **how))
+            how["adapter"] = next(iter(adapters), None)
             if len(options.condition) == 1:
                 return _report(psykern.score(*where, settings, **how))
-            return _report_conditions(psykern.score_conditions(*where, options.condition, settings, **how))
+            return _report_each(psykern.score_conditions(*where, options.condition, settings, **how))
         except psykern.InterruptedRun as error:
             print(f"psykern: {error}", file=sys.stderr)
             return EXIT_SIGNAL + stop.received[0]
 
 
-def _report_conditions(runs: Sequence[Run]) -> int:
+def _report_each(runs: Sequence[Run]) -> int:
+    """Each by what it differs in from the others."""
     statuses = []
     for run in runs:
-        print(f"{run.manifest.condition}:")
+        adapter, is_one = run.manifest.adapter, len({of.manifest.adapter for of in runs}) == 1
+        print(f"{run.manifest.condition if is_one or adapter is None else run.folder}:")
         statuses.append(_report(run))
     return max(statuses)
 
@@ -377,9 +392,11 @@ def _report_people(run: Run) -> None:
 
 
 def _plan(options: argparse.Namespace, settings: Settings) -> int:
-    if len(options.condition) > 1:
-        raise psykern.PsykernError("condition: a plan is of one condition, got " + ",".join(options.condition))
-    estimate = psykern.estimate(options.model, options.data, settings, revision=options.revision, quiet=options.quiet)
+    for name, given in (("condition", options.condition), ("adapter", options.adapter)):
+        if len(given) > 1:
+            raise psykern.PsykernError(f"{name}: a plan is of one {name}, got {','.join(given)}")
+    how = {"adapter": next(iter(options.adapter), None), "revision": options.revision, "quiet": options.quiet}
+    estimate = psykern.estimate(options.model, options.data, settings, **how)
     print(_plan_table(estimate))
     for error in estimate.rejects:
         print(f"psykern: rejected: {error}", file=sys.stderr)

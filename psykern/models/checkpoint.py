@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,9 +88,9 @@ def _download(model: str, weights: bool) -> Path:
         ) from error
 
 
-def read_config(folder: Path) -> dict[str, object]:
+def read_config(folder: Path, name: str = "config.json") -> dict[str, object]:
     """The object in the folder's ``config.json``, as it stands there. Raises :class:`CheckpointError`."""
-    return read_object(folder / "config.json")
+    return read_object(folder / name)
 
 
 def read_object(path: Path) -> dict[str, object]:
@@ -154,6 +154,11 @@ class Checkpoint(Source):
             tensors.update({spelling.own(name): tensor for name, tensor in shards[path].items()})
         return cls(folder, tensors, spelling)
 
+    @classmethod
+    def of_file(cls, path: Path) -> Checkpoint:
+        """Of one file that is no model's; each name is its own."""
+        return cls(path.parent, _map_file(path, Names()), Names().read(()))
+
     @property
     def names(self) -> frozenset[str]:
         return frozenset(self._tensors)
@@ -194,9 +199,14 @@ class Checkpoint(Source):
 def hash_model(folder: Path) -> str:
     """``sha256:…`` over ``config.json`` (and what says how weights are quantised beside it) and the weight files: the
     content, size and name of each."""
-    total = hashlib.sha256()
     beside = [folder / name for name in LEGACY_CONFIGS if (folder / name).is_file()]
-    for path in sorted([folder / "config.json", *beside, *_weight_files(folder)]):
+    return hash_files([folder / "config.json", *beside, *_weight_files(folder)])
+
+
+def hash_files(paths: Iterable[Path]) -> str:
+    """``sha256:…`` over the content, size and name of each."""
+    total = hashlib.sha256()
+    for path in sorted(paths):
         digest = hashlib.sha256()
         size = 0
         try:

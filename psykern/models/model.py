@@ -16,15 +16,15 @@ from torch import Tensor
 
 from psykern import kernels
 from psykern.kernels.compute import Compute
+from psykern.models.adapters import Adapter, Merged
 from psykern.models.batch import Scratch
 from psykern.models.checkpoint import widen
-from psykern.models.families import read_spec
 from psykern.models.layer import Layer, LayerSpec
 from psykern.models.rope import RotaryTables
 from psykern.models.slots import Layout, Slots, free_bytes, share_layouts
 from psykern.models.source import Source
 from psykern.models.spec import EMBEDDING, FINAL_NORM
-from psykern.models.weights import open_weights
+from psykern.models.weights import Base
 
 _RESIDENT_SHARE = 0.7  # of the free memory: weights beyond that are streamed, the rest is for waves
 _STREAMED_SLOTS = 2  # one is computed with while the other is filled
@@ -39,13 +39,18 @@ class Model:
     (:mod:`.slots`), all at once where they fit beside the embedding and the head.
     """
 
-    def __init__(self, folder: Path, compute: Compute, *, num_slots: int | None = None) -> None:
-        """``num_slots``: layers that are held at once; None: on a device as many as fit, on a CPU none. Raises
-        ``CheckpointError`` where the folder's config, tensors or shapes are not as they must be.
+    def __init__(
+        self, base: Path | Base, compute: Compute, *, adapter: Path | None = None, num_slots: int | None = None
+    ) -> None:
+        """``base``: a folder, or one that is open. ``adapter``: folder of one that is merged. ``num_slots``: layers
+        that are held at once; None: on a device as many as fit, on a CPU none. Raises ``CheckpointError`` where a
+        folder's config, tensors or shapes are not as they must be.
         """
-        self.spec = read_spec(folder)
+        self.base = base = Base.open(base) if isinstance(base, Path) else base
+        opened = None if adapter is None else Adapter.open(adapter)
+        self.spec = base.spec if opened is None else opened.untied(base.spec)
         self.compute = compute
-        self._source = open_weights(folder, self.spec)
+        self._source = base.source if opened is None else Merged.of(opened, base.source, base.spec)
         self._read = partial(_read_layer, self._source, self.spec.layers)
         self._tables = RotaryTables(compute.device, self.spec.max_positions)
         self._outside: dict[str, Tensor] = {}  # embedding, head and final norm on a device

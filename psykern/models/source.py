@@ -68,7 +68,7 @@ class Source(ABC):
 
         ``optional`` holds names or patterns (``*.rotary_emb.inv_freq``) that may be absent, or present and unused.
         """
-        counted = {name for name in self.names if name in expected or not matches(name, optional)}
+        counted = dict.fromkeys(sorted(name for name in self.names if name in expected or not matches(name, optional)))
         dtypes = {name: self.dtype(name) for name in counted}
         refused = {name: dtype for name, dtype in dtypes.items() if dtype not in DTYPES}
         missing = [self.stored_name(n) for n in expected if n not in counted and not matches(n, optional)]

@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import hashlib
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from psykern.core.errors import CheckpointError
-from psykern.models.checkpoint import Checkpoint
+from psykern.models.checkpoint import Checkpoint, hash_model
 from psykern.models.experts import ExpertsSpec
+from psykern.models.families import read_spec
 from psykern.models.names import Names
 from psykern.models.quantisation.config import read_scheme
 from psykern.models.quantised import Dequantised
 from psykern.models.source import Source
 from psykern.models.spec import EMBEDDING, HEAD, ModelSpec
 from psykern.models.stacked import Stacked
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """A model folder that is open: mapped, checked and hashed once, whatever adapters are merged into it."""
+
+    folder: Path
+    spec: ModelSpec
+    source: Source
+
+    @classmethod
+    def open(cls, folder: Path) -> Base:
+        """Raises ``CheckpointError`` where the folder's config, tensors or shapes are not as they must be."""
+        spec = read_spec(folder)
+        return cls(folder, spec, open_weights(folder, spec))
+
+    @cached_property
+    def hash(self) -> str:
+        """``sha256:…`` of config and weights, which are read for it."""
+        return hash_model(self.folder)
+
+    def hash_with(self, adapter_hash: str) -> str:
+        """The same of the base with an adapter."""
+        return f"sha256:{hashlib.sha256(f'{self.hash} {adapter_hash}'.encode()).hexdigest()}"
 
 
 def open_weights(folder: Path, spec: ModelSpec) -> Source:

@@ -52,6 +52,7 @@ def score_on_cluster(
     out: str | Path,
     settings: Settings | None = None,
     *,
+    adapter: str | Path | None = None,
     revision: str | None = None,
     workers: Workers | None = None,
     resume: bool = True,
@@ -61,8 +62,8 @@ def score_on_cluster(
 ) -> Run:
     """:func:`psykern.score` by the actors of a Ray cluster; arguments and errors are the same.
 
-    ``model`` must be the same folder or hub id on every machine, ``out`` a folder or fsspec URL that all reach.
-    Raises BackendError where Ray is not installed, and for one GPU of several (``cuda:1``).
+    ``model`` and ``adapter`` must be the same folder or hub id on every machine, ``out`` a folder or fsspec URL that
+    all reach. Raises BackendError where Ray is not installed, and for one GPU of several (``cuda:1``).
     """
     model, settings, workers, clock = (
         at_revision(model, revision),
@@ -81,10 +82,10 @@ def score_on_cluster(
         if not ray.is_initialized():
             _connect(ray, workers.address)
             stack.callback(ray.shutdown)
-        _, language = load_language(model, clock=clock)
+        _, language = load_language(model, adapter=adapter, clock=clock)
         with clock("hash"):
             dataset = Dataset.find(data)
-        pool = _Pool(ray, workers, (str(model), settings, dataset, str(out)))
+        pool = _Pool(ray, workers, (str(model), adapter and str(adapter), settings, dataset, str(out)))
         stack.callback(pool.close)
         recipe = pool.start()
         settings = replace(settings, unit_tokens=recipe.unit_tokens)
@@ -121,9 +122,10 @@ def _connect(ray: Any, address: str | None) -> None:
 class _Worker:
     """An actor: a model, and the parts that it writes."""
 
-    def __init__(self, model: str, settings: Settings, dataset: Dataset, out: str) -> None:
+    def __init__(self, model: str, adapter: str | None, settings: Settings, dataset: Dataset, out: str) -> None:
         self._scorer = load(
             model,
+            adapter=adapter,
             device=settings.device,
             dtype=settings.dtype,
             backend=settings.backend,

@@ -108,6 +108,7 @@ def estimate(
     data: str | Path | Sequence[str | Path],
     settings: Settings | None = None,
     *,
+    adapter: str | Path | None = None,
     revision: str | None = None,
     quiet: bool = True,
 ) -> Estimate:
@@ -118,7 +119,7 @@ def estimate(
     settings, clock = settings or Settings(), Clock()
     compute = Compute.resolve(settings.device, settings.dtype)
     settings = replace(with_unit_tokens(settings, compute), date=settings.date or clock.day)
-    spec, language = load_language(model, revision=revision, clock=clock)
+    spec, language = load_language(model, adapter=adapter, revision=revision, clock=clock)
     chosen = budgets(spec, compute.device, compute.dtype).under(settings)
     feed = Feed(Dataset.find(data, hashed=False), language.encoder(settings), clock=clock)
     units = feed.units()

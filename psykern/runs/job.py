@@ -27,6 +27,7 @@ from psykern.data.dataset import Dataset
 from psykern.runs.folder import RunFolder, UnitReport, date_in
 from psykern.runs.manifest import (
     Counts,
+    InputAdapter,
     InputFile,
     Manifest,
     Outcome,
@@ -74,6 +75,7 @@ def recipe_of(scorer: Scorer, dataset: Dataset, out: str | Path, settings: Setti
     return Recipe(
         model_id=scorer.name,
         model_hash=scorer.hash,
+        adapter=InputAdapter(str(scorer.adapter), scorer.adapter_hash) if scorer.adapter_hash is not None else None,
         weights="; ".join(scorer.model.changes) or None,
         tokenizer_hash=language.tokenizer.hash,
         beyond_embedding=language.beyond,

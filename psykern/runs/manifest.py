@@ -41,6 +41,14 @@ class InputFile:
 
 
 @dataclass(frozen=True, slots=True)
+class InputAdapter:
+    """What was merged into the base's weights."""
+
+    path: str
+    hash: str
+
+
+@dataclass(frozen=True, slots=True)
 class Counts:
     """What went through a run, or one unit of it."""
 
@@ -67,8 +75,9 @@ class Counts:
 class Recipe:
     """How a run is made; fixed when it begins."""
 
-    model_id: str
-    model_hash: str
+    model_id: str  # with an adapter "BASE + ADAPTER"
+    model_hash: str  # of config and weights, the adapter's too
+    adapter: InputAdapter | None  # None: the base alone
     weights: str | None  # what was done to them on their way from the files, as dequantising; None: nothing
     tokenizer_hash: str
     beyond_embedding: int | None  # token ids from here on, which the tokenizer has, are not in the embedding

@@ -8,7 +8,7 @@ part that is there is never computed again, so a run that was stopped goes on, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,11 +20,13 @@ from psykern.data.feed import Feed
 from psykern.data.token_cache import TokenCache
 from psykern.kernels.compute import Compute
 from psykern.models.checkpoint import at_revision
+from psykern.models.locate import Located, folder_names, locate
+from psykern.models.weights import Base
 from psykern.runs.job import Options, Run, RunJob, recipe_of
 from psykern.runs.manifest import Recipe, tokens_depend_on
 from psykern.runs.progress import Progress
 from psykern.scoring.language import Language
-from psykern.scoring.loading import check_model, load
+from psykern.scoring.loading import check_model, open_scorer
 from psykern.scoring.scorer import Scorer
 from psykern.scoring.units import with_unit_tokens
 
@@ -35,6 +37,7 @@ def score(
     out: str | Path,
     settings: Settings | None = None,
     *,
+    adapter: str | Path | None = None,
     revision: str | None = None,
     shard: Shard | None = None,
     resume: bool = True,
@@ -45,17 +48,19 @@ def score(
     """Score every response of ``data`` under ``model`` and write the records to the folder ``out``.
 
     model: a folder or a hub id; ``revision``: a branch, tag or commit of it, as ``owner/name@REVISION`` says too; or a
-    model that :func:`psykern.load` gave. data: files, folders or hub dataset ids. out: a folder or an fsspec URL, new
-    or empty, or one where this run was begun: then what is missing is scored (``resume``). ``shard`` takes a part of
-    the units, for several processes that share ``out``; the last one to end finishes the run. ``cache``: a folder where
-    tokens are kept. ``stop`` is asked between waves; what was begun of a unit is computed again when the run goes on.
+    model that :func:`psykern.load` gave. ``adapter``: folder or hub id of a PEFT LoRA adapter on it; a model that is an
+    adapter's folder has the base that it names. data: files, folders or hub dataset ids. out: a folder or an fsspec
+    URL, new or empty, or one where this run was begun: then what is missing is scored (``resume``). ``shard`` takes a
+    part of the units, for several processes that share ``out``; the last one to end finishes the run. ``cache``: a
+    folder where tokens are kept. ``stop`` is asked between waves; what was begun of a unit is computed again when the
+    run goes on.
 
     Rows that cannot be used are listed in ``out/rejects.jsonl`` and counted in the manifest. Raises ``InterruptedRun``
     when ``stop`` held, ``PsykernError`` for whatever stops the run, ``BackendError`` for a backend that is not there,
     and ``ValueError`` where the settings contradict a loaded model; parts that were written stay valid.
     """
     options = Options(shard or Shard(), resume, cache, stop, quiet)
-    (run,) = _score_each(_of_revision(model, revision), data, [(out, settings or Settings())], options)
+    (run,) = _score_each(_of_revision(model, revision), data, {adapter: [(out, settings or Settings())]}, options)
     return run
 
 
@@ -66,6 +71,7 @@ def score_conditions(
     conditions: Sequence[Condition],
     settings: Settings | None = None,
     *,
+    adapter: str | Path | None = None,
     revision: str | None = None,
     shard: Shard | None = None,
     resume: bool = True,
@@ -77,37 +83,93 @@ def score_conditions(
 
     Raises ValueError for a condition that repeats, and what :func:`score` raises.
     """
+    options = Options(shard or Shard(), resume, cache, stop, quiet)
+    each = _by_condition(out, conditions, settings or Settings())
+    return _score_each(_of_revision(model, revision), data, {adapter: each}, options)
+
+
+def score_adapters(
+    model: str | Path,
+    data: str | Path | Sequence[str | Path],
+    out: str | Path,
+    adapters: Sequence[str | Path],
+    settings: Settings | None = None,
+    *,
+    conditions: Sequence[Condition] | None = None,
+    revision: str | None = None,
+    shard: Shard | None = None,
+    resume: bool = True,
+    cache: str | Path | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    quiet: bool = True,
+) -> tuple[Run, ...]:
+    """:func:`score` with each of ``adapters`` on one base, which is opened and hashed once.
+
+    Records go to ``out/ADAPTER``, by the last part of the adapter's name; with ``conditions`` to
+    ``out/ADAPTER/CONDITION``. Raises CheckpointError for adapters of one name, and what :func:`score` raises.
+    """
+    options, own, names = (
+        Options(shard or Shard(), resume, cache, stop, quiet),
+        settings or Settings(),
+        folder_names(adapters),
+    )
+    outs = [f"{out}/{name}" for name in names]
+    runs = [[(to, own)] if conditions is None else _by_condition(to, conditions, own) for to in outs]
+    return _score_each(at_revision(model, revision), data, dict(zip(adapters, runs, strict=True)), options)
+
+
+_Runs = Sequence[tuple[str | Path, Settings]]  # each with its folder; settings differ in the condition alone
+
+
+def _by_condition(out: str | Path, conditions: Sequence[Condition], settings: Settings) -> _Runs:
     if not conditions or len(set(conditions)) < len(conditions):
         raise ValueError(f"condition: expected different ones, got {','.join(conditions) or 'none'}")
-    options = Options(shard or Shard(), resume, cache, stop, quiet)
-    each = [(f"{out}/{name}", replace(settings or Settings(), condition=name)) for name in conditions]
-    return _score_each(_of_revision(model, revision), data, each, options)
+    return [(f"{out}/{name}", replace(settings, condition=name)) for name in conditions]
 
 
 def _score_each(
     model: str | Path | Scorer,
     data: str | Path | Sequence[str | Path],
-    runs: Sequence[tuple[str | Path, Settings]],
+    runs: Mapping[str | Path | None, _Runs],
     options: Options,
 ) -> tuple[Run, ...]:
-    """Several runs, each with its folder, under settings that differ in the condition alone."""
-    clock, settings = Clock(), runs[0][1]
+    """Several runs, by their adapters."""
+    clock, settings = Clock(), next(iter(runs.values()))[0][1]
     check_model(model)  # fails before anything is made, as the next ones
     if isinstance(model, Scorer):
+        if set(runs) != {None}:
+            raise ValueError("adapter: expected none, as the model is loaded; load it with the adapter")
         model.model.compute.check(settings)
     else:
         Compute.resolve(settings.device, settings.dtype, settings.backend)
-    for out, _ in runs:
-        Folder.at(out).create()
-    scorer = _loaded(model, settings, clock, chat=any(of.condition == "chat" for _, of in runs))
-    with clock("hash"):
-        scorer.hash  # noqa: B018
-        dataset = Dataset.find(data)
-    done = []
-    for out, own in runs:
-        done.append(score_with(scorer, dataset, out, own, options, clock))
-        clock = Clock()  # loading counts to the first
+    for own in runs.values():
+        for out, _ in own:
+            Folder.at(out).create()
+    with clock("load"):  # all are looked for now, as a missing one is to be known before the first is scored
+        models = [model if isinstance(model, Scorer) else locate(model, adapter) for adapter in runs]
+    base, dataset, done = None, None, []
+    for which, own in zip(models, runs.values(), strict=True):
+        scorer = _loaded(which, settings, base, clock, chat=any(of.condition == "chat" for _, of in own))
+        with clock("hash"):
+            scorer.hash  # noqa: B018
+            dataset = dataset or Dataset.find(data)
+        for out, of in own:
+            done.append(score_with(scorer, dataset, out, of, options, clock))
+            clock = Clock()  # loading counts to the first
+        base = scorer.model.base  # mapped and hashed once
+        if len(runs) > 1:
+            scorer.close()
     return tuple(done)
+
+
+def _loaded(model: Located | Scorer, settings: Settings, base: Base | None, clock: Clock, *, chat: bool) -> Scorer:
+    """``chat``: a chat template will be needed."""
+    if isinstance(model, Located):
+        with clock("load"):
+            return open_scorer(model, settings, base=base, chat=chat)
+    if chat:
+        model.language.chat  # noqa: B018
+    return model
 
 
 def _of_revision(model: str | Path | Scorer, revision: str | None) -> str | Path | Scorer:
@@ -115,17 +177,6 @@ def _of_revision(model: str | Path | Scorer, revision: str | None) -> str | Path
         return at_revision(model, revision)
     if revision is not None:
         raise ValueError(f"revision: expected none, as the model is loaded, got {revision!r}; load that one")
-    return model
-
-
-def _loaded(model: str | Path | Scorer, settings: Settings, clock: Clock, *, chat: bool) -> Scorer:
-    """``chat``: a chat template will be needed."""
-    if not isinstance(model, Scorer):
-        device, dtype, backend = settings.device, settings.dtype, settings.backend
-        with clock("load"):
-            return load(model, device=device, dtype=dtype, backend=backend, chat=chat)
-    if chat:
-        model.language.chat  # noqa: B018
     return model
 
 

@@ -13,8 +13,8 @@ from psykern.data.chat import ChatTemplate
 from psykern.data.encode import Encoder
 from psykern.data.pretrained import Pretrained
 from psykern.data.tokenizer import Tokenizer
-from psykern.models.checkpoint import resolve_model
 from psykern.models.families import read_spec
+from psykern.models.locate import locate
 from psykern.models.spec import ModelSpec
 from psykern.scoring.texts import Reader
 
@@ -62,10 +62,14 @@ class Language:
 
 
 def load_language(
-    model: str | Path, *, revision: str | None = None, clock: Clock | None = None
+    model: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    revision: str | None = None,
+    clock: Clock | None = None,
 ) -> tuple[ModelSpec, Language]:
-    """What ``model`` is made of, but for its weights, which are not downloaded either."""
+    """What ``model`` is made of, but for its weights and the adapter's, which are not downloaded either."""
     with (clock or Clock())("load"):
-        folder = resolve_model(model, weights=False, revision=revision)
-        spec = read_spec(folder)
-        return spec, Language.load(folder, spec.vocab_size)
+        located = locate(model, adapter, revision=revision, weights=False)
+        spec = read_spec(located.base)
+        return spec, Language.load(located.tokenizer, spec.vocab_size)

@@ -10,9 +10,10 @@ from psykern.core.settings import Backend, Device, Dtype, Settings
 from psykern.engine.budgets import budgets
 from psykern.engine.engine import Engine
 from psykern.kernels.compute import Compute
-from psykern.models.checkpoint import at_revision, resolve_model
 from psykern.models.families import read_spec
+from psykern.models.locate import Located, locate
 from psykern.models.model import Model
+from psykern.models.weights import Base
 from psykern.scoring.language import Language
 from psykern.scoring.scorer import Scorer
 
@@ -29,6 +30,7 @@ def check_model(model: object) -> None:
 def load(
     model: str | Path,
     *,
+    adapter: str | Path | None = None,
     revision: str | None = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -41,7 +43,9 @@ def load(
     """A checkpoint, loaded to score whatever it is given, as often as wanted.
 
     model: a folder or a hub id; ``revision``: a branch, tag or commit of the latter, as ``owner/name@REVISION`` says
-    too. device: ``auto``, ``cpu``, ``cuda`` or one of several, ``cuda:1``. dtype: of the arithmetic, ``float32``,
+    too. ``adapter``: folder or hub id of a PEFT LoRA adapter, which is merged into it; a model that is an adapter's
+    folder has the base that it names. Tokenizer and chat template are the adapter's where its folder holds a tokenizer.
+    device: ``auto``, ``cpu``, ``cuda`` or one of several, ``cuda:1``. dtype: of the arithmetic, ``float32``,
     ``bfloat16`` or ``float16``; ``auto``: float32 on a CPU, bfloat16 on a GPU. backend: of the kernels.
     ``wave_tokens``, ``batch_tokens``: memory against speed, as in :class:`.Settings`. ``session_bytes``: memory for the
     keys and values of sessions, taken when the first one computes (on a CPU as it is used); None: 40 % of what is free
@@ -59,14 +63,26 @@ def load(
     if session_bytes is not None and session_bytes < 0:
         raise ValueError(f"session_bytes: expected a number of bytes, at least 0, got {session_bytes}")
     settings = Settings(device=device, dtype=dtype, backend=backend, wave_tokens=wave_tokens, batch_tokens=batch_tokens)
+    return open_scorer(locate(model, adapter, revision=revision), settings, session_bytes=session_bytes, chat=chat)
+
+
+def open_scorer(
+    located: Located,
+    settings: Settings,
+    *,
+    base: Base | None = None,
+    session_bytes: int | None = None,
+    chat: bool = False,
+) -> Scorer:
+    """:func:`load` of what was located; ``base``: the one that is open, to be shared by several adapters."""
     compute = Compute.resolve(settings.device, settings.dtype, settings.backend)
     if caveat := compute.caveat:
-        warnings.warn(caveat, SlowDtypeWarning, stacklevel=2)
-    name = at_revision(model, revision)
-    folder = resolve_model(name)
-    language = Language.load(folder, read_spec(folder).vocab_size)
+        warnings.warn(caveat, SlowDtypeWarning, stacklevel=3)
+    spec = read_spec(located.base) if base is None else base.spec
+    language = Language.load(located.tokenizer, spec.vocab_size)
     if chat:
         language.chat  # noqa: B018
-    decoder = Model(folder, compute)  # last, as it takes longest
+    decoder = Model(base or located.base, compute, adapter=located.adapter)  # last, as it takes longest
     suitable = budgets(decoder.spec, compute.device, compute.dtype).under(settings)
-    return Scorer(str(name), folder, decoder, language, Engine(decoder, session_bytes=session_bytes), suitable)
+    engine = Engine(decoder, session_bytes=session_bytes)
+    return Scorer(located.name, located.base, decoder, language, engine, suitable, located.adapter)

@@ -19,7 +19,7 @@ from psykern.core.errors import PsykernError
 from psykern.core.settings import Boundary, Settings
 from psykern.engine.budgets import Budgets
 from psykern.engine.engine import Engine
-from psykern.models.checkpoint import hash_model
+from psykern.models.adapters import hash_adapter
 from psykern.models.model import Model
 from psykern.scoring.asking import Further, Whole
 from psykern.scoring.choices import choose_question
@@ -45,12 +45,13 @@ class Scorer:
     manager it is closed at the end. In a fork of its process it is refused: load the model there.
     """
 
-    name: str  # as the user gave it, with the revision
+    name: str  # as the user gave it, with the revision; with an adapter "BASE + ADAPTER"
     folder: Path
     model: Model
     language: Language
     engine: Engine
     budgets: Budgets  # that suit the device, as it was when the model had been loaded and nothing else
+    adapter: Path | None  # that is merged into the folder's weights
     _queue: Queue = field(init=False)
 
     def __post_init__(self) -> None:
@@ -60,8 +61,14 @@ class Scorer:
 
     @cached_property
     def hash(self) -> str:
-        """``sha256:…`` of config and weights, which are read for it."""
-        return hash_model(self.folder)
+        """``sha256:…`` of config and weights, which are read for it, and of the adapter's."""
+        base, adapter = self.model.base, self.adapter_hash
+        return base.hash if adapter is None else base.hash_with(adapter)
+
+    @cached_property
+    def adapter_hash(self) -> str | None:
+        """``sha256:…`` of the adapter's config and weights; None: there is none."""
+        return None if self.adapter is None else hash_adapter(self.adapter)
 
     def close(self) -> None:
         """Gives the model's memory back. What is being computed ends first, what waits fails; every later use is

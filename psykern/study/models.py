@@ -158,7 +158,11 @@ _FIELDS = ("family", "generation", "size", "kind", "base", "name")
 
 
 def model_name(model_id: str) -> str:
-    """The last part of a hub id or folder, with the revision: ``Qwen/Qwen3-8B@main`` → ``Qwen3-8B@main``."""
+    """The last part of a hub id or folder, with the revision: ``Qwen/Qwen3-8B@main`` → ``Qwen3-8B@main``; of a model
+    with an adapter, ``Qwen/Qwen3-8B + me/tuned``, those of both: ``Qwen3-8B+tuned``."""
+    base, plus, adapter = model_id.rpartition(" + ")
+    if plus:
+        return f"{model_name(base)}+{model_name(adapter)}"
     whole, revision = split_revision(model_id)
     name = whole.rstrip("/").rpartition("/")[2] or whole
     return name if revision is None else f"{name}@{revision}"
@@ -166,7 +170,14 @@ def model_name(model_id: str) -> str:
 
 def find_model(model_id: str, described: dict[str, StudyModel]) -> StudyModel | None:
     """What is known of a model: as ``described`` (from :func:`read_models`), else from the study's table. Revisions of
-    which nothing else is said are one model."""
+    which nothing else is said are one model. A model with an adapter may go by the adapter's name alone, in the study's
+    table only where that says that it is one: ``Llama-3.1-Centaur-70B-adapter``."""
+    base, _, adapter = model_id.rpartition(" + ")
+    if base:
+        alone = model_name(adapter).lower()
+        known = STUDY_MODELS.get(alone) if alone.endswith("-adapter") else None
+        names = (model_id.lower(), model_name(model_id).lower(), adapter.lower(), alone)
+        return next((described[of] for of in names if of in described), known)
     whole, _ = split_revision(model_id)
     name = model_name(whole).lower()
     name = name.removeprefix("meta-") if name.startswith("meta-llama-3.1") else name  # those checkpoints' older name

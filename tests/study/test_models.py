@@ -82,3 +82,15 @@ def test_revisions_of_a_model() -> None:
     assert [find_model(f"me/Mine{at}", described) for at in ("", "@v1", "@v2")] == [one, one, two]
     names = {"me/mine": "mine", "me/mine@v2": "mine@v2", "me/mine@refs/pr/7": "mine@refs/pr/7", "/my/a@b": "a@b"}
     assert {model_id: model_name(model_id) for model_id in names} == names
+
+
+def test_a_model_with_an_adapter() -> None:
+    """Both are its name; the adapter's alone will do where somebody says that it is one."""
+    assert model_name("Qwen/Qwen3-8B@v1 + /my/tuned/") == "Qwen3-8B@v1+tuned"
+    centaur = find_model("meta-llama/Llama-3.1-70B + marcelbinz/Llama-3.1-Centaur-70B-adapter", {})
+    assert centaur is not None and (centaur.kind, centaur.base) == ("human", "Llama-3.1-70B")
+    assert find_model("Qwen/Qwen3-8B + me/tuned", {}) is None
+    assert find_model("Qwen/Qwen3-8B + runs/Qwen3-8B", {}) is None, "a folder that is called like a model is none"
+    mine = StudyModel("mine", "f", "g", None, "human", "Qwen3-8B")
+    for name in ("qwen3-8b+tuned", "tuned", "me/tuned", "qwen/qwen3-8b + me/tuned"):
+        assert find_model("Qwen/Qwen3-8B + me/tuned", {name: mine}) is mine

@@ -85,6 +85,7 @@ def random_transcripts(rng: np.random.Generator, count: int) -> tuple[list[Encod
 def recipe(**changes: Any) -> Recipe:
     made = Recipe(
         model_id="tiny",
+        adapter=None,
         model_hash="a1",
         weights=None,
         tokenizer_hash="b2",
