@@ -50,6 +50,7 @@ _MLLAMA_DEFAULTS = {
     "num_key_value_heads": 8,
 }
 _MLLAMA_CROSSING = (3, 8, 13, 18, 23, 28, 33, 38)
+_MLLAMA_CROSSING_TENSORS = ("cross_attn*", "mlp.*", "input_layernorm.weight", "post_attention_layernorm.weight")
 _MLLAMA_IMAGE_TOKENS = 8  # rows of the embedding behind the vocabulary
 
 
@@ -121,7 +122,7 @@ def mllama(root: Fields) -> ModelSpec:
     return replace(
         spec,
         layers=tuple(layer for i, layer in enumerate(spec.layers) if i not in crossing),
-        skipped=tuple(f"{spec.layers[i].prefix}*" for i in crossing),
+        skipped=tuple(spec.layers[i].prefix + name for i in crossing for name in _MLLAMA_CROSSING_TENSORS),
         embedding_rows=spec.vocab_size + _MLLAMA_IMAGE_TOKENS,
         naming=MLLAMA,
     )
