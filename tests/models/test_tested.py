@@ -10,7 +10,7 @@ from psykern.models.families import FAMILIES
 
 
 def test_the_tables_are_written_from_the_tests() -> None:
-    again = "run: PYTHONPATH=tests python tests/support/models_page.py"
+    again = "run: PYTHONPATH=.:tests python tests/support/models_page.py"
     assert models_page.TABLE.read_text(encoding="utf-8") == models_page.as_tsv(), again
     readme = models_page.README.read_text(encoding="utf-8")
     assert readme.count(models_page.BEGIN) == readme.count(models_page.END) == 1

@@ -1,7 +1,7 @@
-"""Writes what is tested of each ``model_type`` from CONFIGS: ``python tests/support/models_page.py``.
+"""Writes what is tested of each ``model_type``: ``PYTHONPATH=.:tests python tests/support/models_page.py``.
 
-To psykern/models/tested.tsv, which ``psykern models`` prints, and to README between two markers. ``test_tested.py``
-fails where they are not what this writes.
+From CONFIGS to psykern/models/tested.tsv, which ``psykern models`` prints, and to README between two markers.
+``test_tested.py`` fails where they are not what this writes.
 """
 
 from __future__ import annotations
