@@ -36,7 +36,9 @@ ROOMS: dict[str, set[str]] = {
     "demo.train": {"demo"},
     "demo.posttrain": {"demo"},
     "demo.examples": {"psykern", "demo"},
-    "cli": {"psykern", "demo"},
+    "listing": set(),
+    "signals": set(),
+    "cli": {"psykern", "demo", "listing", "signals"},
     "__main__": {"cli"},
     "psykern": {"core", "kernels", "runs", "scoring", "study", "version"},
 }

@@ -69,6 +69,7 @@ _MLLAMA_DEFAULTS = {
     "num_key_value_heads": 8,
 }
 _MLLAMA_CROSSING = (3, 8, 13, 18, 23, 28, 33, 38)
+_MLLAMA_CROSSING_TENSORS = ("cross_attn*", "mlp.*", "input_layernorm.weight", "post_attention_layernorm.weight")
 _MLLAMA_IMAGE_TOKENS = 8  # rows of the embedding behind the vocabulary
 
 
@@ -161,7 +162,7 @@ def mllama(root: Fields) -> ModelSpec:
     return replace(
         spec,
         layers=tuple(layer for i, layer in enumerate(spec.layers) if i not in crossing),
-        skipped=tuple(f"{spec.layers[i].prefix}*" for i in crossing),
+        skipped=tuple(spec.layers[i].prefix + name for i in crossing for name in _MLLAMA_CROSSING_TENSORS),
         embedding_rows=spec.vocab_size + _MLLAMA_IMAGE_TOKENS,
         naming=MLLAMA,
     )
@@ -264,6 +265,7 @@ def _on_one_axis(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_what_is_not_computed(c: Fields) -> None:
+    c.asked.add("quantization_config")  # models.quantisation reads it, with the weights
     for key, why in _NOT_COMPUTED.items():
         if c.get(key):
             raise c.error(f"{key}: {why}")

@@ -17,14 +17,15 @@ from psykern.models.names import matches
 # Names and patterns.
 _HARMLESS = (
     # Tokens
-    *("*_token_id", "*_token_ids", "*_token_index"),
+    *("*_token_id", "*_token_ids", "*_token_index", "bos_token", "eos_token", "pad_token", "image_token"),
+    *("tokenizer_*", "padding_side"),
     # Training: drawn numbers, losses, memory
     *("*dropout*", "*_pdrop", "initializer_*", "gradient_checkpointing", "output_router_logits", "*_loss_coef"),
     *("pretraining_tp", "loss_type", "use_liger_kernel", "finetuning_task", "problem_type", "task_specific_params"),
     *("id2label", "label2id", "num_labels"),
     # Who wrote the file, for which class and in which dtype
     *("_*", "unsloth_*", "transformers.js*", "transformers_version", "architectures", "auto_map", "name_or_path"),
-    *("model_type", "torch_dtype", "dtype", "tokenizer_class", "prefix"),
+    *("model_type", "torch_dtype", "dtype", "prefix", "base_model_name_or_path", "trust_remote_code"),
     # How it is computed, and what of it is handed out
     *("use_cache", "attn_implementation", "experts_implementation", "use_flash*", "flash_attn*", "torchscript"),
     *("use_bfloat16", "tf_legacy_loss", "chunk_size_feed_forward", "return_dict*", "output_attentions"),
@@ -37,6 +38,7 @@ _HARMLESS = (
     *("early_stopping", "length_penalty", "repetition_penalty", "diversity_penalty", "penalty_alpha", "guidance_scale"),
     *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "suppress_tokens"),
     *("begin_suppress_tokens", "remove_invalid_values", "exponential_decay_length_penalty", "cache_implementation"),
+    *("force_words_ids", "renormalize_logits", "encoder_repetition_penalty", "max_time", "generation_config"),
     # Tokens after the next one, which other tensors predict
     *("mtp_*", "num_nextn_predict_layers"),
     # One position for each of several axes is one position where there is no image

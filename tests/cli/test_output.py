@@ -220,7 +220,9 @@ def test_help_of_demo_and_of_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(option_choices("demo", capsys)) == {"--help", "--out", "--quiet"}
     assert psykern_command("--help") == 0
     out = capsys.readouterr().out
-    assert all(re.search(rf"^ +{command} +\w", out, re.MULTILINE) for command in ("score", "plan", "compare", "demo"))
+    assert all(
+        re.search(rf"^ +{command} +\w", out, re.MULTILINE) for command in ("score", "plan", "compare", "demo", "models")
+    )
     assert psykern_command("--version") == 0
     assert capsys.readouterr().out == f"psykern {psykern.__version__}\n"
 

@@ -223,7 +223,7 @@ def test_the_files_of_transformers_are_the_published_ones(
 
 @pytest.mark.parametrize(
     "name",
-    ["language_model.model.layers.0.extra.weight", "language_model.model.layers.5.mlp.up_proj.weight", "visual.a"],
+    ["language_model.model.layers.0.extra.weight", "language_model.model.layers.6.mlp.up_proj.weight", "visual.a"],
 )
 def test_an_unknown_tensor_is_still_refused_by_its_name(
     name: str, saved: Callable[[str], tuple[Path, dict[str, torch.Tensor]]], tmp_path: Path
@@ -234,6 +234,18 @@ def test_an_unknown_tensor_is_still_refused_by_its_name(
     save_file(load_file(folder / SINGLE) | {name: torch.zeros(1)}, tmp_path / SINGLE)
     with pytest.raises(CheckpointError, match=f"unused tensors: {name}$"):
         Model(tmp_path, Compute.resolve("cpu"))
+
+
+def test_layers_that_do_not_cross_are_not_skipped(
+    saved: Callable[[str], tuple[Path, dict[str, torch.Tensor]]], tmp_path: Path
+) -> None:
+    """Where the config says that they do, they would be missed in silence."""
+    folder = Path(shutil.copytree(saved("mllama")[0], tmp_path / "copy"))
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["cross_attention_layers"] = [0, 1, 2, 5]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"unused tensors: .*model.layers.1.self_attn.q_proj.weight"):
+        Model(folder, Compute.resolve("cpu"))
 
 
 def test_a_head_of_as_many_rows_as_the_embedding_is_refused(

@@ -97,6 +97,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "sliding_window": 16,
         "max_window_layers": 1,
     },
+    "qwen2_5_vl-yarn-tied": {
+        "model_type": "qwen2_5_vl",
+        "rope_parameters": YARN_ROPE | {"mrope_section": [2, 3, 3]},
+        "tie_word_embeddings": True,
+    },
+    "qwen3_vl": {"model_type": "qwen3_vl", "rope_parameters": {"rope_theta": 10000.0}, "attention_bias": True},
     "qwen3_vl-tied": {
         "model_type": "qwen3_vl",
         "rope_parameters": {
@@ -114,8 +120,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mllama": {
         "model_type": "mllama",
         "rope_parameters": LLAMA3_ROPE,
-        "num_hidden_layers": 5,
-        "cross_attention_layers": [1, 3],
+        "num_hidden_layers": 6,
+        "cross_attention_layers": [0, 2, 5],
         "bos_token_id": 0,  # its config class takes no null
     },
 }
@@ -124,23 +130,25 @@ CONFIGS: dict[str, dict[str, Any]] = {
 LAYERS = {name: config for name, config in CONFIGS.items() if config["model_type"] not in VISION}
 
 
+SIZES: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "initializer_range": 0.2,  # large enough that the distributions are far from uniform
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+
 def make_model(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> PreTrainedModel:
     """Save a random model of ``config`` to ``folder`` and return it, in fp32 and with transformers' own attention."""
-    sizes = {
-        "vocab_size": 320,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 4096,
-        "initializer_range": 0.2,  # large enough that the distributions are far from uniform
-        "pad_token_id": None,
-        "bos_token_id": None,
-        "eos_token_id": None,
-    }
     torch.manual_seed(seed)
-    model = _random(sizes | config).to(dtype)
+    model = from_config(config_of(SIZES | config)).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or "bias" in name:  # not ones and zeros, so that a forgotten one shows
@@ -153,13 +161,14 @@ def make_model(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, 
     return model.eval()
 
 
-def _random(settings: dict[str, Any]) -> PreTrainedModel:
+def config_of(settings: dict[str, Any]) -> PreTrainedConfig:
+    """transformers' own; in one that sees, ``settings`` are those of the language model."""
     kind = settings["model_type"]
     if kind not in VISION:
-        return from_config(AutoConfig.for_model(**settings))
+        return AutoConfig.for_model(**settings)
     text = {key: value for key, value in settings.items() if key != "model_type"}
     root = {key: value for key, value in text.items() if key == "tie_word_embeddings"}
-    return from_config(AutoConfig.for_model(kind, text_config=text, vision_config=VISION[kind], **root))
+    return AutoConfig.for_model(kind, text_config=text, vision_config=VISION[kind], **root)
 
 
 def from_config(config: PreTrainedConfig) -> PreTrainedModel:
