@@ -172,6 +172,9 @@ class Checkpoint(Source):
     def stored_bytes(self, name: str) -> int:
         return self.raw(name).nbytes
 
+    def stored(self, name: str) -> tuple[torch.Tensor]:
+        return (self.raw(name),)
+
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor on the CPU, in its stored dtype, mapped and not copied: not to be written to."""
         tensor = self.raw(name)

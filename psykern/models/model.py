@@ -20,6 +20,7 @@ from psykern.models.batch import Scratch
 from psykern.models.checkpoint import widen
 from psykern.models.families import read_spec
 from psykern.models.layer import Layer, LayerSpec
+from psykern.models.readahead import ReadAhead
 from psykern.models.rope import RotaryTables
 from psykern.models.slots import Layout, Slots, free_bytes, share_layouts
 from psykern.models.source import Source
@@ -46,7 +47,8 @@ class Model:
         self.spec = read_spec(folder)
         self.compute = compute
         self._source = open_weights(folder, self.spec)
-        self._read = partial(_read_layer, self._source, self.spec.layers)
+        self._ahead = ReadAhead(self._parts())
+        self._read = partial(_read_layer, self._source, self.spec.layers, self._ahead)
         self._tables = RotaryTables(compute.device, self.spec.max_positions)
         self._outside: dict[str, Tensor] = {}  # embedding, head and final norm on a device
         self._is_mapped = all(map(self._source.is_mapped, self._names()))
@@ -76,6 +78,7 @@ class Model:
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """[N] token ids on the model's device to [N, D] in the compute dtype."""
+        self._leave_layers()  # none is entered yet
         return self._on_device(EMBEDDING)[token_ids.long()].to(self.dtype)
 
     def layer(self, index: int, num_positions: int) -> Layer:
@@ -83,6 +86,8 @@ class Model:
 
         Its weights are valid until the next layer is asked for: that one may take their place.
         """
+        if self._slots is None:
+            self._ahead.entered(index)
         known, covered = self._layers.get(index, (None, 0))
         if known is not None and num_positions <= covered:
             return known
@@ -111,6 +116,7 @@ class Model:
 
     def head(self) -> Tensor:
         """The head's weight [V, D], on a CPU in the checkpoint's own dtype: ``option_logprobs`` widens it by tiles."""
+        self._leave_layers()
         return self._on_device(self.spec.head_name)
 
     def scratch(self, rows: int) -> Scratch:
@@ -129,6 +135,22 @@ class Model:
             names = [of_layer.prefix + name for name in of_layer.tensors()]
         bad = (name for name in names if not torch.isfinite(self._source.tensor(name)).all())
         return [self._source.stored_name(name) for name in bad]
+
+    def _parts(self) -> list[list[Tensor]]:
+        """What is read from the files layer by layer, in a wave's order; on a CPU what is behind the layers too, and
+        with the first layer what is before them."""
+        layers = [
+            [tensor for name in layer.tensors() for tensor in self._source.stored(layer.prefix + name)]
+            for layer in self.spec.layers
+        ]
+        if self.device.type != "cpu":
+            return layers
+        layers[0].extend(self._source.stored(EMBEDDING))
+        return [*layers, list(self._source.stored(self.spec.head_name))]
+
+    def _leave_layers(self) -> None:
+        if self.device.type == "cpu":
+            self._ahead.entered(self.num_layers)
 
     def _names(self) -> list[str]:
         """Of all tensors of the layers."""
@@ -171,7 +193,8 @@ class Model:
         return self._source.dtype(name) if self.dtype == torch.float32 else self.dtype
 
 
-def _read_layer(source: Source, layers: tuple[LayerSpec, ...], index: int) -> dict[str, Tensor]:
+def _read_layer(source: Source, layers: tuple[LayerSpec, ...], ahead: ReadAhead, index: int) -> dict[str, Tensor]:
     """Layer ``index`` as the source has it, by the names within a layer."""
+    ahead.entered(index)
     layer = layers[index]
     return {name: source.tensor(layer.prefix + name) for name in layer.tensors()}
