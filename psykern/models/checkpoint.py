@@ -91,6 +91,20 @@ def read_config(folder: Path) -> dict[str, object]:
     return _read_object(folder / "config.json")
 
 
+def stored_dtype(folder: Path) -> torch.dtype | None:
+    """Of the weights, as ``config.json`` says. None: it does not say, or they are quantised."""
+    config = read_config(folder)
+    inner = config.get("text_config")
+    for values in (config, inner if isinstance(inner, dict) else {}):
+        if values.get("quantization_config") is not None:
+            return None
+        for key in ("dtype", "torch_dtype"):  # transformers' newer and older name
+            found = getattr(torch, str(values.get(key)).removeprefix("torch."), None)
+            if isinstance(found, torch.dtype):
+                return found
+    return None
+
+
 def _read_object(path: Path) -> dict[str, object]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_as_object)

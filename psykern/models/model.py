@@ -27,7 +27,7 @@ from psykern.models.source import Source
 from psykern.models.spec import EMBEDDING, FINAL_NORM
 from psykern.models.weights import open_weights
 
-_RESIDENT_SHARE = 0.7  # of the free memory: weights beyond that are streamed, the rest is for waves
+RESIDENT_SHARE = 0.7  # of the free memory: weights beyond that are streamed, the rest is for waves
 _STREAMED_SLOTS = 2  # one is computed with while the other is filled
 
 
@@ -166,7 +166,7 @@ class Model:
         layouts = share_layouts((layer.tensors(), layer.fused()) for layer in layers)
         if num_slots is None:
             needed = max(layout.size for layout in layouts) * self.dtype.itemsize * len(layers) + self._outside_bytes()
-            num_slots = len(layers) if needed <= _RESIDENT_SHARE * (free_bytes(self.device) or 0) else _STREAMED_SLOTS
+            num_slots = len(layers) if needed <= RESIDENT_SHARE * (free_bytes(self.device) or 0) else _STREAMED_SLOTS
         return self._make_slots_of(layouts, num_slots)
 
     def _make_slots_of(self, layouts: Sequence[Layout], num_slots: int) -> Slots:
