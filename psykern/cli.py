@@ -25,7 +25,7 @@ from psykern.listing import models_table
 from psykern.signals import EXIT_SIGNAL, handling, stop_signals
 
 if TYPE_CHECKING:
-    from psykern import Estimate, Run, StudyPlan
+    from psykern import Run
 
 LETTER = "[A-Z]"  # the responses of the study's accuracy subset
 EXIT_ERROR, EXIT_REJECTS = 1, 3
@@ -360,36 +360,7 @@ def _plan(options: argparse.Namespace, settings: Settings) -> int:
             raise psykern.PsykernError(f"{name}: a plan is of one {name}, got {','.join(given)}")
     how = {"adapter": next(iter(options.adapter), None), "revision": options.revision, "quiet": options.quiet}
     estimate = psykern.estimate(options.model, options.data, settings, **how)
-    print(_plan_table(estimate))
+    print(psykern.format_estimate(estimate))
     for error in estimate.rejects:
         print(f"psykern: rejected: {error}", file=sys.stderr)
     return EXIT_REJECTS if estimate.rejects else 0
-
-
-def _plan_table(estimate: Estimate) -> str:
-    """A line per study and the sums; FLOPs in units of 10^12, memory in MiB. "one trie": what there were to compute if
-    each study were one unit."""
-    header = ["study", "transcripts", "responses", "tokens", "to compute", "one trie", "scored rows", "branches"]
-    header += ["body TFLOP", "attention", "head", "wave MiB"]
-    rows = [header]
-    for s in estimate.studies:
-        rows.append(_plan_row(s.study, [s]))
-    rows.append(_plan_row("all", estimate.studies))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    )
-
-
-def _plan_row(name: str, studies: Sequence[StudyPlan]) -> list[str]:
-    def total(column: str) -> int:
-        return sum(getattr(s, column) for s in studies)
-
-    memory = max((s.wave_bytes for s in studies), default=0)
-    counts = [f"{total(column):,}" for column in _COUNTS]
-    return [name, *counts, *(f"{total(column) / 1e12:,.2f}" for column in _FLOPS), f"{memory / 2**20:,.0f}"]
-
-
-_COUNTS = ("transcripts", "responses", "tokens", "computed_tokens", "bound_tokens", "scored_rows", "branches")
-_FLOPS = ("flops_body", "flops_attention", "flops_head")

@@ -13,7 +13,7 @@ peft's code.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -149,6 +149,11 @@ class Merged(Source):
         own = 0 if change is None else sum(map(self._adapter.file.stored_bytes, change.files.values()))
         is_instead = change is not None and "whole" in change.files
         return own if is_instead else own + self._base.stored_bytes(self._of_base(name))
+
+    def stored(self, name: str) -> Sequence[Tensor]:
+        """Of the base; an adapter is small."""
+        change = self._changes.get(name)
+        return () if change is not None and change.is_whole else self._base.stored(self._of_base(name))
 
     def tensor(self, name: str) -> Tensor:
         change = self._changes.get(name)

@@ -93,6 +93,20 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, object]:
     return read_object(folder / name)
 
 
+def stored_dtype(folder: Path) -> torch.dtype | None:
+    """Of the weights, as ``config.json`` says. None: it does not say, or they are quantised."""
+    config = read_config(folder)
+    inner = config.get("text_config")
+    for values in (config, inner if isinstance(inner, dict) else {}):
+        if values.get("quantization_config") is not None:
+            return None
+        for key in ("dtype", "torch_dtype"):  # transformers' newer and older name
+            found = getattr(torch, str(values.get(key)).removeprefix("torch."), None)
+            if isinstance(found, torch.dtype):
+                return found
+    return None
+
+
 def read_object(path: Path) -> dict[str, object]:
     """The object in a JSON file. Raises :class:`CheckpointError`."""
     try:
@@ -180,6 +194,9 @@ class Checkpoint(Source):
 
     def stored_bytes(self, name: str) -> int:
         return self.raw(name).nbytes
+
+    def stored(self, name: str) -> tuple[torch.Tensor]:
+        return (self.raw(name),)
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor on the CPU, in its stored dtype, mapped and not copied: not to be written to."""

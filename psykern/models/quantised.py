@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -71,6 +71,12 @@ class Dequantised(Source):
     def stored_bytes(self, name: str) -> int:
         """Of all parts."""
         return sum(self._checkpoint.stored_bytes(part) for part in self._parts.get(name, {"": name}).values())
+
+    def stored(self, name: str) -> Sequence[Tensor]:
+        """All parts."""
+        if name not in self._parts:
+            return self._checkpoint.stored(name)
+        return [self._checkpoint.raw(part) for part in self._parts[name].values()]
 
     def check(self, expected: Mapping[str, tuple[int, ...]], optional: Collection[str] = ()) -> None:
         """As all sources, and of what the weights are stored as first: all parts there, in dtype and shape."""

@@ -7,7 +7,7 @@ experts taken apart, quantised weights in floats, an adapter merged. Layers and 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -57,6 +57,10 @@ class Source(ABC):
     @abstractmethod
     def stored_bytes(self, name: str) -> int:
         """Bytes that the files have of it."""
+
+    def stored(self, name: str) -> Sequence[Tensor]:
+        """The mapped tensors of the files that :meth:`tensor` reads, to be read ahead; none where that is not known."""
+        return ()
 
     @property
     def changes(self) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ import bench_prefix_attention
 import bench_run
 import bench_scale
 import bench_score
+import bench_streaming
 import comparison
 import exactness
 import gpu_smoke
@@ -180,6 +181,13 @@ def test_end_to_end_with_a_tiny_shape_and_the_packages_own_sample(tmp_path: Path
     names = ["study", "psykern", "careful", "psykern:streamed"]
     bench_score.main([*QUICK, *options, "--studies", "guenther2024substitutions", "--providers", *names])
     assert providers(tmp_path, "s") == set(names)
+
+
+def test_streaming_with_a_tiny_shape(tmp_path: Path) -> None:
+    options = ["--small", "--model", str(tmp_path / "model"), "--tokens", "500", "--folder", str(tmp_path)]
+    bench_streaming.main([*options, "--dtypes", "float32", "--name", "t"])
+    (row,) = json.loads((tmp_path / "t.json").read_text())["rows"]
+    assert min(row[name] for name in ("share", "layer_seconds", "anonymous_mb", "disk_gb_s", "limit_gb")) > 0
 
 
 def test_the_idle_share_counts_what_no_kernel_covers() -> None:
