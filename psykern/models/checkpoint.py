@@ -1,9 +1,9 @@
 """A model folder: its config and its safetensors weights, memory-mapped and strictly checked.
 
 The rule: a folder is data. Only JSON and safetensors files are read; pickled weights, Python files and custom code
-that a config names are never loaded. A tensor that is missing, unused, wrongly shaped or quantised is an error that
-names it, and so is a second source of weights that differs from the one that is read. Weights stay in the files'
-private mapping until they are touched; :func:`widen` copies one to another dtype.
+that a config names are never loaded. A tensor that is missing, unused, wrongly shaped or (where :mod:`.quantised` does
+not see to it) quantised is an error that names it, and so is a second source of weights that differs from the one that
+is read. Weights stay in the files' private mapping until they are touched; :func:`widen` copies one to another dtype.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ CASES = {
     "awq": Case({"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm"}, quantised.awq, "awq 4 bits"),
     "packed-4-group": packed(4, "group", group=16),
     "packed-4-order": packed(4, "group", group=16, shuffled=True, symmetric=False),
-    "packed-8-channel": packed(8, "channel", symmetric=False),
+    "packed-8-channel": packed(8, "channel"),
     "int-group": unpacked("int-quantized", "group", (1, 16), fp8=False, zero=5),
     "float-channel": unpacked("float-quantized", "channel", (1, -1), fp8=True),
     "naive-tensor": unpacked("naive-quantized", "tensor", (-1, -1), fp8=True),
