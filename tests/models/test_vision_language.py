@@ -95,7 +95,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         PUBLISHED[BOTH] | {"rope_scaling": {"type": "yarn", "factor": 4.0}},
         "text_config.rope_scaling is {'rope_type': 'default', 'type': 'default'} and rope_scaling is {'type': 'yarn'",
     ),
-    "quantised": (PUBLISHED[FAR] | {"quantization_config": {"bits": 4}}, "config.json: quantization_config: "),
     "a-language-model-that-sees": (
         {**PUBLISHED["Qwen2.5-VL-7B"], "model_type": "qwen2", "rope_scaling": None},
         "config.json: vision_config ({'hidden_size'",

@@ -42,9 +42,13 @@ def write(folder: Path, absent: str | None = None, **config: Any) -> Path:
 
 
 def read_both(folder: Path, absent: str | None = None, **config: Any) -> tuple[ModelSpec, PreTrainedConfig]:
-    """The same config.json as psykern and as transformers read it, of which the language model's."""
+    """The same config.json as psykern and as transformers read it, of which the language model's; whether the head is
+    tied, transformers asks of the whole."""
     write(folder, absent, **config)
-    return read_spec(folder), AutoConfig.from_pretrained(folder).get_text_config()
+    whole = AutoConfig.from_pretrained(folder)
+    theirs = whole.get_text_config()
+    theirs.tie_word_embeddings = getattr(whole, "tie_word_embeddings", False)
+    return read_spec(folder), theirs
 
 
 def rotary_of(config: PreTrainedConfig, layer_type: str) -> tuple[Tensor, float]:

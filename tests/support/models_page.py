@@ -7,6 +7,7 @@ From CONFIGS to psykern/models/tested.tsv, which ``psykern models`` prints, and 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def row(kind: str) -> tuple[str, ...]:
         listed(rope for config in configs for rope in ropes(config)),
         "yes" if any(layer.mixer.window for layer in layers) else "no",
         listed("tied" if spec.has_tied_head else "its own" for spec in specs),
-        listed(what for of in ([parts(layer) for layer in layers], map(around, specs)) for each in of for what in each),
+        listed((what for of in (map(parts, layers), map(around, specs)) for each in of for what in each), "; "),
     )
 
 
@@ -60,7 +61,7 @@ def ropes(config: dict[str, Any]) -> list[str]:
     """The kinds of rotary embedding, of the layers with full attention first."""
     said = config.get("rope_parameters", {})
     kinds = [of.get("rope_type", "default") for of in ([said] if "full_attention" not in said else said.values())]
-    return [f"{kind}, several axes" if "mrope_section" in said else kind for kind in kinds]
+    return [f"{kind} on several axes" if "mrope_section" in said else kind for kind in kinds]
 
 
 def parts(layer: LayerSpec) -> list[str]:
@@ -85,8 +86,8 @@ def around(spec: ModelSpec) -> list[str]:
     return [what for what, is_there in found.items() if is_there]
 
 
-def listed(found: Any) -> str:
-    return ", ".join(dict.fromkeys(found)) or "–"
+def listed(found: Iterable[str], between: str = ", ") -> str:
+    return between.join(dict.fromkeys(found)) or "–"
 
 
 def as_tsv() -> str:
