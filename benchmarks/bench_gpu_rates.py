@@ -4,8 +4,9 @@
 
 Each piece of work is repeated back to back for ``--seconds`` after a fifth of that to warm up: a burst after a pause
 runs at clocks that a run of hours never sees. ``tflops`` and ``gb_per_second`` are over the whole time; clock, power
-and temperature are means of what nvidia-smi said meanwhile. FLOPs: 2 N M K of a product; of attention 4 Hq Dh for each
-pair of a query and a key that it sees; bytes: each array read or written once. Inputs are random numbers in bf16.
+and temperature are means of what nvidia-smi said meanwhile. FLOPs: 2 N M K of a product, of
+experts with each row's own; of attention 4 Hq Dh for each pair of a query and a key that it sees; bytes: each array
+read or written once. Inputs are random numbers in bf16.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from psykern import kernels
 
-KINDS = ("products", "attention", "head", "elementwise")
+KINDS = ("products", "attention", "head", "elementwise", "experts")
 BACKENDS: tuple[kernels.Backend, ...] = ("triton", "cuda")
 
 
@@ -220,6 +221,44 @@ def elementwise(place: Place, quick: bool) -> Iterator[Work]:
     yield Work("elementwise", "sum", f"{rows} x {size}", lambda: x.sum(dtype=torch.float32), num_bytes=x.nbytes)
 
 
+def experts(place: Place, quick: bool) -> Iterator[Work]:
+    """Of Qwen3-30B-A3B, with rows that go to random experts."""
+    size, inner, num_experts = (32, 48, 4) if quick else (2048, 768, 128)
+    gates, ups = (normal(place, num_experts, inner, size) * size**-0.5 for _ in range(2))
+    weights = (gates, ups, normal(place, num_experts, size, inner) * inner**-0.5)
+    for rows in (9,) if quick else (16_384, 512):
+        yield from experts_of(place, rows, 2 if quick else 8, weights)
+
+
+def experts_of(place: Place, rows: int, top_k: int, weights: tuple[Tensor, Tensor, Tensor]) -> Iterator[Work]:
+    """``psykern`` is the three operations in turn. Beside them a dense product of as many rows, and torch's grouped one
+    of rows in order."""
+    gates, ups, downs = weights
+    num_experts, size, inner = downs.shape
+    routes = kernels.Routes.of(torch.rand(rows, num_experts, device=place.device).topk(top_k).indices, num_experts)
+    x, each, gated = (normal(place, *shape) for shape in ((rows, size), (rows * top_k, size), (rows * top_k, inner)))
+    shares, ends = torch.rand(rows, top_k, device=place.device), routes.offsets[1:].contiguous()
+    flops, shape = 2.0 * rows * top_k * size * inner, f"{rows} rows, {top_k} of {num_experts}"
+    total = torch.zeros_like(x)
+
+    def run() -> None:
+        kernels.expert_swiglu(x, gates, ups, routes, out=gated)
+        kernels.expert_linear(gated, downs, routes, out=each)
+        kernels.add_weighted(each, shares, total)
+
+    runs: dict[str, tuple[Callable[[], object], float]] = {
+        "psykern": (run, 3 * flops),
+        "expert_swiglu": (lambda: kernels.expert_swiglu(x, gates, ups, routes, out=gated), 2 * flops),
+        "expert_linear": (lambda: kernels.expert_linear(gated, downs, routes, out=each), flops),
+        "dense": (lambda: torch.mm(gated, downs[0].T, out=each), flops),
+        "torch_grouped": (lambda: torch._grouped_mm(gated, downs.transpose(1, 2), offs=ends), flops),
+    }
+    for name, (call, count) in runs.items():
+        yield Work("experts", name, shape, call, count)
+    add = lambda: kernels.add_weighted(each, shares, total)  # noqa: E731
+    yield Work("experts", "add_weighted", shape, add, num_bytes=each.nbytes + 2 * x.nbytes)
+
+
 def normal(place: Place, *shape: int) -> Tensor:
     return torch.randn(shape, device=place.device, dtype=torch.float32).to(place.dtype)
 
@@ -234,7 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     place = Place(options.device, dtype_of(options))
     watcher = Watcher() if options.device.type == "cuda" else None
     rows: list[dict[str, object]] = []
-    makers = {"products": products, "attention": attention, "head": head, "elementwise": elementwise}
+    makers = dict(zip(KINDS, (products, attention, head, elementwise, experts), strict=True))
     for kind in options.only:
         for work in makers[kind](place, options.quick):
             first = len(watcher.lines) if watcher else 0

@@ -84,7 +84,7 @@ first() { # is it right, how fast is the machine, how fast is a run
         pytest tests_engine 140 -m "not gpu" tests/engine/test_gpu.py
     else # apart, as those of the kernels make launches blocking
         pytest tests_kernels 80 -m gpu -n 14 \
-            tests/kernels/test_{contract,dispatch,elementwise,option_logprobs,prefix_attention}.py
+            tests/kernels/test_{contract,dispatch,elementwise,experts,option_logprobs,prefix_attention}.py
         pytest tests_engine 60 -m gpu -k "not sanitizer" -n 12 tests/engine/test_gpu.py
     fi
     bench gpu_rates 100 gpu_rates --seconds "${SECONDS_EACH:-0.8}"
@@ -92,9 +92,11 @@ first() { # is it right, how fast is the machine, how fast is a run
     score Qwen3-0.6B 90
 }
 
-second() { # alternatives to the table of attention's blocks, on a real wave; then end to end beside the best of them
+second() { # alternatives to the tables of attention's blocks, on a real wave, and of experts' tiles; then end to end
     [ -n "${SKIP_BUILD:-}" ] || part build 90 "$python" setup.py --quiet build_ext --inplace
     part tune 150 "$python" benchmarks/tune.py --device "$device" --ops prefix_attention --cases wave --name tune \
+        --folder "$folder" ${quick[@]+"${quick[@]}"}
+    part tune_experts 90 "$python" benchmarks/tune.py --device "$device" --ops experts --name tune_experts \
         --folder "$folder" ${quick[@]+"${quick[@]}"}
     bench run_gpu 90 run --data "$data"
 }

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from psykern import kernels
 
-GROUPS = ("attention", "head", "elementwise", "products")
+GROUPS = ("attention", "head", "elementwise", "products", "experts")
 SECONDS = 70  # that a process may take
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}  # of the largest number
 
@@ -171,6 +171,38 @@ def products(place: Place, quick: bool) -> Iterator[Case]:
     yield Case("swiglu", lambda b: [kernels.swiglu(x, (gate, None), (up, None), backend=b)], swiglu_wide, most)
 
 
+def experts(place: Place, quick: bool) -> Iterator[Case]:
+    """Of Qwen3-30B-A3B; the experts' shares of rows differ, and some have none."""
+    size, inner, num_experts = (24, 40, 5) if quick else (2048, 768, 128)
+    gates, ups = (normal(place, num_experts, inner, size) * size**-0.5 for _ in range(2))
+    weights = (gates, ups, normal(place, num_experts, size, inner) * inner**-0.5)
+    for rows in (9,) if quick else (300, 4099):
+        likes = torch.rand(rows, num_experts, device=place.device) - torch.arange(num_experts, device=place.device) / 80
+        yield from experts_of(place, likes.topk(2 if quick else 8).indices, weights)
+
+
+def experts_of(place: Place, chosen: Tensor, weights: tuple[Tensor, Tensor, Tensor]) -> Iterator[Case]:
+    num_experts, size, inner = weights[2].shape
+    rows, routes = len(chosen), kernels.Routes.of(chosen, num_experts)
+    x, each = normal(place, rows, size), normal(place, chosen.numel(), size)
+    gated, shares = normal(place, chosen.numel(), inner), torch.rand(chosen.shape, device=place.device)
+
+    def swiglu(backend: kernels.Backend, wide: bool = False) -> Sequence[Tensor]:
+        a, gates, ups = (t.float() if wide else t for t in (x, *weights[:2]))
+        return [kernels.expert_swiglu(a, gates, ups, routes, backend=backend)]
+
+    def linear(backend: kernels.Backend, wide: bool = False) -> Sequence[Tensor]:
+        a, downs = (t.float() if wide else t for t in (gated, weights[2]))
+        return [kernels.expert_linear(a, downs, routes, backend=backend)]
+
+    def add(backend: kernels.Backend, wide: bool = False) -> Sequence[Tensor]:
+        a, total = (t.float() if wide else t for t in (each, x.clone()))
+        return [kernels.add_weighted(a, shares, total, backend=backend)]
+
+    for name, run in (("expert_swiglu", swiglu), ("expert_linear", linear), ("add_weighted", add)):
+        yield Case(f"{name}, {rows} rows", run, partial(run, "reference", True), 2 * TOLERANCE[place.dtype])
+
+
 def normal(place: Place, *shape: int) -> Tensor:
     return torch.randn(shape, device=place.device, dtype=torch.float32).to(place.dtype)
 
@@ -205,7 +237,7 @@ def synchronize(place: Place) -> None:
 
 
 def check_group(options: argparse.Namespace) -> bool:
-    makers = {"attention": attention, "head": head, "elementwise": elementwise, "products": products}
+    makers = dict(zip(GROUPS, (attention, head, elementwise, products, experts), strict=True))
     rows: list[dict[str, object]] = []
     torch.manual_seed(0)
     place = Place(options.device, dtype_of(options))

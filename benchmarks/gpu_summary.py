@@ -104,6 +104,7 @@ def against(other: str) -> Callable[[list[Row]], Iterator[float]]:
 RATES, OPTION, ATTENTION = "gpu_rates", "option_logprobs_gpu", "prefix_attention_gpu"
 LARGE, SMALL = "score_qwen3-8b", "score_qwen3-0.6b"
 HEAD_8B, HEADS_8B = "{} x 151936 x 4096", "32 (8) of 128, {} tokens"
+EXPERTS = "16384 rows, 8 of 128"
 TARGETS = (
     Target("head, sustained: TFLOP/s, 2k rows", RATES, sustained("psykern:triton", HEAD_8B.format(2048)), 700),
     Target("head, sustained: TFLOP/s, 16k rows", RATES, sustained("psykern:triton", HEAD_8B.format(16_384)), 730),
@@ -112,6 +113,7 @@ TARGETS = (
     Target("attention, sustained: TFLOP/s, 8k tokens", RATES, sustained("psykern", HEADS_8B.format(8192)), 650),
     Target("attention, sustained: times torch's default, from 4k", RATES, against("sdpa"), 1.0),
     Target("attention, sustained: times cuDNN's, from 4k", RATES, against("cudnn"), 0.7),
+    Target("experts of Qwen3-30B-A3B, sustained: TFLOP/s", RATES, sustained("psykern", EXPERTS), 523),
     Target("option_logprobs: share of the plain GEMM's rate, R >= 2048", OPTION, share_of_gemm, 0.9),
     Target("option_logprobs: times the others", OPTION, against_others, 1.0),
     Target("option_logprobs: extra memory, MB", OPTION, column("peak_mb", provider="psykern"), 100, at_most=True),

@@ -12,6 +12,7 @@ waits for its weights through the link where computing it is shorter.
 The dataset is Psych-201 as a whole (issue 4: 25,906,599 responses, 1.0e9 tokens, 3.4 % of them predicted, 8 % shared),
 scored without options. How many keys a row sees follows from the 45 studies of ``STATISTICS.md``: all transcripts of a
 study are taken to be as long as its median one. Rows that sharing saves see fewer keys than others, which is neglected.
+Of a model with a mixture of experts there is the work of a layer's experts alone.
 
     python benchmarks/roofline.py [--models Qwen3-8B] [--batch-rows 16384] [--name roofline]
 """
@@ -22,6 +23,7 @@ import argparse
 import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from shapes import SHAPES, model_spec, num_weights
@@ -59,6 +61,7 @@ class Assumptions:
 
     gemm: float = 0.75  # bf16 products of thousands of rows through the vendor's library
     attention: float = 0.5  # two products with a softmax between them
+    experts: float = 0.53  # grouped products: Liger's at Qwen3-30B-A3B's shape on an H100, 523 TFLOP/s; not psykern's
     bandwidth: float = 0.85  # of operations that only move bytes
     link: float = 0.8  # from pinned memory
     memory: float = 0.7  # that weights may take before they are streamed: psykern's own rule
@@ -118,7 +121,7 @@ class Work:
     op: str
     flops: float
     bytes: float
-    unit: str  # whose rate the FLOPs have: "gemm" or "attention"; "" for operations that only move bytes
+    unit: str  # whose rate the FLOPs have: "gemm", "attention" or "experts"; "" for what only moves bytes
 
 
 def layer_work(
@@ -169,6 +172,32 @@ def head_work(spec: ModelSpec, response_rows: float) -> list[Work]:
 
 
 @dataclass(frozen=True, slots=True)
+class Mixture:
+    """The MLP of a layer as a mixture of experts."""
+
+    hidden: int
+    inner: int
+    num_experts: int
+    top_k: int  # of a row
+
+    def work(self, rows: float) -> list[Work]:
+        """Rows spread evenly: an expert that one goes to reads its weights once."""
+        slots = rows * self.top_k
+        read = self.num_experts * (1 - (1 - self.top_k / self.num_experts) ** rows)  # experts
+        weight, slot_bytes = self.hidden * self.inner, SIZE * slots * (self.hidden + self.inner)
+        gathered = SIZE * (rows * self.hidden + slots * self.inner)
+        return [
+            product("router", rows, self.hidden, self.num_experts),
+            Work("expert_swiglu", 4 * slots * weight, gathered + SIZE * 2 * read * weight, "experts"),
+            Work("expert_linear", 2 * slots * weight, slot_bytes + SIZE * read * weight, "experts"),
+            moved("add_weighted", (slots + 2 * rows) * self.hidden),
+        ]
+
+
+MIXTURES = {"Qwen3-30B-A3B": Mixture(hidden=2048, inner=768, num_experts=128, top_k=8)}  # of which experts alone
+
+
+@dataclass(frozen=True, slots=True)
 class Roof:
     """A device with the assumptions."""
 
@@ -177,8 +206,7 @@ class Roof:
 
     def times(self, work: Work) -> tuple[float, float]:
         """Seconds of arithmetic, and of moving bytes."""
-        shares = {"gemm": self.assumed.gemm, "attention": self.assumed.attention}
-        compute = work.flops / (self.device.flops * shares[work.unit]) if work.unit else 0.0
+        compute = work.flops / (self.device.flops * getattr(self.assumed, work.unit)) if work.unit else 0.0
         return compute, work.bytes / (self.device.bandwidth * self.assumed.bandwidth)
 
     def seconds(self, work: Work) -> float:
@@ -232,27 +260,35 @@ def predict(spec: ModelSpec, roof: Roof, data: Dataset, batch_rows: int, wave_ro
     return Prediction(shown, last, head, compute / 3600, link / 3600, is_streamed)
 
 
+def row_of(
+    model: str, roof: Roof, scope: str, op: str, works: Sequence[Work], rows: float, bound: str = ""
+) -> dict[str, object]:
+    return {
+        "device": roof.device.name,
+        "model": model,
+        "weights_gb": "" if model in MIXTURES else round(num_weights(model_spec(model)) * SIZE / 1e9, 1),
+        "scope": scope,
+        "op": op,
+        "rows": round(rows),
+        "gflop": round(sum(w.flops for w in works) / 1e9, 2),
+        "megabytes": round(sum(w.bytes for w in works) / 1e6, 2),
+        "microseconds": round(sum(roof.seconds(w) for w in works) * 1e6, 1),
+        "bound": bound or roof.bound(max(works, key=roof.seconds)),
+        "predicted_hours": "",
+    }
+
+
+def rows_of_mixture(model: str, roof: Roof, batch_rows: int) -> list[dict[str, object]]:
+    works = MIXTURES[model].work(batch_rows)
+    table = [row_of(model, roof, "op", work.op, [work], batch_rows) for work in works]
+    return [*table, row_of(model, roof, "layer", "the experts of a layer, one batch", works, batch_rows)]
+
+
 def rows_of(model: str, roof: Roof, batch_rows: int, wave_rows: int) -> list[dict[str, object]]:
-    spec = model_spec(model)
-    found = predict(spec, roof, PSYCH_201, batch_rows, wave_rows)
-    weights = num_weights(spec) * SIZE
-
-    def row(scope: str, op: str, works: Sequence[Work], rows: float, bound: str = "") -> dict[str, object]:
-        seconds = sum(roof.seconds(w) for w in works)
-        return {
-            "device": roof.device.name,
-            "model": model,
-            "weights_gb": round(weights / 1e9, 1),
-            "scope": scope,
-            "op": op,
-            "rows": round(rows),
-            "gflop": round(sum(w.flops for w in works) / 1e9, 2),
-            "megabytes": round(sum(w.bytes for w in works) / 1e6, 2),
-            "microseconds": round(seconds * 1e6, 1),
-            "bound": bound or roof.bound(max(works, key=roof.seconds)),
-            "predicted_hours": "",
-        }
-
+    if model in MIXTURES:
+        return rows_of_mixture(model, roof, batch_rows)
+    found = predict(model_spec(model), roof, PSYCH_201, batch_rows, wave_rows)
+    row = partial(row_of, model, roof)
     table = [row("op", work.op, [work], batch_rows) for work in found.layer]
     responses = wave_rows * PSYCH_201.response_rows / PSYCH_201.rows
     table += [row("op", work.op, [work], responses) for work in found.head]
@@ -277,7 +313,7 @@ def write(path: Path, table: Sequence[Mapping[str, object]]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--models", nargs="+", choices=[*SHAPES, *MIXTURES], default=[*SHAPES, *MIXTURES])
     parser.add_argument("--batch-rows", type=int, default=16_384, help="as budgets.budgets on a device")
     parser.add_argument("--wave-rows", type=int, default=131_072, help="likewise")
     parser.add_argument("--name", help="CSV in results/; default: no file")

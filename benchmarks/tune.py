@@ -1,7 +1,7 @@
 """Alternatives to the tables of tiles, for whoever has a GPU to tune them on: each is put in the table's place, must
 give what the table's own choice gives, and is timed beside it. Nothing is changed; the tables are for people to edit.
 
-    python benchmarks/tune.py --device cuda [--ops option_logprobs prefix_attention cuda] [--name tune_gpu]
+    python benchmarks/tune.py --device cuda [--ops option_logprobs prefix_attention experts cuda] [--name tune_gpu]
     python benchmarks/tune.py --device cuda --ops prefix_attention --cases wave causal
     python benchmarks/tune.py --compile    # without a GPU: what each takes on sm_90, to results/tune_resources.csv
 
@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import NamedTuple
 from unittest.mock import patch
@@ -38,11 +39,12 @@ from triton_resources import SHARED_BYTES, recording, resources
 from wave_batches import WaveBatch, largest_batches
 
 from psykern.engine.budgets import Budgets
+from psykern.kernels import Routes
 
 TRITON = "psykern.kernels.triton"
 TOLERANCE = 2e-2  # of attention in bf16; of log-probabilities 1e-3
 TABLE = "table"  # what the tables say now
-OPS = ("option_logprobs", "prefix_attention", "cuda")  # "cuda": option_logprobs in CUDA C++
+OPS = ("option_logprobs", "prefix_attention", "experts", "cuda")  # "cuda": option_logprobs in CUDA C++
 ATTENTION = {"wave": None, "causal": 8192, "window": 16_384, "branches": 4096}  # cases, with their tokens
 WINDOW = 4096
 MODELS = {Heads(32, 8, 128): "Qwen3-8B", Heads(16, 8, 128): "Qwen3-0.6B"}  # whose waves heads are given
@@ -126,6 +128,21 @@ def attention_blocks(head_dim: int) -> list[Alternative]:
     return [*found, Alternative("loads", {"uses_tma": lambda *_: False})]
 
 
+def expert_tiles(is_gated: bool) -> list[Alternative]:
+    """Of ``experts``: rows, columns of each product, step, warps, stages; tiles in a group; gathered rows by registers
+    instead of cp.async."""
+    module = importlib.import_module(f"{TRITON}.experts")
+    columns = 128 if is_gated else 256
+    sizes = [(128, columns, 64, 8, 3), (128, columns // 2, 64, 4, 4), (128, columns // 2, 64, 8, 4)]
+    sizes += [(64, columns, 64, 4, 4), (64, columns // 2, 64, 4, 4), (64, columns // 2, 128, 4, 3)]
+    sizes += [(256, columns // 2, 64, 8, 4)]
+    tiles = [("x".join(map(str, size)), module.Tiles(*size)) for size in sizes]
+    found = [Alternative(name, {"tiles_of": lambda *_, t=t: t}) for name, t in tiles]
+    found += [Alternative(f"groups of {size}", {"_GROUP": size}) for size in (4, 16, 32)]
+    found += [Alternative("registers", {"_HAS_FENCE": False})] if is_gated else []
+    return [*found, Alternative("loads", {"uses_tma": lambda *_: False})]
+
+
 def cuda_tiles() -> list[Alternative]:
     """Of ``option_logprobs`` in CUDA C++: rows at most and MiB of a tile of logits."""
     sizes = [(rows, mib) for rows in (256, 512, 1024, 2048) for mib in (8, 16, 32)]
@@ -163,7 +180,7 @@ def scores(rows: int, weight: Tensor, module: str) -> Callable[[], Sequence[Tens
 
 
 class Setting(NamedTuple):
-    """Of attention's cases."""
+    """Of the cases of attention and of experts."""
 
     device: torch.device
     dtype: torch.dtype
@@ -172,6 +189,34 @@ class Setting(NamedTuple):
     @property
     def heads(self) -> Sequence[Heads]:
         return (Heads(4, 2, 16),) if self.quick else (*GPU_HEADS, HEADS[0])
+
+
+def expert_cases(at: Setting, num_experts: int = 128) -> Iterator[Case]:
+    """At the shape of Qwen3-30B-A3B, with as many rows of an expert as in a batch and as in one of a last layer; of
+    fewer experts, to compile for them."""
+    size, inner, num_experts, top_k = (48, 40, 4, 2) if at.quick else (2048, 768, num_experts, 8)
+    shapes = ((inner, size), (inner, size), (size, inner))
+    gates, ups, downs = (torch.randn(num_experts, m, k, device=at.device).mul_(k**-0.5).to(at.dtype) for m, k in shapes)
+    for rows_of_expert in (10,) if at.quick else (1024, 32):
+        rows = rows_of_expert * num_experts // top_k
+        routes = Routes.of(torch.rand(rows, num_experts, device=at.device).topk(top_k).indices, num_experts)
+        x = torch.randn(rows, size, device=at.device).to(at.dtype)
+        inputs = torch.randn(rows * top_k, inner, device=at.device).to(at.dtype)
+        gated, linear = torch.empty_like(inputs), x.new_empty(rows * top_k, size)
+        calls = {
+            "expert_swiglu": lambda x=x, r=routes, out=gated: (x, gates, ups, r, out),
+            "expert_linear": lambda x=inputs, r=routes, out=linear: (x, downs, r, out),
+        }
+        for op, arguments in calls.items():
+            flops = 2.0 * rows * top_k * size * inner * (2 if op == "expert_swiglu" else 1)
+            where = f"{rows} rows, {top_k} of {num_experts}, {size} x {inner}"
+            call = partial(multiply_experts, op, arguments)
+            yield Case(op, where, f"{TRITON}.experts", call, expert_tiles(op == "expert_swiglu"), TOLERANCE, flops)
+
+
+def multiply_experts(op: str, arguments: Callable[[], tuple[object, ...]]) -> Sequence[Tensor]:
+    """As the module has it now."""
+    return [getattr(importlib.import_module(f"{TRITON}.experts"), op)(*arguments())]
 
 
 def attention_cases(names: Sequence[str], at: Setting, few: bool = False) -> Iterator[Case]:
@@ -323,7 +368,7 @@ def account(case: Case) -> Iterator[dict[str, object]]:
         try:
             with recording(hopper=True) as launches, instead(case, alternative):
                 case.call()
-            took = resources(launches[0], 90)
+            took = max((resources(launch, 90) for launch in launches), key=lambda r: r.shared_bytes)  # the product
             row |= {"registers": took.registers, "stack_bytes": took.stack_bytes, "shared_bytes": took.shared_bytes}
             row |= {"mma": took.mma, "fits": took.shared_bytes <= SHARED_BYTES[90], "error": ""}
         except Exception as error:
@@ -348,11 +393,12 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def account_of_all(options: argparse.Namespace) -> None:
-    products = [op for op in options.ops if op not in ("prefix_attention", "cuda")]
+    products = [op for op in options.ops if op == "option_logprobs"]
     names = [n for n in options.cases if n != "wave"] if "prefix_attention" in options.ops else []
     on_host = Setting(CPU, torch.bfloat16, options.quick)
     of_products = product_cases(products, CPU, torch.bfloat16, ((1024, 1024),), options.quick)
-    rows = [row for case in chain(of_products, attention_cases(names, on_host)) for row in account(case)]
+    of_experts = expert_cases(on_host, num_experts=8) if "experts" in options.ops else ()
+    rows = [row for case in chain(of_products, attention_cases(names, on_host), of_experts) for row in account(case)]
     write_csv(options.name or "tune_resources", rows, options.folder)
 
 
@@ -368,10 +414,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     processes = default if options.processes is None else options.processes
     failed = compile_beforehand(names, options.alternatives, at, processes) if names and processes else ()
     shapes = {"shapes": ((300, 64),)} if options.quick else {}
-    products = [op for op in options.ops if op != "prefix_attention"]
+    products = [op for op in options.ops if op in ("option_logprobs", "cuda")]
+    of_experts = expert_cases(at) if "experts" in options.ops else ()
     of_products = product_cases(products, at.device, at.dtype, quick=at.quick, **shapes)
     rows: list[dict[str, object]] = []
-    for case in chain(attention_cases(names, at), of_products):
+    for case in chain(attention_cases(names, at), of_experts, of_products):
         rows += tune(chosen(case, options.alternatives, failed), options.repeats, options.device)
         if options.name:
             write_csv(options.name, rows, options.folder, options.device)

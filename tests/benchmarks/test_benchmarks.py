@@ -322,7 +322,7 @@ def test_a_part_that_fails_loses_no_other(tmp_path: Path) -> None:
     assert found.returncode == 1, found.stderr
     states = [line.split()[:2] for line in found.stdout.splitlines() if line.endswith(" s")]
     parts = ["build", "smoke", "tests_engine", "gpu_rates", "score_qwen3-8b", "score_qwen3-0.6b"]  # of each call
-    parts += ["build", "tune", "run_gpu"]
+    parts += ["build", "tune", "tune_experts", "run_gpu"]
     parts += ["build", "score_qwen3-8b", "score_qwen3-0.6b", "option_logprobs_gpu", "prefix_attention_gpu"]
     parts += ["score_llama-3.2-1b", "elementwise_gpu", "sanitizer"]
     assert states == [[part, "passed" if part == "elementwise_gpu" else "failed"] for part in parts]

@@ -95,6 +95,17 @@ def test_bytes_and_times_of_a_layer_by_hand() -> None:
     assert H100.bound(works["attention"]) == "compute"
 
 
+def test_the_experts_of_a_layer_by_hand() -> None:
+    """2 rows, each to 1 of 2 experts, D 3, F 5: an expert is read where one of the rows goes to it, which is 3 times in
+    4."""
+    router, gated, linear, added = roofline.Mixture(hidden=3, inner=5, num_experts=2, top_k=1).work(2)
+    assert [w.flops for w in (router, gated, linear)] == [2 * 2 * 3 * 2, 2 * 2 * 3 * 5 * 2, 2 * 2 * 3 * 5]
+    assert gated.bytes == 2 * (2 * 3 + 1.5 * 2 * 15 + 2 * 5)
+    assert linear.bytes == 2 * (2 * 5 + 1.5 * 15 + 2 * 3)
+    assert added.bytes == 2 * (2 + 2 * 2) * 3
+    assert H100.seconds(roofline.Work("", 523e12, 0, "experts")) == pytest.approx(1, rel=0.01)
+
+
 def test_keys_and_values_that_no_cache_holds_are_read_for_each_tile_of_queries() -> None:
     spec = shapes.model_spec("Qwen3-0.6B")
     path = 2 * 40_000 * 1024 * 2  # bytes of the keys and values of 40,000 tokens

@@ -61,6 +61,21 @@ def test_what_is_compiled_beforehand_is_what_the_cases_need(heads: Heads, monkey
             assert specialization(call, few[0], alternative) in compiled
 
 
+def test_an_alternative_for_experts_is_launched_otherwise_than_the_table_or_is_the_table() -> None:
+    """Nothing runs. With few rows the table has smaller tiles; where Triton sets no fence, it has registers."""
+    cases = list(tune.expert_cases(AT, num_experts=8))
+    assert [case.op for case in cases] == ["expert_swiglu", "expert_linear"] * 2
+    for case, small in zip(cases, ["", "", "64x64x64x4x4", "64x128x64x4x4"], strict=True):
+        launched = {}
+        for alternative in [tune.Alternative(tune.TABLE, {}), *case.alternatives]:
+            with recording(hopper=True) as launches, tune.instead(case, alternative):
+                case.call()
+            constants = {k: v for k, v in launches[-1].arguments.items() if k.isupper()}
+            launched[alternative.name] = (constants, launches[-1].options)
+        assert {name for name, one in launched.items() if one == launched[tune.TABLE]} <= {"table", "registers", small}
+        assert not small or launched[small] == launched[tune.TABLE]
+
+
 def specialization(call, case: tune.Case, alternative: tune.Alternative) -> object:  # type: ignore[no-untyped-def]
     with recording(hopper=True) as launches, tune.instead(case, alternative):
         call()

@@ -187,14 +187,22 @@ from support.ops import OPS, call
 from support.backends import Place
 backend = sys.argv[1]
 place = Place(backend, torch.device("cuda"))
+vendors, tritons = ("linear", "swiglu"), ("prefix_attention", "expert_swiglu", "expert_linear", "add_weighted")
 for op in OPS:
-    if op not in ("linear", "swiglu", "prefix_attention"):  # the vendor's; that of both backends is Triton's
+    if op not in vendors + tritons:
         call(op, backend, place)
 if backend == "triton":
     for layout in attention.LONG.values():
         for window in (None, 40):
             for size in (64, 80, 128):
                 attention.run(place, *attention.problem(layout, (8, 2), size, torch.bfloat16), window=window)
+    for rows, size, inner in ((1, 72, 40), (50, 88, 72), (300, 75, 70)):  # no tile divides these; TMA, and loads
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            routes = kernels.Routes.of(torch.rand(rows, 5, device="cuda").topk(2).indices, 5)
+            x, up = (torch.randn(*s, device="cuda").to(dtype) for s in ((rows, size), (5, inner, size)))
+            gated = kernels.expert_swiglu(x, up, up, routes, backend=backend)
+            each = kernels.expert_linear(gated, up.transpose(1, 2).contiguous(), routes, backend=backend)
+            kernels.add_weighted(each, torch.rand(rows, 2, device="cuda"), x, backend=backend)
 for rows in (1, 7, 130):  # no tile divides these
     hidden, weight = torch.randn(rows, 72, device="cuda"), torch.randn(517, 72, device="cuda")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):

@@ -110,7 +110,7 @@ def add_weighted(x: Tensor, weights: Tensor, total: Tensor) -> Tensor:
                 columns,
                 TOP_K=weights.shape[1],
                 BLOCK_D=_COLUMNS,
-                num_warps=4,
+                num_warps=4 if columns % 8 == 0 else 8,  # odd rows are loaded number by number
             )
     return total if target is total else total.copy_(target)
 
