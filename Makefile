@@ -52,7 +52,7 @@ test: build
 # Every case of the Triton kernels under Triton's interpreter, which a process must choose before it imports them.
 interpret: setup
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=$(THREADS) $(OLDER) $(PYTEST) --dist worksteal -k triton -W ignore \
-	    $(addprefix tests/kernels/test_,triton_kernels.py contract.py dispatch.py elementwise.py option_logprobs.py prefix_attention.py)
+	    $(addprefix tests/kernels/test_,triton_kernels.py triton_experts.py contract.py dispatch.py elementwise.py option_logprobs.py prefix_attention.py)
 
 # A file stays in one process, which makes its models, its Ray cluster and its compiled kernels once.
 plain: setup
@@ -80,7 +80,7 @@ asan: setup
 	cp -r psykern $(ASAN) && $(VENV)/bin/cmake --install $(ASAN) --prefix $(ASAN)/psykern
 	cd $(ASAN) && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	    ASAN_OPTIONS=detect_leaks=0 $(CURDIR)/$(PY) -m pytest $(CURDIR)/tests/engine/test_plan.py \
-	    $(addprefix $(CURDIR)/tests/kernels/test_,cpu_kernels.py linear.py linear_arguments.py option_logprobs.py prefix_attention.py elementwise.py)
+	    $(addprefix $(CURDIR)/tests/kernels/test_,cpu_kernels.py linear.py linear_arguments.py experts.py option_logprobs.py prefix_attention.py elementwise.py)
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .benchmarks psykern/*.so $(VENV)/.built

@@ -27,7 +27,7 @@ from harness import print_row, write_csv
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from support.checkpoints import CONFIGS, make_model
+from support.checkpoints import LAYERS, make_model
 from support.exactness import in_fp64, token_logprobs, worst_sum
 from support.groups import encoded
 
@@ -73,9 +73,9 @@ def row(name: str, provider: str, error: np.ndarray, between: float | None) -> d
 
 
 def random_cases() -> Iterator[tuple[str, Path, PreTrainedModel, list[np.ndarray]]]:
-    """Two checkpoints of each entry of CONFIGS, with 2,001 tokens."""
+    """Two checkpoints of each entry of LAYERS, with 2,001 tokens."""
     rng = np.random.default_rng(0)
-    for name, config in CONFIGS.items():
+    for name, config in LAYERS.items():
         for seed in (0, 1):
             with tempfile.TemporaryDirectory() as folder:
                 model = make_model(Path(folder), seed, **config)

@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from psykern.kernels import Segments
+from psykern.kernels import Routes, Segments
 
 BACKEND = "psykern.kernels.triton"
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}  # that one program may have
@@ -85,7 +85,7 @@ def recording(hopper: bool) -> Iterator[list[Launch]]:
     """Launches of all kernels, as on a Hopper GPU or on an older one."""
     launches: list[Launch] = []
     with ExitStack() as stack:
-        for name in ("option_logprobs", "prefix_attention", "elementwise"):
+        for name in ("option_logprobs", "prefix_attention", "elementwise", "experts"):
             module = importlib.import_module(f"{BACKEND}.{name}")
             for kernel in [n for n in vars(module) if n.endswith("_kernel")]:
                 stack.enter_context(patch.object(module, kernel, _Recorder(getattr(module, kernel), launches)))
@@ -141,6 +141,10 @@ def cases(dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torc
             for vocabulary, size in ((151_936, 2048), (151_936, 896), (50_281, 2045)):
                 config = f"R{rows}-V{vocabulary}-D{size}-{_TYPES[dtype]}"
                 yield Case("option_logprobs", config, _option_logprobs(rows, vocabulary, size, dtype))
+        for rows in (512, 16_384):
+            for size, inner in ((2048, 768), (2045, 770)):  # of Qwen3-30B-A3B, and odd
+                config = f"N{rows}-D{size}-F{inner}-{_TYPES[dtype]}"
+                yield Case("experts", config, _experts(rows, size, inner, dtype))
         for head in (64, 80, 96, 128, 256):
             for window in (None, 512):
                 config = f"Dh{head}-{'full' if window is None else 'window'}-{_TYPES[dtype]}"
@@ -163,6 +167,22 @@ def _option_logprobs(rows: int, vocabulary: int, size: int, dtype: torch.dtype) 
     def call() -> object:
         hidden, weight = torch.empty(rows, size, dtype=dtype), torch.empty(vocabulary, size, dtype=dtype)
         return _op("option_logprobs")(hidden, weight, torch.arange(rows + 1), torch.zeros(rows, dtype=torch.int32))
+
+    return call
+
+
+def _experts(rows: int, size: int, inner: int, dtype: torch.dtype) -> Callable[[], object]:
+    """The three operations of 128 experts, 8 of a row."""
+
+    def call() -> object:
+        routes = Routes.of(torch.arange(8 * rows).view(rows, 8) % 128, 128)
+        gates = torch.empty(1, inner, size, dtype=dtype).expand(128, -1, -1)
+        x, products = torch.empty(rows, size, dtype=dtype), torch.empty(8 * rows, inner, dtype=dtype)
+        _op("expert_swiglu")(x, gates, gates, routes, products)
+        downs = torch.empty(1, size, inner, dtype=dtype).expand(128, -1, -1)
+        each = torch.empty(1, size, dtype=dtype).expand(8 * rows, -1)
+        _op("expert_linear")(products, downs, routes, each)
+        return _op("add_weighted")(each, torch.empty(rows, 8), x)
 
     return call
 

@@ -38,7 +38,9 @@ if TYPE_CHECKING:
     from psykern.runs.folder import read_run
     from psykern.runs.job import Run
     from psykern.runs.manifest import Manifest
+    from psykern.runs.plan_text import format_estimate
     from psykern.runs.run import score, score_adapters, score_conditions
+    from psykern.runs.streaming import GpuWeights, WeightsPlan
     from psykern.runs.summary import StudySummary, Summary, format_summary
     from psykern.scoring.loading import load
     from psykern.scoring.results import Choice, Logprob, Reject, Surprisal, TokenScores, TopTokens
@@ -58,7 +60,9 @@ _HOMES = {
     "runs.folder": "read_run",
     "runs.job": "Run",
     "runs.manifest": "Manifest",
+    "runs.plan_text": "format_estimate",
     "runs.run": "score score_adapters score_conditions",
+    "runs.streaming": "GpuWeights WeightsPlan",
     "runs.summary": "StudySummary Summary format_summary",
     "scoring.results": "Choice Logprob Reject Surprisal TokenScores TopTokens",
     "scoring.loading": "load",
@@ -79,6 +83,7 @@ __all__ = [
     "ComparisonError",
     "DataError",
     "Estimate",
+    "GpuWeights",
     "InterruptedRun",
     "Logprob",
     "Manifest",
@@ -103,12 +108,14 @@ __all__ = [
     "Surprisal",
     "TokenScores",
     "TopTokens",
+    "WeightsPlan",
     "Workers",
     "__version__",
     "astep",
     "compare_runs",
     "estimate",
     "format_comparison",
+    "format_estimate",
     "format_summary",
     "load",
     "read_run",

@@ -1,4 +1,4 @@
-"""The commands: ``psykern score``, ``psykern plan``, ``psykern compare`` and ``psykern demo``.
+"""The commands: ``psykern score``, ``plan``, ``compare``, ``demo`` and ``models``.
 
 Exit status: 0 done; 1 an error stopped it; 2 wrong usage; 3 done, but some rows were rejected; 130 and 143 stopped by
 SIGINT (Ctrl-C) and SIGTERM. Before anything is computed such a signal ends ``psykern score`` at once. Later the first
@@ -13,22 +13,22 @@ import os
 import signal
 import sys
 import tempfile
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 import psykern
 from psykern import Settings, Shard, demo
+from psykern.listing import models_table
+from psykern.signals import EXIT_SIGNAL, handling, stop_signals
 
 if TYPE_CHECKING:
-    from psykern import Estimate, Run, StudyPlan
+    from psykern import Run
 
 LETTER = "[A-Z]"  # the responses of the study's accuracy subset
-EXIT_ERROR, EXIT_REJECTS, EXIT_SIGNAL = 1, 3, 128  # a signal's number is added
+EXIT_ERROR, EXIT_REJECTS = 1, 3
 
 _METAVARS = {"date": "YYYY-MM-DD", "device": "NAME"}
 # What a setting's own help does not say: how the command line takes it.
@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--out", metavar="FOLDER", help="new folder for runs and report; default: a temporary one")
     show.add_argument("--quiet", action="store_true", help="no progress bar")
     show.set_defaults(command=_demo)
+    commands.add_parser("models", help="the kinds of model, and what is tested of each").set_defaults(command=_models)
     return parser
 
 
@@ -187,7 +188,7 @@ def _score(options: argparse.Namespace, settings: Settings) -> int:
     adapters = options.adapter
     if options.ray is not None and (options.shard is not None or len(options.condition) > 1 or len(adapters) > 1):
         raise psykern.PsykernError("ray: takes one condition, one adapter and no --shard; its workers share the units")
-    with _stop_signals(at_once=options.ray is None) as stop, _caveats():
+    with stop_signals(at_once=options.ray is None) as stop, _caveats():
         how: dict[str, Any] = {
             "revision": options.revision,
             "resume": options.resume,
@@ -232,37 +233,6 @@ def _shard(text: str | None) -> Shard:
     return Shard(int(index), int(count))
 
 
-class _Stop:
-    """The signals to stop that have come. What is on disk is whole at any moment, so a process may end at any."""
-
-    def __init__(self, *, begun: bool) -> None:
-        self.received: list[int] = []
-        self._begun = begun  # False: nothing is computed yet, which a signal would have to wait for
-
-    def asked(self) -> bool:
-        """Asked before each wave."""
-        self._begun = True
-        return bool(self.received)
-
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        del frame
-        name = signal.Signals(number).name
-        if self.received or not self._begun:
-            again = " again" if self.received else ""
-            os.write(2, f"\npsykern: {name}{again}: stopped; records written so far are kept\n".encode())
-            os._exit(EXIT_SIGNAL + number)
-        self.received.append(number)
-        os.write(2, f"\npsykern: {name}: finishing the wave in hand; once more stops at once\n".encode())
-
-
-@contextmanager
-def _stop_signals(*, at_once: bool) -> Iterator[_Stop]:
-    """Gives what has come of SIGINT and SIGTERM. ``at_once``: before anything is computed, they end the process."""
-    stop = _Stop(begun=not at_once)
-    with _handling(stop.handle, signal.SIGINT, signal.SIGTERM):
-        yield stop
-
-
 @contextmanager
 def _caveats() -> Iterator[None]:
     """A dtype that is slow here is said in one line."""
@@ -280,23 +250,10 @@ def _caveats() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _handling(handler: Callable[[int, FrameType | None], Any], *numbers: signal.Signals) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # only that may handle signals
-        yield
-        return
-    before = {number: signal.signal(number, handler) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, own in before.items():
-            signal.signal(number, own)
-
-
 def _compare(options: argparse.Namespace, settings: Settings) -> int:
     del settings  # a comparison takes none
     compare = psykern.compare_runs  # which is loaded now, while Ctrl-C ends the process at once
-    with _handling(signal.default_int_handler, signal.SIGINT):  # what is half written is removed
+    with handling(signal.default_int_handler, signal.SIGINT):  # what is half written is removed
         comparison = compare(
             options.runs,
             options.out,
@@ -331,7 +288,7 @@ def _demo(options: argparse.Namespace, settings: Settings) -> int:
         raise psykern.RunFolderError(f"{out}: expected a new or empty folder")
     score, compare, runs = psykern.score, psykern.compare_runs, []  # loaded now, as in a comparison
     with (
-        _handling(signal.default_int_handler, signal.SIGINT),
+        handling(signal.default_int_handler, signal.SIGINT),
         tempfile.TemporaryDirectory(prefix="psykern-model-") as folder,
     ):
         for model in (demo.MODEL, demo.build_posttrained(Path(folder) / demo.POSTTRAINED.parent.name)):
@@ -344,6 +301,12 @@ def _demo(options: argparse.Namespace, settings: Settings) -> int:
     print("The tiny models are a demonstration: one was trained for minutes on other participants of these studies,")
     print("the other then for seconds to give its own likeliest answer. Their numbers say that psykern works, nothing")
     print("about people or language models.")
+    return 0
+
+
+def _models(options: argparse.Namespace, settings: Settings) -> int:
+    del options, settings
+    print(models_table())
     return 0
 
 
@@ -397,36 +360,7 @@ def _plan(options: argparse.Namespace, settings: Settings) -> int:
             raise psykern.PsykernError(f"{name}: a plan is of one {name}, got {','.join(given)}")
     how = {"adapter": next(iter(options.adapter), None), "revision": options.revision, "quiet": options.quiet}
     estimate = psykern.estimate(options.model, options.data, settings, **how)
-    print(_plan_table(estimate))
+    print(psykern.format_estimate(estimate))
     for error in estimate.rejects:
         print(f"psykern: rejected: {error}", file=sys.stderr)
     return EXIT_REJECTS if estimate.rejects else 0
-
-
-def _plan_table(estimate: Estimate) -> str:
-    """A line per study and the sums; FLOPs in units of 10^12, memory in MiB. "one trie": what there were to compute if
-    each study were one unit."""
-    header = ["study", "transcripts", "responses", "tokens", "to compute", "one trie", "scored rows", "branches"]
-    header += ["body TFLOP", "attention", "head", "wave MiB"]
-    rows = [header]
-    for s in estimate.studies:
-        rows.append(_plan_row(s.study, [s]))
-    rows.append(_plan_row("all", estimate.studies))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    )
-
-
-def _plan_row(name: str, studies: Sequence[StudyPlan]) -> list[str]:
-    def total(column: str) -> int:
-        return sum(getattr(s, column) for s in studies)
-
-    memory = max((s.wave_bytes for s in studies), default=0)
-    counts = [f"{total(column):,}" for column in _COUNTS]
-    return [name, *counts, *(f"{total(column) / 1e12:,.2f}" for column in _FLOPS), f"{memory / 2**20:,.0f}"]
-
-
-_COUNTS = ("transcripts", "responses", "tokens", "computed_tokens", "bound_tokens", "scored_rows", "branches")
-_FLOPS = ("flops_body", "flops_attention", "flops_head")

@@ -35,6 +35,7 @@ from psykern.data.pretrained import Pretrained
 from psykern.data.protocol import study_text
 from psykern.data.sandbox import asks_for_date, compiled
 
+_OF_PROCESSOR = "chat_template.json"  # which tokenizers do not read
 _STAND_IN = "\ue000{}\ue001"  # private-use characters, in no transcript
 _STAND_INS = re.compile("\ue000(\\d+)\ue001")
 
@@ -85,13 +86,14 @@ class ChatTemplate:
     def load(cls, folder: Path, pretrained: Pretrained | None = None) -> ChatTemplate:
         """``pretrained``: what was read of the folder before.
 
-        Raises CheckpointError where there is no template, or more than one and none of them the default.
+        Raises CheckpointError where there is no template, or more than one and none of them the default, and where the
+        processor of a model that sees has another one, by which a text's dialogue looks different.
         """
         tokenizer = (pretrained or Pretrained.load(folder)).tokenizer
         try:
-            file = folder / "chat_template.json"
-            if not tokenizer.chat_template and file.is_file():  # a processor's, which tokenizers do not read
-                tokenizer.chat_template = json.loads(file.read_text(encoding="utf-8"))["chat_template"]
+            file = folder / _OF_PROCESSOR
+            of_processor = json.loads(file.read_text(encoding="utf-8"))["chat_template"] if file.is_file() else None
+            tokenizer.chat_template = tokenizer.chat_template or of_processor
             source = tokenizer.get_chat_template() if tokenizer.chat_template else None
         except Exception as error:  # whatever a broken folder makes it raise
             raise CheckpointError(f"{folder}: its chat template cannot be read: {error}") from error
@@ -100,6 +102,8 @@ class ChatTemplate:
                 f"{folder}: condition chat needs a chat template (chat_template.jinja or .json, or chat_template "
                 "in tokenizer_config.json); the tokenizer has none"
             )
+        if of_processor not in (None, source):
+            _check_equal(cls(folder, source, tokenizer), cls(folder, str(of_processor), tokenizer))
         return cls(folder, source, tokenizer)
 
     def at(self, date: str | None) -> ChatTemplate:
@@ -199,6 +203,20 @@ class ChatTemplate:
 
     def _refuse(self, transcript: Transcript, what: str) -> NoReturn:
         raise RowError(transcript.source, f"the chat template {self.name} {what}")
+
+
+def _check_equal(own: ChatTemplate, of_processor: ChatTemplate) -> None:
+    """Raises CheckpointError where the tokenizer's template and the processor's make different dialogues of text: half
+    of the model's users have the one, half the other."""
+    try:
+        one, other = (chat.at("2000-01-01")._dialogue("a b") for chat in (own, of_processor))
+    except Exception as error:  # the template's own
+        raise CheckpointError(f"{own.folder}: its chat templates cannot be compared: {error}") from error
+    if one != other:
+        raise CheckpointError(
+            f"{own.folder}: the chat template of {_OF_PROCESSOR} is not the tokenizer's: expected one dialogue, got "
+            f"{other[:80]!r} and {one[:80]!r}; remove {_OF_PROCESSOR} to score with the tokenizer's"
+        )
 
 
 @lru_cache(maxsize=4096)

@@ -31,6 +31,9 @@ class Budgets:
 # A product with a wide weight is 8 % faster with 2,048 rows than with 1,024 (benchmarks/results).
 CPU_BUDGETS = Budgets(wave_tokens=32_768, batch_tokens=2048)
 
+# Where rows are spread over experts: so many that a product of one of them has rows enough, within memory.
+_EXPERT_ROWS, _MOST_CPU_BATCH = 512, 8192
+
 _DEVICE_BATCH = 16_384  # rows: a launch costs the host more than the smallest model's product of fewer
 _DEVICE_WAVE = (16_384, 131_072)  # rows at least, where memory is short, and at most
 # Rows whose memory is left for those beyond the budget and for what is carried: 59,000 in the worst of the 15 studies.
@@ -89,13 +92,18 @@ def budgets(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Budget
     """Budgets that fit ``device`` as it is now: on a device with memory of its own, waves as large as that allows when
     a long transcript makes one larger."""
     if device.type == "cpu":
-        return replace(CPU_BUDGETS, carried_price=_carried_price(spec))
+        return replace(CPU_BUDGETS, batch_tokens=_cpu_batch(spec), carried_price=_carried_price(spec))
     free = _WAVE_SHARE * (free_bytes(device) or 0) - _HEAD_TILES
     row = 2 * spec.hidden_size + _store_numbers(spec)
     rows = int((free / dtype.itemsize - _DEVICE_BATCH * _batch_numbers(spec)) // row) - _BEYOND
     least, most = _DEVICE_WAVE
     rows = max(least, min(rows - rows % _DEVICE_BATCH, most))
     return Budgets(rows, min(_DEVICE_BATCH, rows), _carried_price(spec))
+
+
+def _cpu_batch(spec: ModelSpec) -> int:
+    spread = max(layer.ffn.spread for layer in spec.layers)
+    return max(CPU_BUDGETS.batch_tokens, min(int(_EXPERT_ROWS * spread), _MOST_CPU_BATCH))
 
 
 def _store_numbers(spec: ModelSpec) -> int:

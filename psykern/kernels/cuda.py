@@ -5,22 +5,23 @@ is fp32; rows of inputs and outputs may lie apart, the numbers of a row must be 
 output is written by way of a dense array. Inputs of different dtypes are computed in the wider one and rounded at the
 end. Arguments are checked by ``psykern.kernels``, where the operations are described, and again by the binding.
 
-There is no ``prefix_attention`` in CUDA C++, by design: this backend takes Triton's.
+There is no ``prefix_attention`` in CUDA C++, nor what a mixture of experts needs, by design: this backend takes
+Triton's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import reduce
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from psykern import _cuda
-from psykern.kernels.reference import add_weighted as add_weighted
-from psykern.kernels.reference import expert_linear as expert_linear
-from psykern.kernels.reference import expert_swiglu as expert_swiglu
 from psykern.kernels.reference import linear as linear
 from psykern.kernels.reference import swiglu as swiglu
+from psykern.kernels.routes import Routes
 from psykern.kernels.segments import Segments
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -124,16 +125,32 @@ def prefix_attention(
     window: int | None,
     out: Tensor,
 ) -> Tensor:
-    """Triton's; raises :class:`psykern.kernels.BackendError` where Triton is not installed."""
+    return _triton("prefix_attention").prefix_attention(q, k, v, segments, softmax_scale, window, out)
+
+
+def expert_swiglu(x: Tensor, gates: Sequence[Tensor], ups: Sequence[Tensor], routes: Routes, out: Tensor) -> Tensor:
+    return _triton("expert_swiglu").expert_swiglu(x, gates, ups, routes, out)
+
+
+def expert_linear(x: Tensor, weights: Sequence[Tensor], routes: Routes, out: Tensor) -> Tensor:
+    return _triton("expert_linear").expert_linear(x, weights, routes, out)
+
+
+def add_weighted(x: Tensor, weights: Tensor, total: Tensor) -> Tensor:
+    return _triton("add_weighted").add_weighted(x, weights, total)
+
+
+def _triton(op: str) -> ModuleType:
+    """Triton's operations; raises :class:`psykern.kernels.BackendError` where Triton is not installed."""
     from psykern.kernels import BackendError
 
     try:
         from psykern.kernels import triton
     except ImportError as error:
         raise BackendError(
-            "backend 'cuda' takes Triton's prefix_attention, and triton is not installed: `pip install triton`"
+            f"backend 'cuda' takes Triton's {op}, and triton is not installed: `pip install triton`"
         ) from error
-    return triton.prefix_attention(q, k, v, segments, softmax_scale, window, out)
+    return triton
 
 
 def add_rms_norm(

@@ -13,7 +13,7 @@ peft's code.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -118,6 +118,11 @@ class Merged(Source):
     def names(self) -> Collection[str]:
         return {*self._base.names, *self._tied}
 
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """Of the base; a run's manifest names the adapter itself."""
+        return self._base.changes
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self._base.shape(self._of_base(name))
 
@@ -142,11 +147,13 @@ class Merged(Source):
     def stored_bytes(self, name: str) -> int:
         change = self._changes.get(name)
         own = 0 if change is None else sum(map(self._adapter.file.stored_bytes, change.files.values()))
-        return (
-            own
-            if change is not None and "whole" in change.files
-            else own + self._base.stored_bytes(self._of_base(name))
-        )
+        is_instead = change is not None and "whole" in change.files
+        return own if is_instead else own + self._base.stored_bytes(self._of_base(name))
+
+    def stored(self, name: str) -> Sequence[Tensor]:
+        """Of the base; an adapter is small."""
+        change = self._changes.get(name)
+        return () if change is not None and change.is_whole else self._base.stored(self._of_base(name))
 
     def tensor(self, name: str) -> Tensor:
         change = self._changes.get(name)

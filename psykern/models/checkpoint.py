@@ -28,6 +28,8 @@ from psykern.models.source import DTYPES, Source, are_equal, listed, refusal
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _ADAPTER = "adapter_config.json"
+# How weights are quantised, beside a config.json that does not say it: early AutoGPTQ and AutoAWQ.
+LEGACY_CONFIGS: Mapping[str, str] = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 _PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 _HUB_FILES = ["*.json", "chat_template.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
 _HASH_BYTES = 1 << 20  # read at a time
@@ -88,10 +90,25 @@ def _download(model: str, weights: bool) -> Path:
 
 def read_config(folder: Path, name: str = "config.json") -> dict[str, object]:
     """The object in the folder's ``config.json``, as it stands there. Raises :class:`CheckpointError`."""
-    return _read_object(folder / name)
+    return read_object(folder / name)
 
 
-def _read_object(path: Path) -> dict[str, object]:
+def stored_dtype(folder: Path) -> torch.dtype | None:
+    """Of the weights, as ``config.json`` says. None: it does not say, or they are quantised."""
+    config = read_config(folder)
+    inner = config.get("text_config")
+    for values in (config, inner if isinstance(inner, dict) else {}):
+        if values.get("quantization_config") is not None:
+            return None
+        for key in ("dtype", "torch_dtype"):  # transformers' newer and older name
+            found = getattr(torch, str(values.get(key)).removeprefix("torch."), None)
+            if isinstance(found, torch.dtype):
+                return found
+    return None
+
+
+def read_object(path: Path) -> dict[str, object]:
+    """The object in a JSON file. Raises :class:`CheckpointError`."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_as_object)
     except FileNotFoundError as error:
@@ -128,9 +145,10 @@ class Checkpoint(Source):
 
         Raises :class:`CheckpointError`, also for weights that are there twice and differ.
         """
-        names, files = names or Names(), _weight_files(folder)
-        shards = {path: _map_file(path) for path in files}
-        _check_other_sources(folder, shards)
+        names = names or Names()
+        files = {path: in_it and names.wanted(in_it) for path, in_it in _weight_files(folder).items()}
+        shards = {path: _map_file(path, names) for path in files}
+        _check_other_sources(folder, shards, names)
         try:
             spelling = names.read({name for stored in (*shards.values(), *files.values()) for name in stored or ()})
         except ValueError as error:
@@ -153,7 +171,7 @@ class Checkpoint(Source):
     @classmethod
     def of_file(cls, path: Path) -> Checkpoint:
         """Of one file that is no model's; each name is its own."""
-        return cls(path.parent, _map_file(path), Names().read(()))
+        return cls(path.parent, _map_file(path, Names()), Names().read(()))
 
     @property
     def names(self) -> frozenset[str]:
@@ -177,6 +195,9 @@ class Checkpoint(Source):
     def stored_bytes(self, name: str) -> int:
         return self.raw(name).nbytes
 
+    def stored(self, name: str) -> tuple[torch.Tensor]:
+        return (self.raw(name),)
+
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor on the CPU, in its stored dtype, mapped and not copied: not to be written to."""
         tensor = self.raw(name)
@@ -193,8 +214,10 @@ class Checkpoint(Source):
 
 
 def hash_model(folder: Path) -> str:
-    """``sha256:…`` over ``config.json`` and the weight files: the content, size and name of each."""
-    return hash_files([folder / "config.json", *_weight_files(folder)])
+    """``sha256:…`` over ``config.json`` (and what says how weights are quantised beside it) and the weight files: the
+    content, size and name of each."""
+    beside = [folder / name for name in LEGACY_CONFIGS if (folder / name).is_file()]
+    return hash_files([folder / "config.json", *beside, *_weight_files(folder)])
 
 
 def hash_files(paths: Iterable[Path]) -> str:
@@ -247,7 +270,7 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
 
 def _indexed_files(folder: Path) -> dict[Path, set[str] | None]:
     path = folder / _INDEX
-    places = _read_object(path).get("weight_map")
+    places = read_object(path).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise CheckpointError(f"{path}: expected weight_map to be an object of tensor names, got {places!r:.80}")
     files: dict[Path, set[str] | None] = {}
@@ -261,7 +284,7 @@ def _indexed_files(folder: Path) -> dict[Path, set[str] | None]:
     return files
 
 
-def _check_other_sources(folder: Path, shards: Mapping[Path, dict[str, torch.Tensor]]) -> None:
+def _check_other_sources(folder: Path, shards: Mapping[Path, dict[str, torch.Tensor]], names: Names) -> None:
     """Raises :class:`CheckpointError` where the folder holds other weights too, which another reader would take."""
     if (folder / _ADAPTER).exists():
         raise CheckpointError(f"{folder}: {_ADAPTER}: an adapter beside the weights is not applied; merge or remove it")
@@ -277,7 +300,7 @@ def _check_other_sources(folder: Path, shards: Mapping[Path, dict[str, torch.Ten
     except CheckpointError:  # no index, or one without its files: nobody could read those
         return
     for path in sorted(others):
-        for name, tensor in _map_file(path).items():
+        for name, tensor in _map_file(path, names).items():
             if name not in single or not are_equal(tensor, single[name]):
                 raise CheckpointError(
                     f"{folder}: {_SINGLE} and {path.name} of {_INDEX} are two sources of weights and differ in {name}: "
@@ -285,11 +308,12 @@ def _check_other_sources(folder: Path, shards: Mapping[Path, dict[str, torch.Ten
                 )
 
 
-def _map_file(path: Path) -> dict[str, torch.Tensor]:
+def _map_file(path: Path, names: Names) -> dict[str, torch.Tensor]:
+    """Without the tensors that ``names`` pass over."""
     try:
         file: Any = safe_open(path, framework="pt", device="cpu")
         # A CPU tensor of safe_open is a view of one private (copy-on-write) mapping, so no weights are read here.
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, the handle is no mapping
+        return {name: file.get_tensor(name) for name in sorted(names.wanted(file.keys()))}
     except (SafetensorError, OSError, ValueError, TypeError, RuntimeError, AttributeError) as error:
         # Beside SafetensorError: no access, sizes that overflow, dtypes that this torch does not have.
         reason = str(error).partition("\n")[0]  # torch's goes on with frames of C++

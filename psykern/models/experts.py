@@ -43,6 +43,11 @@ class ExpertsSpec:
         return cls(c.positive("hidden_size"), c.positive("moe_intermediate_size"), num_experts, top_k, is_normalised)
 
     @property
+    def spread(self) -> float:
+        """Over so many products the rows of a batch are spread: each has one in so many of them."""
+        return self.num_experts / self.top_k
+
+    @property
     def scratch(self) -> int:
         """Numbers per row: what the last products of its experts take, and what they give."""
         return self.top_k * (self.intermediate_size + self.hidden_size)

@@ -1,12 +1,14 @@
 """The families that psykern computes, each a function from ``config.json`` to a :class:`ModelSpec`.
 
 They differ in where norms stand, in biases, in rotary embeddings and in sliding windows, and nowhere else. What an
-absent key means is transformers' own default of the family.
+absent key means is transformers' own default of the family. A model that sees is its language model here: on text its
+other parts have no say.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -16,8 +18,10 @@ from psykern.models.attention import AttentionSpec
 from psykern.models.checkpoint import read_config
 from psykern.models.experts import ExpertsSpec
 from psykern.models.fields import LAYER_TYPES, Fields
+from psykern.models.harmless import is_harmless, refuse_unknown
 from psykern.models.layer import LayerSpec, NormsSpec
 from psykern.models.mlp import MlpSpec
+from psykern.models.names import MLLAMA, QWEN_VL
 from psykern.models.spec import ModelSpec
 
 _DEFAULTS: Mapping[str, Any] = {
@@ -47,13 +51,31 @@ _QWEN3_MOE_DEFAULTS = {
 }
 _OLMO2_DEFAULTS = {**_DEFAULTS, "rms_norm_eps": 1e-5}
 _OLMO3_DEFAULTS = {**_OLMO2_DEFAULTS, "sliding_window": 4096, "rope_theta": 500_000.0}
+_QWEN2_5_VL_DEFAULTS = {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_key_value_heads": 8, "max_window_layers": 80}
+_QWEN3_VL_DEFAULTS = {"max_position_embeddings": 128_000, "rope_theta": 500_000.0}
+_QWEN3_VL_MOE_DEFAULTS = {
+    **_QWEN3_VL_DEFAULTS,
+    "norm_topk_prob": True,
+    "num_key_value_heads": 16,
+    "moe_intermediate_size": 1408,
+    "num_experts_per_tok": 4,
+    "num_experts": 60,
+}
+_MLLAMA_DEFAULTS = {
+    **_DEFAULTS,
+    "max_position_embeddings": 131_072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500_000.0,
+    "num_key_value_heads": 8,
+}
+_MLLAMA_CROSSING = (3, 8, 13, 18, 23, 28, 33, 38)
+_MLLAMA_CROSSING_TENSORS = ("cross_attn*", "mlp.*", "input_layernorm.weight", "post_attention_layernorm.weight")
+_MLLAMA_IMAGE_TOKENS = 8  # rows of the embedding behind the vocabulary
 
 
 # What transformers obeys in any config and psykern does not.
 _NOT_COMPUTED: Mapping[str, str] = {
-    "quantization_config": "quantised weights are not supported",
     "per_layer_config": "layers with settings of their own are not supported",
-    "text_config": "a config within the config is not read",
     "configuration_files": "another config file is not read",
     "transformers_weights": "weights under another name are not read",
 }
@@ -81,10 +103,10 @@ def qwen3(c: Fields) -> ModelSpec:
 def qwen3_moe(c: Fields) -> ModelSpec:
     c = c.or_else(_QWEN3_MOE_DEFAULTS)
     bias = c.boolean("attention_bias")
-    window = c.get("use_sliding_window") and c.get("sliding_window") is not None
-    mixer = AttentionSpec.of(  # of all layers or of none, unlike Qwen3
-        c, LAYER_TYPES[bool(window)], qk_norm="head", qkv_bias=bias, o_bias=bias
-    )
+    c.asked.update(("max_window_layers", "sliding_window", "intermediate_size"))  # of no layer, perhaps
+    # Of all layers or of none, unlike Qwen3's.
+    has_windows = c.boolean("use_sliding_window") and c.get("sliding_window") is not None
+    mixer = AttentionSpec.of(c, LAYER_TYPES[has_windows], qk_norm="head", qkv_bias=bias, o_bias=bias)
     experts = ExpertsSpec.of(c, is_normalised=c.boolean("norm_topk_prob"))
     return decoder(c, [mixer] * c.positive("num_hidden_layers"), _experts_or_mlp(c, experts))
 
@@ -103,6 +125,49 @@ def olmo3(c: Fields) -> ModelSpec:
     return decoder(c, by_type(layer_types(c, lambda i: (i + 1) % 4 != 0), mixer), MlpSpec.of(c), norms="after")
 
 
+def qwen2_5_vl(root: Fields) -> ModelSpec:
+    """Before transformers 4.52 the keys of the language model stood at the root."""
+    c = language(root, may_be_flat=True).or_else(_QWEN2_5_VL_DEFAULTS)
+    return replace(qwen2(c), naming=QWEN_VL)
+
+
+def qwen3_vl(root: Fields) -> ModelSpec:
+    return replace(qwen3(language(root).or_else(_QWEN3_VL_DEFAULTS)), naming=QWEN_VL)
+
+
+def qwen3_vl_moe(root: Fields) -> ModelSpec:
+    c = language(root).or_else(_QWEN3_VL_MOE_DEFAULTS)
+    if not c.boolean("norm_topk_prob"):
+        raise c.error("norm_topk_prob: expected true, as transformers takes it for, got false")
+    if c.get("use_sliding_window"):
+        raise c.error(
+            f"use_sliding_window: expected false, as transformers takes it for, got {c.get('use_sliding_window')}"
+        )
+    return replace(qwen3_moe(c), naming=QWEN_VL)
+
+
+def mllama(root: Fields) -> ModelSpec:
+    """Llama 3.2 Vision. Where there is no image, its cross-attention layers let everything pass as it is."""
+    c = language(root).or_else(_MLLAMA_DEFAULTS)
+    num_layers, crossing = c.positive("num_hidden_layers"), c.get("cross_attention_layers")
+    if crossing is None:
+        crossing = [i for i in _MLLAMA_CROSSING if i < num_layers]
+    is_numbers = isinstance(crossing, list) and all(isinstance(i, int) and 0 <= i < num_layers for i in crossing)
+    if not is_numbers or len(set(crossing)) == num_layers:
+        expected = f"numbers of some of the layers, 0 to {num_layers - 1}"
+        raise c.error(f"cross_attention_layers: expected {expected}, got {crossing!r:.80}")
+    spec = decoder(c, [AttentionSpec.of(c, "full_attention")] * num_layers, MlpSpec.of(c))
+    if spec.has_tied_head:
+        raise c.error("tie_word_embeddings: expected false, as the embedding has more rows than the head, got true")
+    return replace(
+        spec,
+        layers=tuple(layer for i, layer in enumerate(spec.layers) if i not in crossing),
+        skipped=tuple(spec.layers[i].prefix + name for i in crossing for name in _MLLAMA_CROSSING_TENSORS),
+        embedding_rows=spec.vocab_size + _MLLAMA_IMAGE_TOKENS,
+        naming=MLLAMA,
+    )
+
+
 FAMILIES: Mapping[str, Callable[[Fields], ModelSpec]] = {
     "llama": llama,
     "qwen2": qwen2,
@@ -110,6 +175,10 @@ FAMILIES: Mapping[str, Callable[[Fields], ModelSpec]] = {
     "qwen3_moe": qwen3_moe,
     "olmo2": olmo2,
     "olmo3": olmo3,
+    "qwen2_5_vl": qwen2_5_vl,
+    "qwen3_vl": qwen3_vl,
+    "qwen3_vl_moe": qwen3_vl_moe,
+    "mllama": mllama,
 }
 
 
@@ -132,12 +201,9 @@ def decoder(
     ffn: MlpSpec | Sequence[MlpSpec | ExpertsSpec],
     norms: Literal["before", "after"] = "before",
 ) -> ModelSpec:
-    """One layer for each mixer, with its feed-forward part or one for all, and the same norms."""
-    for key, why in _NOT_COMPUTED.items():
-        if c.get(key):
-            raise c.error(f"{key}: {why}")
-    if not c.get("is_causal", True):
-        raise c.error(f"is_causal: expected true, got {c.get('is_causal')!r}")
+    """One layer for each mixer, with its feed-forward part or one for all, and the same norms. To be called when all
+    else is read."""
+    _refuse_what_is_not_computed(c)
     types = c.get("layer_types")  # of other families too, which have one type
     if isinstance(types, list) and len(types) != len(mixers):
         raise c.error(f"layer_types has {len(types)} entries and num_hidden_layers is {len(mixers)}")
@@ -146,7 +212,7 @@ def decoder(
         raise c.error(f"rms_norm_eps: expected no negative number, got {eps}")
     both = NormsSpec(norms, hidden_size, eps)
     ffns = [ffn] * len(mixers) if isinstance(ffn, MlpSpec) else ffn
-    return ModelSpec(
+    spec = ModelSpec(
         model_type=c.get("model_type"),
         vocab_size=c.positive("vocab_size"),
         hidden_size=hidden_size,
@@ -158,6 +224,53 @@ def decoder(
             for i, (mixer, own) in enumerate(zip(mixers, ffns, strict=True))
         ),
     )
+    refuse_unknown(c)
+    return spec
+
+
+def language(root: Fields, *, may_be_flat: bool = False) -> Fields:
+    """The keys of the language model in one that sees: those of ``text_config``, else those at the root where they
+    ``may_be_flat``.
+
+    transformers 4.52 to 4.56 wrote them in both places and reads the former: those at the root are refused where they
+    say something else. Whether the head is tied is asked of the root first, as transformers does.
+    """
+    root.asked.update(("vision_config", "model_type", "tie_word_embeddings"))
+    inner = root.mapping("text_config")
+    if inner is None and may_be_flat:
+        return replace(root, values=_on_one_axis(root.values))
+    if inner is None:
+        raise root.error("text_config: expected an object, the config of the language model, got None")
+    own = ("model_type", "tie_word_embeddings")
+    of_root = {key: root.get(key) for key in own if root.get(key) is not None}
+    text, outside = _on_one_axis(inner), _on_one_axis(root.values)
+    for key, value in outside.items():
+        if key in text and key not in own and None not in (value, text[key]) and not is_harmless(key, value):
+            root.agreed({f"text_config.{key}": text[key], key: value})
+    root.asked.update(text)
+    _refuse_what_is_not_computed(root)
+    refuse_unknown(root)
+    return Fields({**text, **of_root}, f"{root.name}: text_config")
+
+
+def _on_one_axis(values: Mapping[str, Any]) -> dict[str, Any]:
+    """With plain ropes in place of those of several axes. A text's tokens have the same position on all axes
+    (``position_ids.expand(3, …)`` in transformers), so that it is one which numbers of a head follow which axis."""
+    plain = dict(values)
+    for path in ("rope_scaling", "rope_parameters"):
+        if isinstance(rope := values.get(path), dict):
+            rope = {key: value for key, value in rope.items() if key not in ("mrope_section", "mrope_interleaved")}
+            plain[path] = {key: "default" if value == "mrope" else value for key, value in rope.items()}
+    return plain
+
+
+def _refuse_what_is_not_computed(c: Fields) -> None:
+    c.asked.add("quantization_config")  # models.quantisation reads it, with the weights
+    for key, why in _NOT_COMPUTED.items():
+        if c.get(key):
+            raise c.error(f"{key}: {why}")
+    if not c.get("is_causal", True):
+        raise c.error(f"is_causal: expected true, got {c.get('is_causal')!r}")
 
 
 def _experts_or_mlp(c: Fields, experts: ExpertsSpec) -> list[MlpSpec | ExpertsSpec]:

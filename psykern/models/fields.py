@@ -19,13 +19,16 @@ class Fields:
     values: Mapping[str, Any]  # as they stand there
     name: str  # of the file, for errors
     defaults: Mapping[str, Any] = field(default_factory=dict)  # what absent keys mean
+    asked: set[str] = field(default_factory=set, compare=False)  # keys, whether they are there or not
 
     def or_else(self, defaults: Mapping[str, Any]) -> Fields:
-        """These, and what absent keys mean. A key that is there as ``null`` is not absent."""
-        return replace(self, defaults=defaults)
+        """These, and what absent keys mean where that is not said yet. A key that is there as ``null`` is not
+        absent."""
+        return replace(self, defaults={**defaults, **self.defaults})
 
     def get(self, key: str, default: Any = None) -> Any:
         """As it stands there or what its absence means; ``default`` where that is not said either."""
+        self.asked.add(key)
         return self.values[key] if key in self.values else self.defaults.get(key, default)
 
     def agreed(self, said: Mapping[str, Any], default: Any = None) -> Any:
@@ -67,6 +70,10 @@ class Fields:
         if value is not None and not isinstance(value, dict):
             raise self.error(f"{key}: expected an object, got {value!r}")
         return value
+
+    def not_asked(self) -> dict[str, Any]:
+        """What stands there and nobody asked for. A key that is ``null`` says nothing."""
+        return {key: value for key, value in self.values.items() if value is not None and key not in self.asked}
 
     def error(self, problem: str) -> CheckpointError:
         return CheckpointError(f"{self.name}: {problem}")

@@ -27,6 +27,11 @@ class MlpSpec:
         return cls(*sizes, has_bias)
 
     @property
+    def spread(self) -> float:
+        """All rows of a batch are rows of each product."""
+        return 1.0
+
+    @property
     def scratch(self) -> int:
         """Numbers per row: gate and up."""
         return 2 * self.intermediate_size

@@ -20,13 +20,14 @@ from psykern.models.adapters import Adapter, Merged
 from psykern.models.batch import Scratch
 from psykern.models.checkpoint import widen
 from psykern.models.layer import Layer, LayerSpec
+from psykern.models.readahead import ReadAhead
 from psykern.models.rope import RotaryTables
 from psykern.models.slots import Layout, Slots, free_bytes, share_layouts
 from psykern.models.source import Source
 from psykern.models.spec import EMBEDDING, FINAL_NORM
 from psykern.models.weights import Base
 
-_RESIDENT_SHARE = 0.7  # of the free memory: weights beyond that are streamed, the rest is for waves
+RESIDENT_SHARE = 0.7  # of the free memory: weights beyond that are streamed, the rest is for waves
 _STREAMED_SLOTS = 2  # one is computed with while the other is filled
 
 
@@ -51,7 +52,8 @@ class Model:
         self.spec = base.spec if opened is None else opened.untied(base.spec)
         self.compute = compute
         self._source = base.source if opened is None else Merged.of(opened, base.source, base.spec)
-        self._read = partial(_read_layer, self._source, self.spec.layers)
+        self._ahead = ReadAhead(self._parts())
+        self._read = partial(_read_layer, self._source, self.spec.layers, self._ahead)
         self._tables = RotaryTables(compute.device, self.spec.max_positions)
         self._outside: dict[str, Tensor] = {}  # embedding, head and final norm on a device
         self._is_mapped = all(map(self._source.is_mapped, self._names()))
@@ -71,6 +73,11 @@ class Model:
         return self.compute.dtype
 
     @property
+    def changes(self) -> tuple[str, ...]:
+        """What was done to the weights on their way from the files."""
+        return self._source.changes
+
+    @property
     def num_layers(self) -> int:
         return self.spec.num_layers
 
@@ -81,6 +88,7 @@ class Model:
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """[N] token ids on the model's device to [N, D] in the compute dtype."""
+        self._leave_layers()  # none is entered yet
         return self._on_device(EMBEDDING)[token_ids.long()].to(self.dtype)
 
     def layer(self, index: int, num_positions: int) -> Layer:
@@ -88,6 +96,8 @@ class Model:
 
         Its weights are valid until the next layer is asked for: that one may take their place.
         """
+        if self._slots is None:
+            self._ahead.entered(index)
         known, covered = self._layers.get(index, (None, 0))
         if known is not None and num_positions <= covered:
             return known
@@ -116,6 +126,7 @@ class Model:
 
     def head(self) -> Tensor:
         """The head's weight [V, D], on a CPU in the checkpoint's own dtype: ``option_logprobs`` widens it by tiles."""
+        self._leave_layers()
         return self._on_device(self.spec.head_name)
 
     def scratch(self, rows: int) -> Scratch:
@@ -135,6 +146,22 @@ class Model:
         bad = (name for name in names if not torch.isfinite(self._source.tensor(name)).all())
         return [self._source.stored_name(name) for name in bad]
 
+    def _parts(self) -> list[list[Tensor]]:
+        """What is read from the files layer by layer, in a wave's order; on a CPU what is behind the layers too, and
+        with the first layer what is before them."""
+        layers = [
+            [tensor for name in layer.tensors() for tensor in self._source.stored(layer.prefix + name)]
+            for layer in self.spec.layers
+        ]
+        if self.device.type != "cpu":
+            return layers
+        layers[0].extend(self._source.stored(EMBEDDING))
+        return [*layers, list(self._source.stored(self.spec.head_name))]
+
+    def _leave_layers(self) -> None:
+        if self.device.type == "cpu":
+            self._ahead.entered(self.num_layers)
+
     def _names(self) -> list[str]:
         """Of all tensors of the layers."""
         return [layer.prefix + name for layer in self.spec.layers for name in layer.tensors()]
@@ -149,7 +176,7 @@ class Model:
         layouts = share_layouts((layer.tensors(), layer.fused()) for layer in layers)
         if num_slots is None:
             needed = max(layout.size for layout in layouts) * self.dtype.itemsize * len(layers) + self._outside_bytes()
-            num_slots = len(layers) if needed <= _RESIDENT_SHARE * (free_bytes(self.device) or 0) else _STREAMED_SLOTS
+            num_slots = len(layers) if needed <= RESIDENT_SHARE * (free_bytes(self.device) or 0) else _STREAMED_SLOTS
         return self._make_slots_of(layouts, num_slots)
 
     def _make_slots_of(self, layouts: Sequence[Layout], num_slots: int) -> Slots:
@@ -176,7 +203,8 @@ class Model:
         return self._source.dtype(name) if self.dtype == torch.float32 else self.dtype
 
 
-def _read_layer(source: Source, layers: tuple[LayerSpec, ...], index: int) -> dict[str, Tensor]:
+def _read_layer(source: Source, layers: tuple[LayerSpec, ...], ahead: ReadAhead, index: int) -> dict[str, Tensor]:
     """Layer ``index`` as the source has it, by the names within a layer."""
+    ahead.entered(index)
     layer = layers[index]
     return {name: source.tensor(layer.prefix + name) for name in layer.tensors()}

@@ -54,6 +54,8 @@ def _objects(c: Fields, layer_type: str, by_type: bool) -> dict[str, Mapping[str
 
 def _fill(c: Fields, path: str, values: Mapping[str, Any], by_type: bool) -> dict[str, Any]:
     """``values`` with what stands outside of them or is meant where it is absent."""
+    if unknown := [key for key, value in values.items() if key not in _KEYS and value is not None]:
+        raise c.error(f"{path}.{unknown[0]}: expected one of {', '.join(_KEYS)}, got {values[unknown[0]]!r:.80}")
     kinds = {f"{path}.{key}": values[key] for key in ("rope_type", "type") if key in values}
     if by_type and path == "rope_scaling" and "rope_type" not in values:
         # transformers 4 takes the type then, transformers 5 its default
@@ -70,14 +72,14 @@ def _fill(c: Fields, path: str, values: Mapping[str, Any], by_type: bool) -> dic
     for factor in (p.pop("partial_rotary_factor", None), c.get("partial_rotary_factor")):
         if factor not in (None, 1):
             raise c.error(f"partial_rotary_factor: only 1.0 is supported, got {factor!r:.80}")
-    original = "original_max_position_embeddings"
+    original, outside_length = "original_max_position_embeddings", c.get("original_max_position_embeddings")
     if original in _ROPE_NEEDS[_known(c, p["rope_type"])]:
         if p.get(original) is None:
             p[original] = c.positive("max_position_embeddings")
-        if (length := c.get(original)) is not None:
+        if outside_length is not None:
             if by_type:
-                c.agreed({original: length, f"{path}.{original}": p[original]})
-            p[original] = length  # the one outside goes first in transformers too
+                c.agreed({original: outside_length, f"{path}.{original}": p[original]})
+            p[original] = outside_length  # the one outside goes first in transformers too
     return p
 
 
@@ -124,6 +126,9 @@ _ROPE_NEEDS: Mapping[str, tuple[str, ...]] = {
     "yarn": ("factor", "original_max_position_embeddings"),
 }
 _YARN_MAY_HAVE = ("attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow")
+# All that may stand beside each other; transformers passes over those that the kind does not need.
+_KEYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor", *_ROPE_NEEDS["llama3"], *_YARN_MAY_HAVE)
+_KEYS += ("truncate", "short_factor", "long_factor", "finetuned")
 
 
 def _llama3_frequencies(frequencies: Tensor, p: Mapping[str, Any]) -> Tensor:

@@ -7,7 +7,7 @@ experts taken apart, quantised weights in floats, an adapter merged. Layers and 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from psykern.models.names import matches
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _EXPECTED = "expected float32, bfloat16 or float16"
-_QUANTISED = f"quantised weights are not supported, {_EXPECTED}"
+_QUANTISED = f"quantised weights without a quantization_config are not supported, {_EXPECTED}"
 _WIDE = f"float64 weights are not supported, {_EXPECTED}; convert them, as model.to(torch.float32) does"
 _COMPARED = 1 << 22  # numbers of two tensors at a time
 _MAX_NAMED = 8  # problems spelled out in one message
@@ -57,6 +57,15 @@ class Source(ABC):
     @abstractmethod
     def stored_bytes(self, name: str) -> int:
         """Bytes that the files have of it."""
+
+    def stored(self, name: str) -> Sequence[Tensor]:
+        """The mapped tensors of the files that :meth:`tensor` reads, to be read ahead; none where that is not known."""
+        return ()
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """What is done to the weights on their way from the files, for a run's manifest: nothing here."""
+        return ()
 
     def check(self, expected: Mapping[str, tuple[int, ...]], optional: Collection[str] = ()) -> None:
         """Raises :class:`CheckpointError` unless the tensors are exactly the ``expected`` ones, with their shapes.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from psykern.models.experts import ExpertsSpec
 from psykern.models.layer import LayerSpec
-from psykern.models.names import PREFIXES, Names
+from psykern.models.names import DECODER, Names, Naming
 from psykern.models.parts import Shapes
 
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -15,12 +15,15 @@ EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
     model_type: str
-    vocab_size: int
+    vocab_size: int  # rows of the head: tokens that can be predicted
     hidden_size: int
     eps: float  # of the final norm
     max_positions: int
     has_tied_head: bool  # the head is the embedding
     layers: tuple[LayerSpec, ...]
+    embedding_rows: int | None = None  # None: as many as the head has
+    naming: Naming = DECODER
+    skipped: tuple[str, ...] = ()  # patterns of tensors of layers that a text does not pass through
 
     @property
     def num_layers(self) -> int:
@@ -32,8 +35,9 @@ class ModelSpec:
 
     def outside(self) -> Shapes:
         """The tensors outside the layers."""
-        vocabulary = (self.vocab_size, self.hidden_size)
-        return {EMBEDDING: vocabulary, FINAL_NORM: (self.hidden_size,), self.head_name: vocabulary}
+        embedding = (self.embedding_rows or self.vocab_size, self.hidden_size)
+        head = (self.vocab_size, self.hidden_size)
+        return {EMBEDDING: embedding, FINAL_NORM: (self.hidden_size,), self.head_name: head}
 
     def tensors(self) -> Shapes:
         """Every tensor of a checkpoint, as ``transformers`` names them."""
@@ -42,7 +46,7 @@ class ModelSpec:
 
     def unused(self) -> list[str]:
         """Names and patterns of tensors that a checkpoint may hold and that are not needed."""
-        return ["*.rotary_emb.inv_freq", *([HEAD] if self.has_tied_head else [])]
+        return ["*.rotary_emb.inv_freq", *self.skipped, *([HEAD] if self.has_tied_head else [])]
 
     def stacks(self) -> list[str]:
         """Patterns of what a checkpoint may hold instead of each expert's weights; see :class:`.Stacked`."""
@@ -53,4 +57,4 @@ class ModelSpec:
     def names(self) -> Names:
         """How a checkpoint may spell them. Of two tensors that are one, safetensors' ``save_model`` keeps the head."""
         optional = [*self.unused(), *self.stacks()]
-        return Names(self.tensors().keys(), optional, PREFIXES, {EMBEDDING: HEAD} if self.has_tied_head else {})
+        return Names(self.tensors().keys(), optional, self.naming, {EMBEDDING: HEAD} if self.has_tied_head else {})

@@ -9,7 +9,7 @@ As Qwen3-VL's are published, the last two sizes of both stacks are exchanged.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -56,6 +56,10 @@ class Stacked(Source):
     def names(self) -> Collection[str]:
         return self._names
 
+    @property
+    def changes(self) -> tuple[str, ...]:
+        return self._source.changes
+
     def shape(self, name: str) -> tuple[int, ...]:
         if (place := self._place(name)) is None:
             return self._source.shape(name)
@@ -89,6 +93,14 @@ class Stacked(Source):
             return self._source.stored_bytes(name)
         parts = place.layer.spec.num_experts * (1 if place.half is None else 2)
         return self._source.stored_bytes(place.stack) // parts
+
+    def stored(self, name: str) -> Sequence[Tensor]:
+        """Of what is exchanged all of a stack with its first expert, and nothing with the others."""
+        if (place := self._place(name)) is None:
+            return self._source.stored(name)
+        if self.is_mapped(name):
+            return (self.tensor(name),)
+        return self._source.stored(place.stack) if place.expert == 0 and not place.half else ()
 
     def _place(self, name: str) -> _Place | None:
         """Where an expert's weight is; None for a name that is no part of a stack."""

@@ -18,7 +18,9 @@ from psykern.data.feed import Feed
 from psykern.engine.budgets import Cost, budgets, cost
 from psykern.engine.plan import Plan
 from psykern.kernels.compute import Compute
+from psykern.models.checkpoint import stored_dtype
 from psykern.runs.progress import Progress
+from psykern.runs.streaming import WeightsPlan
 from psykern.scoring.language import load_language
 from psykern.scoring.units import planned, with_unit_tokens
 
@@ -101,6 +103,7 @@ class Estimate:
 
     studies: tuple[StudyPlan, ...]
     rejects: tuple[RowError, ...]
+    weights: WeightsPlan
 
 
 def estimate(
@@ -136,4 +139,5 @@ def estimate(
                 one = StudyPlan.of(study, item.plan, cost(item.plan, spec, compute.dtype), again)
                 plans[study] = plans[study] + one if study in plans else one
             item.progress(1.0)
-    return Estimate(tuple(plans[study] for study in sorted(plans)), tuple(rejects))
+    weights = WeightsPlan.of(spec, compute.dtype, stored_dtype(language.folder))
+    return Estimate(tuple(plans[study] for study in sorted(plans)), tuple(rejects), weights)

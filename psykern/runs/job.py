@@ -76,6 +76,7 @@ def recipe_of(scorer: Scorer, dataset: Dataset, out: str | Path, settings: Setti
         model_id=scorer.name,
         model_hash=scorer.hash,
         adapter=InputAdapter(str(scorer.adapter), scorer.adapter_hash) if scorer.adapter_hash is not None else None,
+        weights="; ".join(scorer.model.changes) or None,
         tokenizer_hash=language.tokenizer.hash,
         beyond_embedding=language.beyond,
         data=tuple(InputFile(str(file.path), file.hash, file.bytes) for file in dataset.files),

@@ -78,6 +78,7 @@ class Recipe:
     model_id: str  # with an adapter "BASE + ADAPTER"
     model_hash: str  # of config and weights, the adapter's too
     adapter: InputAdapter | None  # None: the base alone
+    weights: str | None  # what was done to them on their way from the files, as dequantising; None: nothing
     tokenizer_hash: str
     beyond_embedding: int | None  # token ids from here on, which the tokenizer has, are not in the embedding
     data: tuple[InputFile, ...]

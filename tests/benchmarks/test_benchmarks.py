@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import bench_elementwise
+import bench_experts
 import bench_gpu_rates
 import bench_linear
 import bench_option_logprobs
@@ -19,6 +20,7 @@ import bench_prefix_attention
 import bench_run
 import bench_scale
 import bench_score
+import bench_streaming
 import comparison
 import exactness
 import gpu_smoke
@@ -72,6 +74,13 @@ def test_products_with_a_tiny_shape(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     bench_linear.main([*QUICK, "--folder", str(tmp_path), "--name", "l"])
     assert providers(tmp_path, "l") >= {"psykern", "mm", "openblas"}
+
+
+def test_experts_with_a_tiny_shape(tmp_path: Path) -> None:
+    bench_experts.main([*QUICK, "--folder", str(tmp_path), "--name", "m"])
+    assert providers(tmp_path, "m") >= {"psykern", "psykern_loop", "psykern_whole", "reference"}
+    even = bench_experts.routes_of(64, bench_experts.QWEN3_30B_A3B, "even")
+    assert set(even.offsets.diff().tolist()) == {4}  # 64 rows to 8 of 128 experts each
 
 
 def test_layers_are_those_of_the_models() -> None:
@@ -172,6 +181,13 @@ def test_end_to_end_with_a_tiny_shape_and_the_packages_own_sample(tmp_path: Path
     names = ["study", "psykern", "careful", "psykern:streamed"]
     bench_score.main([*QUICK, *options, "--studies", "guenther2024substitutions", "--providers", *names])
     assert providers(tmp_path, "s") == set(names)
+
+
+def test_streaming_with_a_tiny_shape(tmp_path: Path) -> None:
+    options = ["--small", "--model", str(tmp_path / "model"), "--tokens", "500", "--folder", str(tmp_path)]
+    bench_streaming.main([*options, "--dtypes", "float32", "--name", "t"])
+    (row,) = json.loads((tmp_path / "t.json").read_text())["rows"]
+    assert min(row[name] for name in ("share", "layer_seconds", "anonymous_mb", "disk_gb_s", "limit_gb")) > 0
 
 
 def test_the_idle_share_counts_what_no_kernel_covers() -> None:

@@ -92,15 +92,18 @@ def test_plan_prints_what_the_estimate_holds(toy: Toy, capsys: pytest.CaptureFix
         assert cells[:8] == [study.study, *map(str, (*counts, study.scored_rows, study.branches))]
         assert cells[8:11] == [f"{n / 1e12:.2f}" for n in (study.flops_body, study.flops_attention, study.flops_head)]
         assert cells[11] == f"{study.wave_bytes / 2**20:.0f}"
-    sums = lines[-1].split()
-    assert sums[0] == "all"
-    assert int(sums[4]) == sum(study.computed_tokens for study in estimate.studies)
-    assert len(lines) == len(estimate.studies) + 1
+    *_, sums, weights, gpu = lines
+    assert sums.split()[0] == "all"
+    assert int(sums.split()[4]) == sum(study.computed_tokens for study in estimate.studies)
+    assert len(lines) == len(estimate.studies) + 3
+    assert weights.startswith("weights: ") and gpu.startswith(
+        "one H100 80GB, bfloat16: the weights stay in its memory;"
+    )
 
 
 def test_plan_equals_what_score_computes(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert psykern_command("plan", toy.model, toy.data, "--device", "cpu") == 0
-    sums = [int(cell.replace(",", "")) for cell in capsys.readouterr().out.splitlines()[-1].split()[1:5]]
+    sums = [int(cell.replace(",", "")) for cell in capsys.readouterr().out.splitlines()[-3].split()[1:5]]
     assert score(toy.model, toy.data, tmp_path / "run") == 0
     counts = manifest(tmp_path / "run")["counts"]
     assert sums == [counts[name] for name in ("transcripts", "responses", "tokens", "computed_tokens")]
@@ -220,7 +223,9 @@ def test_help_of_demo_and_of_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(option_choices("demo", capsys)) == {"--help", "--out", "--quiet"}
     assert psykern_command("--help") == 0
     out = capsys.readouterr().out
-    assert all(re.search(rf"^ +{command} +\w", out, re.MULTILINE) for command in ("score", "plan", "compare", "demo"))
+    assert all(
+        re.search(rf"^ +{command} +\w", out, re.MULTILINE) for command in ("score", "plan", "compare", "demo", "models")
+    )
     assert psykern_command("--version") == 0
     assert capsys.readouterr().out == f"psykern {psykern.__version__}\n"
 

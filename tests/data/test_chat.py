@@ -96,6 +96,22 @@ def test_the_template_is_found_in(file: str, tmp_path: Path) -> None:
     assert at_marks(rendered) == ["b"]
 
 
+def test_a_processors_template_must_make_the_same_of_text(tmp_path: Path) -> None:
+    """Of a model that sees: it may treat images otherwise."""
+    folder = folder_with(tmp_path, PLAIN)
+    for_images = "{% if messages[0].content is not string %}<image>{% endif %}" + PLAIN
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": for_images}))
+    assert ChatTemplate.load(folder).source == PLAIN
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "You see. " + PLAIN}))
+    with pytest.raises(
+        CheckpointError, match=r"chat_template.json is not the tokenizer's: .* got 'You see\. <\|user.* rem"
+    ):
+        ChatTemplate.load(folder)
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "{{ no( }}"}))
+    with pytest.raises(CheckpointError, match="its chat template"):
+        ChatTemplate.load(folder)
+
+
 def test_repeated_and_empty_responses_are_located(chat: Callable[[str], ChatTemplate]) -> None:
     rendered = chat(PLAIN).render(transcript(TEXT))
     assert at_marks(rendered) == RESPONSES

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.checkpoints import CONFIGS, make_model
+from support.configs import write
 from support.groups import encoded
 
 from psykern.core.settings import Settings
@@ -52,6 +53,17 @@ def test_the_price_of_a_carried_row() -> None:
     chosen = budgets.budgets(model_spec("Qwen3-8B"), torch.device("cpu"), torch.float32)
     assert chosen.carried_price == (2 * 36 * 2048 + 2048) / (4096 + 2048)
     assert chosen.under(Settings(wave_tokens=7)) == replace(chosen, wave_tokens=7)
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "top_k", "batch"), [(8, 2, 2048), (64, 8, 4096), (128, 8, 8192), (128, 1, 8192)]
+)
+def test_batches_of_a_mixture_of_experts_give_each_expert_rows(
+    num_experts: int, top_k: int, batch: int, tmp_path: Path
+) -> None:
+    config = {"num_experts": num_experts, "num_experts_per_tok": top_k}
+    spec = read_spec(write(tmp_path, model_type="qwen3_moe", mlp_only_layers=[1], **config))
+    assert budgets.budgets(spec, torch.device("cpu"), torch.float32).batch_tokens == batch
 
 
 def test_memory_of_what_is_read_out_is_counted_where_it_is_wanted() -> None:

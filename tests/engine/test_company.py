@@ -35,7 +35,9 @@ GROUP = [
 
 
 @pytest.fixture(
-    scope="module", params=[("qwen3", "float32"), ("olmo3-yarn", "float32"), ("llama", "bfloat16")], ids=str
+    scope="module",
+    params=[("qwen3", "float32"), ("olmo3-yarn", "float32"), ("llama", "bfloat16"), ("qwen3-moe", "float32")],
+    ids=str,
 )
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Engine:
     name, dtype = request.param

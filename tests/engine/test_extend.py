@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.checkpoints import CONFIGS, make_model, oracle_logprobs
+from support.checkpoints import CONFIGS, LAYERS, make_model, oracle_logprobs
 from support.exactness import INVARIANCE, TOLERANCE, in_fp64
 from support.groups import encoded, wanted
 from transformers import PreTrainedModel
@@ -90,7 +90,7 @@ class Oracle:
         return self._known[key]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", LAYERS)
 def test_every_family_equals_transformers(name: str, tmp_path: Path) -> None:
     oracle, engine, growing = Oracle(make_model(tmp_path, **CONFIGS[name])), make_engine(tmp_path), Growing(1)
     for _ in range(6):

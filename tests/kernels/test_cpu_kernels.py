@@ -16,6 +16,7 @@ from support.backends import assert_same_bits, short
 from torch import Tensor
 
 from psykern import _cpu, kernels
+from psykern.kernels.routes import Routes
 
 TOLERANCE = 2e-5  # between fp32 sums in different orders
 
@@ -37,7 +38,13 @@ def run_all(backend: kernels.Backend) -> list[Tensor]:
     attend = partial(kernels.prefix_attention, q, k, v, segments, softmax_scale=0.2, backend=backend)
     layers = [(weight[:300], torch.randn(300)), (weight[300:345], None)]
     outs = [torch.empty(37, len(part)) for part, _ in layers]
+    routes, experts = Routes.of(torch.rand(37, 5).argsort()[:, :3], 5), weight[:1000].view(5, 200, 83)
+    inner = kernels.expert_swiglu(hidden / 9, experts[:, :83], experts[:, 100:183], routes, backend=backend)
+    back = kernels.expert_linear(hidden.repeat(3, 1), list(experts), routes, backend=backend)
     return [
+        inner,
+        back,
+        kernels.add_weighted(back, torch.rand(37, 3), torch.randn(37, 200), backend=backend),
         *kernels.linear(hidden, layers, outs, backend=backend),
         kernels.swiglu(hidden / 9, layers[0], (weight[345:645], None), backend=backend),
         *kernels.option_logprobs(hidden, weight, offsets, ids, backend=backend),

@@ -1,4 +1,5 @@
-"""What linear and swiglu refuse, as psykern.kernels has them and as the binding does."""
+"""What products with weights refuse, as psykern.kernels has them and as the binding does. What those of a mixture of
+experts refuse as psykern.kernels has them is in ``test_dispatch.py``."""
 
 from __future__ import annotations
 
@@ -115,3 +116,70 @@ def test_the_binding_refuses_what_does_not_fit(changed: dict[str, Any], message:
     others |= {name: value for name, value in changed.items() if name not in of_part}
     with pytest.raises(ValueError, match=re.escape(message)):
         _cpu.linear(others.pop("x"), [part(**of_part)], **others)
+
+
+INT = np.int32
+SLOTS, OFFSETS = np.array([4, 0, 1, 3, 5, 2], INT), np.array([0, 1, 1, 6], INT)  # of 3 rows to 2 of 3 experts
+EXPERTS = [np.ones((5, 4), np.float32)] * 3
+EXPERT_MISFITS: dict[str, tuple[dict[str, Any], str]] = {
+    "x": ({"x": ARRAY[0]}, "x: expected [N, K], got [4]"),
+    "no-experts": ({"weights": [], "gates": []}, "s: expected at least one, got none"),
+    "a-weight-of-one-dimension": (
+        {"weights": [ARRAY[0]] * 3, "gates": [ARRAY[0]] * 3},
+        "s: expected [M, K] each, got [4]",
+    ),
+    "a-weight-of-another-K": (
+        {"weights": [EXPERTS[0], ARRAY[:, :3].copy(), EXPERTS[0]]},
+        "weights: expected [5, 4], got",
+    ),
+    "a-weight-of-another-M": ({"gates": [EXPERTS[0], EXPERTS[0], ARRAY]}, "gates: expected [5, 4], got [3, 4]"),
+    "an-up-of-another-M": ({"ups": [ARRAY] * 3}, "ups: expected [5, 4], got [3, 4]"),
+    "too-few-ups": ({"ups": EXPERTS[:2]}, "ups: expected 3 like gates, got 2"),
+    "int8": ({"weights": [np.ones((5, 4), np.int8)] * 3}, "weights: expected float32, or bfloat16 as int16"),
+    "slots-too-few": ({"slots": SLOTS[:5]}, "slots: expected [6], got [5]"),
+    "slots-int64": ({"slots": SLOTS.astype(np.int64)}, "slots: expected int32, got int64"),
+    "slots-behind": ({"slots": SLOTS + INT(1)}, "slots: expected 0 to 5, got 1 to 6"),
+    "slots-before": ({"slots": SLOTS - INT(1)}, "slots: expected 0 to 5, got -1 to 4"),
+    "slots-twice": ({"slots": np.array([4, 0, 1, 4, 5, 2], INT)}, "slots: expected each once, got 4 again"),
+    "offsets-too-few": ({"offsets": OFFSETS[1:]}, "offsets: expected [4], got [3]"),
+    "offsets-behind": ({"offsets": np.array([0, 1, 1, 7], INT)}, "offsets: expected 0 to 6, got 0 to 7"),
+    "offsets-not-to-the-end": ({"offsets": np.array([0, 1, 1, 5], INT)}, "offsets: expected 0 to 6, got 0 to 5"),
+    "offsets-not-from-0": ({"offsets": np.array([1, 1, 1, 6], INT)}, "offsets: expected 0 to 6, got 1 to 6"),
+    "offsets-that-fall": ({"offsets": np.array([0, 3, 1, 6], INT)}, "offsets: expected ascending offsets, got"),
+    "top_k": ({"top_k": 0}, "top_k: expected at least 1, got 0"),
+    "out-of-another-shape": ({"out": np.ones((6, 4), np.float32)}, "out: expected [6, 5], got [6, 4]"),
+    "out-of-another-dtype": ({"out": np.ones((6, 5), INT)}, "out: expected float32, or bfloat16 as int16"),
+    "out-read-only": ({"out": read_only(np.ones((6, 5), np.float32))}, "out: expected an array to write to, got"),
+    "threads": ({"num_threads": 0}, "num_threads: expected at least 1, got 0"),
+}
+
+
+@pytest.mark.parametrize(("changed", "message"), EXPERT_MISFITS.values(), ids=EXPERT_MISFITS)
+def test_the_binding_refuses_experts_that_do_not_fit(changed: dict[str, Any], message: str) -> None:
+    """Of both functions those that have the argument."""
+    rest = {"slots": SLOTS, "offsets": OFFSETS, "out": np.ones((6, 5), np.float32), "num_threads": 1}
+    swiglu = {"x": ARRAY, "gates": EXPERTS, "ups": EXPERTS, **rest, "top_k": 2}
+    linear = {"x": np.ones((6, 4), np.float32), "weights": EXPERTS, **rest}
+    functions: list[tuple[Any, dict[str, Any]]] = [(_cpu.expert_swiglu, swiglu), (_cpu.expert_linear, linear)]
+    called = [(function, given) for function, given in functions if given.keys() & changed.keys()]
+    assert called
+    for function, given in called:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            function(**{**given, **{name: value for name, value in changed.items() if name in given}})
+
+
+SUM_MISFITS: dict[str, tuple[dict[str, Any], str]] = {
+    "total": ({"total": ARRAY[0]}, "total: expected [N, D], got [4]"),
+    "total-read-only": ({"total": read_only(np.ones((3, 4), np.float32))}, "total: expected an array to write to, got"),
+    "weights-of-other-rows": ({"weights": np.ones((2, 2), np.float32)}, "weights: expected [3, k], got [2, 2]"),
+    "weights-fp64": ({"weights": np.ones((3, 2))}, "weights: expected float32, got float64"),
+    "x-of-other-rows": ({"x": ARRAY}, "x: expected [6, 4] like total, got [3, 4]"),
+    "x-of-another-dtype": ({"x": np.ones((6, 4), np.int16)}, "x: expected the dtype of total, got int16"),
+}
+
+
+@pytest.mark.parametrize(("changed", "message"), SUM_MISFITS.values(), ids=SUM_MISFITS)
+def test_the_binding_refuses_a_sum_that_does_not_fit(changed: dict[str, Any], message: str) -> None:
+    given = {"x": np.ones((6, 4), np.float32), "weights": np.ones((3, 2), np.float32), "total": ARRAY.copy()}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        _cpu.add_weighted(**(given | changed), num_threads=1)

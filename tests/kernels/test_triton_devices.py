@@ -1,15 +1,26 @@
-"""Which devices are given the tiles of a Hopper GPU."""
+"""Which devices are given the tiles of a Hopper GPU; launches on the inputs' device, for whose numbers nobody waits."""
 
 from __future__ import annotations
 
 import importlib
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from psykern import kernels
+from psykern.kernels import Routes
+
 pytest.importorskip("triton")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+from triton_resources import recording
+
 common = importlib.import_module("psykern.kernels.triton.common")
 
 KIB = 1024
@@ -36,3 +47,33 @@ def test_a_cpu_is_none_of_them() -> None:
 
 def test_launches_in_these_tests_are_waited_for() -> None:
     assert "CUDA_LAUNCH_BLOCKING" in os.environ
+
+
+@pytest.mark.parametrize("hopper", [False, True], ids=["loads", "tma"])
+def test_experts_are_launched_on_the_device_of_their_rows_and_nothing_is_read_from_it(
+    hopper: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On torch's meta device, where reading a number is an error: how many rows an expert has must not be asked for."""
+    entered: list[object] = []
+
+    @contextmanager
+    def on_device_of(x: torch.Tensor) -> Iterator[None]:
+        seen = len(launches)
+        yield
+        entered.extend([x.device] * (len(launches) - seen))
+
+    for name in ("experts", "elementwise"):
+        monkeypatch.setattr(importlib.import_module(f"psykern.kernels.triton.{name}"), "on_device_of", on_device_of)
+    monkeypatch.setattr(kernels, "resolve", lambda backend, device: backend)
+    with torch.device("meta"), recording(hopper) as launches:
+        x, up, down = (torch.empty(*s, dtype=torch.bfloat16) for s in ((9, 64), (4, 32, 64), (4, 64, 32)))
+        routes = Routes.of(torch.empty(9, 2, dtype=torch.int64), 4)
+        inner = kernels.expert_swiglu(x, up, up, routes, backend="triton")
+        each = kernels.expert_linear(inner, down, routes, backend="triton")
+        kernels.add_weighted(each, torch.empty(9, 2), x, backend="triton")
+    assert [launch.kernel.__name__ for launch in launches] == [
+        *("tiles_kernel", "expert_swiglu_kernel"),
+        *("tiles_kernel", "expert_linear_kernel"),
+        "add_weighted_kernel",
+    ]
+    assert [str(device) for device in entered] == ["meta"] * 5

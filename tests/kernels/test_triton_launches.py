@@ -37,7 +37,7 @@ class Driver(CudaDriver):
 triton.runtime.driver.set_active(Driver())
 triton.knobs.runtime.jit_cache_hook = lambda *, fn, **_: print("compile", fn.name, flush=True) or False
 kernels.resolve = lambda backend, device: backend  # Triton's on tensors of the CPU
-for name in ("option_logprobs", "prefix_attention"):
+for name in ("option_logprobs", "prefix_attention", "experts"):
     importlib.import_module(f"psykern.kernels.triton.{name}").is_hopper = lambda device: True
 """
 ENGINE = """
@@ -60,6 +60,18 @@ for wave_tokens, batch_tokens in ((4096, 512), (64, 512), (50, 17), (50, 31), (3
     for wave in planned.waves():
         with torch.inference_mode():
             run_wave(model, wave, store, scratch, Watch(model.device, lambda share: None))
+"""
+EXPERTS = """
+from psykern.kernels import Routes
+
+gates, ups, downs = (torch.zeros(4, m, k, dtype=torch.bfloat16) for m, k in ((96, 256), (96, 256), (256, 96)))
+for rows in (100, 101, 126):
+    print("run", flush=True)
+    x, weights = torch.zeros(rows, 256, dtype=torch.bfloat16), torch.zeros(rows, 2)
+    routes = Routes.of(torch.arange(2 * rows).view(rows, 2) % 3, 4)
+    inner = kernels.expert_swiglu(x, gates, ups, routes, backend="triton")
+    each = kernels.expert_linear(inner, downs, routes, backend="triton")
+    kernels.add_weighted(each, weights, x, backend="triton")
 """
 ILLEGAL = {
     "grid": """
@@ -131,6 +143,16 @@ def test_every_launch_is_legal_and_only_the_first_run_compiles(
         assert {line for line in run if line.startswith("compile")} <= {"compile logits_kernel"}
     # It has three tiles: for up to 16 rows, for up to 64, and for more.
     assert sum(run["compile logits_kernel"] for run in (first, *later)) == 3
+
+
+@pytest.mark.slow
+def test_launches_of_experts_are_legal_and_only_the_first_run_compiles(driver: Path) -> None:
+    found = launch(driver, EXPERTS)
+    assert found.returncode == 0, found.stderr[-3000:]
+    first, *later = (Counter(line.split()[0] for line in text.splitlines()) for text in found.stdout.split("run\n")[1:])
+    assert (first["launch"], first["map"]) == (5, 4)  # twice the table of tiles; two weights, then rows and weight
+    assert [run["launch"] for run in later] == [5, 5]
+    assert first["compile"] == 4 and not any(run["compile"] for run in later)
 
 
 @pytest.mark.parametrize("what", ILLEGAL)

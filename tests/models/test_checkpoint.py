@@ -227,7 +227,8 @@ def test_other_dtypes_are_refused(dtype: torch.dtype, tmp_path: Path) -> None:
     save_file({"a": torch.zeros(2), "b": torch.zeros(2).to(dtype)}, tmp_path / SINGLE)
     checkpoint = Checkpoint.open(tmp_path)
     wide = dtype == torch.float64
-    refused = f"{'float64' if wide else 'quantised'} weights are not supported, expected float32, bfloat16 or float16"
+    kind = "float64 weights" if wide else "quantised weights without a quantization_config"
+    refused = f"{kind} are not supported, expected float32, bfloat16 or float16"
     refused += r"; convert them, as model\.to\(torch\.float32\) does" * wide
     with pytest.raises(CheckpointError, match=f"config: {refused}: b is {dtype}$"):
         checkpoint.check({"a": (2,), "b": (2,)})

@@ -201,22 +201,26 @@ CASES: dict[str, Case] = {
     "other-weights": Case("llama", {"transformers_weights": "b.safetensors"}, (), ("transformers_weights",)),
     "other-config": Case("llama", {"configuration_files": ["config.5.0.json"]}, (), ("configuration_files",)),
     # What it does not
-    "other-models-keys": Case(
+    "known-to-change-nothing": Case(
         "llama",
         {
-            **{"pretraining_tp": 2, "final_logit_softcapping": 3.0, "logits_scaling": 2.0, "embedding_multiplier": 2.0},
-            **{"attention_multiplier": 0.1, "residual_multiplier": 2.0, "clip_qkv": 1.0, "logit_scale": 2.0},
-            **{"use_bidirectional_attention": True, "attention_chunk_size": 8, "no_rope_layers": [0, 0, 0]},
             **{
-                "layer_norm_eps": 0.1,
-                "num_layers": 1,
-                "n_head": 1,
-                "hidden_activation": "gelu",
+                "pretraining_tp": 2,
                 "torch_dtype": "float16",
+                "unsloth_version": "2026.3",
+                "_attn_implementation": "sdpa",
             },
+            **{"temperature": 0.5, "id2label": {"0": "a"}, "pruned_heads": {}, "residual_dropout": 0.5, "top_k": 20},
+            **{"image_token_id": 7, "mtp_layers": 1, "final_logit_softcapping": None, "use_mrope": False},
         },
     ),
-    "other-families-keys": Case("qwen2", {"attention_bias": False, "mlp_bias": True, "use_qk_norm": True}),
+    "unknown": Case("llama", {"attn_scale": 2.0, "clip_qkv": 1}, (), ("attn_scale (2.0), clip_qkv (1)", "remove it")),
+    "other-models-keys": Case("qwen2", {"final_logit_softcapping": 3.0}, (), ("final_logit_softcapping (3.0)",)),
+    "other-families-keys": Case("qwen2", {"mlp_bias": True}, (), ("mlp_bias (True)",)),
+    "harmless-as-it-mostly-is": Case("qwen3", {"pruned_heads": {"0": [1]}}, (), ("pruned_heads ({'0': [1]})",)),
+    "unknown-within-a-rope": Case(
+        "llama", {"rope_parameters": LINEAR | {"attn_factor": 2.0}}, (), ("rope_parameters.attn_factor", "2.0")
+    ),
     "activation-by-its-other-name": Case("llama", {"hidden_act": "swish"}),
     "activation": Case("qwen2", {"hidden_act": "gelu"}, (), ("hidden_act", "'gelu'")),
     # Against the weights

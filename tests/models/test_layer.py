@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.checkpoints import CONFIGS, make_model
+from support.checkpoints import CONFIGS, LAYERS, make_model
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -48,7 +48,7 @@ def states_around(oracle: PreTrainedModel, layer: int, length: int) -> tuple[Ten
 @torch.inference_mode()
 @pytest.mark.parametrize("num_slots", [None, 2], ids=["apart", "fused"])
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", LAYERS)
 def test_one_layer_equals_transformers_for_all_rows_and_for_some(
     name: str, backend: Backend, num_slots: int | None, tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from datetime import datetime
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.checkpoints import CONFIGS, make_model
+from support.quantised import bitsandbytes_int8, quantise
 from support.records import recipe
 from support.scoring import (
     score,
@@ -48,6 +50,19 @@ def test_the_manifest_says_how_the_run_was_made(toy: Toy, toy_run: Run) -> None:
     started, finished = (datetime.fromisoformat(manifest[name]) for name in ("started", "finished"))
     assert started <= finished
     assert started.utcoffset() is not None
+
+
+def test_the_manifest_says_what_was_dequantised(toy: Toy, toy_run: Run, tmp_path: Path) -> None:
+    """A plan needs the config alone."""
+    model = Path(shutil.copytree(toy.model, tmp_path / "model"))
+    quantise(model, bitsandbytes_int8, {"quant_method": "bitsandbytes", "load_in_8bit": True})
+    run = score(model, toy.data, tmp_path / "run", limit=1)
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["weights"] == run.manifest.weights
+    assert re.fullmatch("bitsandbytes int8, activations not quantised; [0-9]+ tensors dequantised", manifest["weights"])
+    assert json.loads((toy_run.folder / "manifest.json").read_text())["weights"] is None
+    (model / "model.safetensors").unlink()
+    assert psykern.estimate(model, toy.data, Settings(limit=1)).studies
 
 
 @pytest.fixture

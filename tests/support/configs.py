@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.checkpoints import LLAMA3_ROPE, YARN_ROPE
+from support.checkpoints import LLAMA3_ROPE, VISION, YARN_ROPE
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -33,23 +33,26 @@ SIZES: dict[str, Any] = {
 
 
 def write(folder: Path, absent: str | None = None, **config: Any) -> Path:
-    """SIZES and ``config`` as config.json, without the key ``absent``."""
+    """SIZES and ``config`` as config.json, without the key ``absent``; of a model that sees in its text_config."""
     keys = {key: value for key, value in (SIZES | config).items() if key != absent}
+    if (kind := str(keys.get("model_type"))) in VISION:
+        keys = {"model_type": kind, "text_config": keys | {"model_type": f"{kind}_text", "bos_token_id": 0}}
     (folder / "config.json").write_text(json.dumps(keys), encoding="utf-8")
     return folder
 
 
 def read_both(folder: Path, absent: str | None = None, **config: Any) -> tuple[ModelSpec, PreTrainedConfig]:
-    """The same config.json as psykern and as transformers read it."""
+    """The same config.json as psykern and as transformers read it, of which the language model's."""
     write(folder, absent, **config)
-    return read_spec(folder), AutoConfig.from_pretrained(folder)
+    return read_spec(folder), AutoConfig.from_pretrained(folder).get_text_config()
 
 
 def rotary_of(config: PreTrainedConfig, layer_type: str) -> tuple[Tensor, float]:
     """Inverse frequencies and attention scaling of transformers' own module for layers of this type."""
-    name = config.model_type
+    name = config.model_type.partition("_text")[0]
     modeling = import_module(f"transformers.models.{name}.modeling_{name}")
-    module = getattr(modeling, f"{name.title().replace('_', '')}RotaryEmbedding")(config)
+    (kind,) = (name for name in dir(modeling) if name.endswith("RotaryEmbedding") and "Vision" not in name)
+    module = getattr(modeling, kind)(config)
     prefix = f"{layer_type}_" if hasattr(module, f"{layer_type}_inv_freq") else ""
     return getattr(module, f"{prefix}inv_freq"), getattr(module, f"{prefix}attention_scaling")
 

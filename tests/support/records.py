@@ -87,6 +87,7 @@ def recipe(**changes: Any) -> Recipe:
         model_id="tiny",
         adapter=None,
         model_hash="a1",
+        weights=None,
         tokenizer_hash="b2",
         beyond_embedding=None,
         data=(InputFile("data.jsonl", "c3", 10),),

@@ -35,6 +35,11 @@ def dense_rows(x: Tensor) -> Tensor:
     return x if inner.is_contiguous() or x.numel() == 0 else x.contiguous()
 
 
+def dense_target(out: Tensor) -> Tensor:
+    """Where to write: ``out``, or a dense array in its place, to be copied."""
+    return out if dense_rows(out) is out else torch.empty(out.shape, dtype=out.dtype, device=out.device)
+
+
 def has_aligned_rows(x: Tensor) -> bool:
     """Whether each row begins at a multiple of 16 bytes, as TMA asks."""
     return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
@@ -60,3 +65,13 @@ def is_hopper(device: torch.device) -> bool:
 def power_of_2(n: int) -> int:
     """The least power of 2 from ``n`` on, at least 16 (the least side of a matrix product)."""
     return max(16, triton.next_power_of_2(n))
+
+
+@triton.jit
+def multiply(x, weight, total, IS_WIDE: tl.constexpr):
+    """total + x @ weight.T; IS_WIDE: in fp32."""
+    if IS_WIDE:
+        total = tl.dot(x.to(tl.float32), tl.trans(weight.to(tl.float32)), total, input_precision="ieee")
+    else:
+        total = tl.dot(x, tl.trans(weight), total)
+    return total

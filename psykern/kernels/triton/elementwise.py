@@ -1,4 +1,4 @@
-"""add_rms_norm, qk_norm_rope and silu_mul: one read and one write of each number."""
+"""add_rms_norm, qk_norm_rope, silu_mul and add_weighted: one read and one write of each number."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from psykern.kernels.triton.common import dense_rows, on_device_of
+from psykern.kernels.triton.common import dense_rows, dense_target, on_device_of
 
-_COLUMNS = 1024  # of a program of silu_mul
+_COLUMNS = 1024  # of a program of silu_mul or add_weighted
 
 
 def add_rms_norm(
@@ -23,7 +23,7 @@ def add_rms_norm(
 ) -> None:
     x, weight = dense_rows(x), weight.contiguous()
     residual = None if residual is None else dense_rows(residual)
-    targets = [None if out is None else _target(out) for out in (normed, summed)]
+    targets = [None if out is None else dense_target(out) for out in (normed, summed)]
     if x.numel():
         block = triton.next_power_of_2(x.shape[1])
         with on_device_of(x):
@@ -51,7 +51,7 @@ def add_rms_norm(
 def qk_norm_rope(
     x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor, eps: float, out: Tensor
 ) -> Tensor:
-    x, target = dense_rows(x), _target(out)
+    x, target = dense_rows(x), dense_target(out)
     rows, heads, size = x.shape
     kind = "none" if weight is None else "head" if weight.shape[0] == size else "projection"
     if x.numel():
@@ -78,7 +78,7 @@ def qk_norm_rope(
 
 
 def silu_mul(gate: Tensor, up: Tensor, out: Tensor) -> Tensor:
-    gate, up, target = dense_rows(gate), dense_rows(up), _target(out)
+    gate, up, target = dense_rows(gate), dense_rows(up), dense_target(out)
     rows, columns = gate.shape
     if gate.numel():
         with on_device_of(gate):
@@ -96,13 +96,27 @@ def silu_mul(gate: Tensor, up: Tensor, out: Tensor) -> Tensor:
     return out if target is out else out.copy_(target)
 
 
+def add_weighted(x: Tensor, weights: Tensor, total: Tensor) -> Tensor:
+    x, weights, target = dense_rows(x), weights.contiguous(), dense_rows(total)
+    rows, columns = total.shape
+    if total.numel():
+        with on_device_of(total):
+            add_weighted_kernel[(rows * triton.cdiv(columns, _COLUMNS),)](
+                x,
+                weights,
+                target,
+                x.stride(0),
+                target.stride(0),
+                columns,
+                TOP_K=weights.shape[1],
+                BLOCK_D=_COLUMNS,
+                num_warps=4,
+            )
+    return total if target is total else total.copy_(target)
+
+
 def gather_rows(source: Tensor, rows: Tensor, out: Tensor) -> Tensor:
     return torch.index_select(source, 1, rows, out=out)
-
-
-def _target(out: Tensor) -> Tensor:
-    """Where to write: ``out``, or a dense array in its place, to be copied."""
-    return out if dense_rows(out) is out else torch.empty(out.shape, dtype=out.dtype, device=out.device)
 
 
 def _warps(numbers: int) -> int:
@@ -206,3 +220,21 @@ def silu_mul_kernel(gate_ptr, up_ptr, out_ptr, stride_gn, stride_un, stride_on, 
     up = tl.load(up_ptr + row * stride_un + offs, mask=mask, other=0.0).to(tl.float32)
     value = gate / (1.0 + tl.exp(-gate)) * up
     tl.store(out_ptr + row * stride_on + offs, value.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def add_weighted_kernel(
+    x_ptr, weights_ptr, total_ptr, stride_xn, stride_tn, D, TOP_K: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """A part of one row; programs in one axis, as in ``silu_mul_kernel``."""
+    blocks = tl.cdiv(D, BLOCK_D)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    offs = tl.program_id(0) % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask = offs < D
+    total_ptrs = total_ptr + row * stride_tn + offs
+    total = tl.load(total_ptrs, mask=mask, other=0.0).to(tl.float32)
+    for j in tl.static_range(TOP_K):
+        slot = row * TOP_K + j
+        x = tl.load(x_ptr + slot * stride_xn + offs, mask=mask, other=0.0).to(tl.float32)
+        total += x * tl.load(weights_ptr + slot)
+    tl.store(total_ptrs, total.to(total_ptr.dtype.element_ty), mask=mask)

@@ -24,6 +24,7 @@ from psykern.kernels.triton.common import (
     has_aligned_rows,
     is_hopper,
     is_wide,
+    multiply,
     on_device_of,
     power_of_2,
 )
@@ -179,16 +180,6 @@ def count_tokens(token_ids_ptr, target0, target1, token0, BLOCK_V: tl.constexpr,
         ids = tl.load(token_ids_ptr + offs_t, mask=offs_t < target1, other=-1)
         num_hits += tl.sum(((ids >= token0) & (ids < token0 + BLOCK_V)).to(tl.int32), axis=0)
     return num_hits
-
-
-@triton.jit
-def multiply(h, w, z, IS_WIDE: tl.constexpr):
-    """z + h @ w.T; IS_WIDE: in fp32."""
-    if IS_WIDE:
-        z = tl.dot(h.to(tl.float32), tl.trans(w.to(tl.float32)), z, input_precision="ieee")
-    else:
-        z = tl.dot(h, tl.trans(w), z)
-    return z
 
 
 @triton.jit

@@ -1,0 +1,106 @@
+"""Writes what is tested of each ``model_type``: ``PYTHONPATH=.:tests python tests/support/models_page.py``.
+
+From CONFIGS to psykern/models/tested.tsv, which ``psykern models`` prints, and to README between two markers.
+``test_tested.py`` fails where they are not what this writes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from support.checkpoints import CONFIGS, SIZES, config_of
+
+from psykern.models.families import FAMILIES, parse_spec
+from psykern.models.layer import LayerSpec
+from psykern.models.mlp import MlpSpec
+from psykern.models.spec import ModelSpec
+
+ROOT = Path(__file__).resolve().parents[2]
+TABLE, README = ROOT / "psykern" / "models" / "tested.tsv", ROOT / "README.md"
+BEGIN, END = "<!-- written by tests/support/models_page.py -->\n", "<!-- end -->\n"
+
+HEADINGS = ("model_type", "checkpoints", "rotary embedding", "windows", "head", "layers")
+CHECKPOINTS = {
+    "llama": "Llama 3 to 3.2, R1-Distill-Llama",
+    "qwen2": "Qwen1.5 to Qwen2.5, R1-Distill-Qwen",
+    "qwen3": "Qwen3",
+    "qwen3_moe": "Qwen3, mixtures of experts",
+    "olmo2": "OLMo 2",
+    "olmo3": "OLMo 3, 3.1",
+    "qwen2_5_vl": "Qwen2.5-VL, on text",
+    "qwen3_vl": "Qwen3-VL, on text",
+    "qwen3_vl_moe": "Qwen3-VL, mixtures of experts, on text",
+    "mllama": "Llama 3.2 Vision, on text",
+}
+
+
+def table() -> list[tuple[str, ...]]:
+    """The headings and a row for each family."""
+    return [HEADINGS, *(row(kind) for kind in FAMILIES)]
+
+
+def row(kind: str) -> tuple[str, ...]:
+    configs = [config for config in CONFIGS.values() if config["model_type"] == kind]
+    assert configs, f"{kind}: no entry of CONFIGS, so nothing is tested of it"
+    specs = [parse_spec(json.loads(config_of(SIZES | config).to_json_string()), kind) for config in configs]
+    layers = dict.fromkeys(layer for spec in specs for layer in spec.layers)
+    return (
+        kind,
+        CHECKPOINTS[kind],
+        listed(rope for config in configs for rope in ropes(config)),
+        "yes" if any(layer.mixer.window for layer in layers) else "no",
+        listed("tied" if spec.has_tied_head else "its own" for spec in specs),
+        listed(what for of in ([parts(layer) for layer in layers], map(around, specs)) for each in of for what in each),
+    )
+
+
+def ropes(config: dict[str, Any]) -> list[str]:
+    """The kinds of rotary embedding, of the layers with full attention first."""
+    said = config.get("rope_parameters", {})
+    kinds = [of.get("rope_type", "default") for of in ([said] if "full_attention" not in said else said.values())]
+    return [f"{kind}, several axes" if "mrope_section" in said else kind for kind in kinds]
+
+
+def parts(layer: LayerSpec) -> list[str]:
+    """What a layer has that the plainest has not."""
+    mixer, ffn = layer.mixer, layer.ffn
+    found = {
+        "biases of q, k, v": mixer.qkv_bias,
+        "bias of o": mixer.o_bias,
+        "biases of the feed-forward part": isinstance(ffn, MlpSpec) and ffn.has_bias,
+        "experts": not isinstance(ffn, MlpSpec),
+        "q and k normed by head": mixer.qk_norm == "head",
+        "q and k normed": mixer.qk_norm == "projection",
+        "norms behind": layer.norms.place == "after",
+        "one key head": mixer.num_kv_heads == 1,
+        "ungrouped heads": mixer.num_kv_heads == mixer.num_heads,
+    }
+    return [what for what, is_there in found.items() if is_there]
+
+
+def around(spec: ModelSpec) -> list[str]:
+    found = {"cross-attention skipped": bool(spec.skipped), "more embedding rows": spec.embedding_rows is not None}
+    return [what for what, is_there in found.items() if is_there]
+
+
+def listed(found: Any) -> str:
+    return ", ".join(dict.fromkeys(found)) or "–"
+
+
+def as_tsv() -> str:
+    return "".join("\t".join(cells) + "\n" for cells in table())
+
+
+def in_readme(text: str) -> str:
+    """``text`` with the table between the markers."""
+    head, *rows = [f"| {' | '.join(cells)} |\n" for cells in table()]
+    before, _, rest = text.partition(BEGIN)
+    _, _, behind = rest.partition(END)
+    return before + BEGIN + head + "|---" * len(HEADINGS) + "|\n" + "".join(rows) + END + behind
+
+
+if __name__ == "__main__":
+    TABLE.write_text(as_tsv(), encoding="utf-8")
+    README.write_text(in_readme(README.read_text(encoding="utf-8")), encoding="utf-8")
