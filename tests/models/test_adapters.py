@@ -55,7 +55,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dora": ("qwen3-one-kv-head", {"target_modules": [*LINEAR, *BOTH], "use_dora": True}),
     "bias-of-its-own": ("llama-rope3-bias", {"target_modules": LINEAR, "lora_bias": True}),
     "biases": ("qwen2-window", {"target_modules": ["q_proj"], "bias": "all"}),
-    "saved": ("olmo2", {"target_modules": ["q_proj"], "modules_to_save": ["norm", *BOTH]}),
+    "saved": ("olmo2", {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["norm", *BOTH]}),
     "tied-and-saved-head": ("qwen3", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     "tied-and-saved-embedding": ("qwen2", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
 }
