@@ -165,6 +165,7 @@ def test_leaving_early_ends_the_thread(tmp_path: Path, group: list[EncodedTransc
     make_model(tmp_path, **CONFIGS["llama"])
     runner = Engine(Model(tmp_path, Compute.resolve("cpu")))
     planned = plan(group, wave_tokens=64, batch_tokens=64)
+    runner.run(planned)  # the model has a thread of its own from its first wave on
     before = threading.active_count()
     pairs = runner.pairs(Item(str(i), planned) for i in itertools.count())
     next(pairs)
