@@ -105,7 +105,7 @@ def qwen3_moe(c: Fields) -> ModelSpec:
     bias = c.boolean("attention_bias")
     c.asked.update(("max_window_layers", "sliding_window", "intermediate_size"))  # of no layer, perhaps
     # Of all layers or of none, unlike Qwen3's.
-    has_windows = c.boolean("use_sliding_window") and c.get("sliding_window") is not None
+    has_windows = _asks_for_windows(c) and c.get("sliding_window") is not None
     mixer = AttentionSpec.of(c, LAYER_TYPES[has_windows], qk_norm="head", qkv_bias=bias, o_bias=bias)
     experts = ExpertsSpec.of(c, is_normalised=c.boolean("norm_topk_prob"))
     return decoder(c, [mixer] * c.positive("num_hidden_layers"), _experts_or_mlp(c, experts))
@@ -132,17 +132,13 @@ def qwen2_5_vl(root: Fields) -> ModelSpec:
 
 
 def qwen3_vl(root: Fields) -> ModelSpec:
-    return replace(qwen3(language(root).or_else(_QWEN3_VL_DEFAULTS)), naming=QWEN_VL)
+    return replace(qwen3(_without_windows(language(root).or_else(_QWEN3_VL_DEFAULTS))), naming=QWEN_VL)
 
 
 def qwen3_vl_moe(root: Fields) -> ModelSpec:
-    c = language(root).or_else(_QWEN3_VL_MOE_DEFAULTS)
+    c = _without_windows(language(root).or_else(_QWEN3_VL_MOE_DEFAULTS))
     if not c.boolean("norm_topk_prob"):
         raise c.error("norm_topk_prob: expected true, as transformers takes it for, got false")
-    if c.get("use_sliding_window"):
-        raise c.error(
-            f"use_sliding_window: expected false, as transformers takes it for, got {c.get('use_sliding_window')}"
-        )
     return replace(qwen3_moe(c), naming=QWEN_VL)
 
 
@@ -303,8 +299,18 @@ def layer_types(c: Fields, has_window: Callable[[int], bool]) -> list[str]:
     return list(types)
 
 
+def _without_windows(c: Fields) -> Fields:
+    if _asks_for_windows(c):
+        raise c.error("use_sliding_window: expected false, as transformers takes it for, got true")
+    return c
+
+
+def _asks_for_windows(c: Fields) -> bool:
+    return c.get("use_sliding_window") is not None and c.boolean("use_sliding_window")
+
+
 def _qwen_types(c: Fields) -> list[str]:
-    is_on = c.get("use_sliding_window") is not None and c.boolean("use_sliding_window")
+    is_on = _asks_for_windows(c)
     has_windows = is_on and c.get("sliding_window") is not None
     types = layer_types(c, lambda i: has_windows and i >= c.number("max_window_layers"))
     if "sliding_attention" in types and not is_on:

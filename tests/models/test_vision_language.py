@@ -85,6 +85,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "crossing-words": (changed(FAR, cross_attention_layers=[["3"]]), "cross_attention_layers: expected numbers"),
     "all-crossing": (changed(FAR, num_hidden_layers=1, cross_attention_layers=[0]), "cross_attention_layers: expected"),
     "mllama-tied": (changed(FAR, tie_word_embeddings=True), "tie_word_embeddings: expected false"),
+    "windows": (changed("Qwen3-VL-2B", use_sliding_window=True), "use_sliding_window: expected false"),
     "unknown-inside": (changed(FAR, attn_scale=2.0), "config.json: text_config: attn_scale (2.0): expected no key"),
     "unknown-outside": (PUBLISHED[FAR] | {"attn_scale": 2.0}, "config.json: attn_scale (2.0): expected no key"),
     "two-places": (
