@@ -135,7 +135,7 @@ def expert_tiles(is_gated: bool) -> list[Alternative]:
     columns = 128 if is_gated else 256
     sizes = [(128, columns, 64, 8, 3), (128, columns // 2, 64, 4, 4), (128, columns // 2, 64, 8, 4)]
     sizes += [(64, columns, 64, 4, 4), (64, columns // 2, 64, 4, 4), (64, columns // 2, 128, 4, 3)]
-    sizes += [(256, columns // 2, 64, 8, 4)]
+    sizes += [(128, columns // 2, 64, 4, 3), (256, columns // 2, 64, 8, 4)]
     tiles = [("x".join(map(str, size)), module.Tiles(*size)) for size in sizes]
     found = [Alternative(name, {"tiles_of": lambda *_, t=t: t}) for name, t in tiles]
     found += [Alternative(f"groups of {size}", {"_GROUP": size}) for size in (4, 16, 32)]

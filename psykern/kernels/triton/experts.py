@@ -170,8 +170,8 @@ def tile_table(routes: Routes, block_m: int) -> Tensor:
 
 
 def as_one(name: str, experts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """The weights of all experts as one tensor [E, M, K] of ``dtype`` whose rows are dense: a view where they are one.
-    Raises ``ValueError`` where they do not lie at one distance from each other."""
+    """The weights of all experts as one tensor [E, M, K] of ``dtype`` whose rows are dense; a copy only where they are
+    of another dtype, or not dense. Raises ``ValueError`` where they do not lie at one distance from each other."""
     one = (experts if isinstance(experts, Tensor) else _around(name, experts)).to(dtype)
     return one if one.stride(2) == 1 else one.contiguous()
 
