@@ -56,6 +56,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "bias-of-its-own": ("llama-rope3-bias", {"target_modules": LINEAR, "lora_bias": True}),
     "biases": ("qwen2-window", {"target_modules": ["q_proj"], "bias": "all"}),
     "saved": ("olmo2", {"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["norm", *BOTH]}),
+    "vision": ("qwen3_vl", {"target_modules": ["q_proj", "down_proj", "qkv"]}),  # the tower's, too
+    "cross-attention": ("mllama", {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"]}),
     "tied-and-saved-head": ("qwen3", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     "tied-and-saved-embedding": ("qwen2", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
 }
