@@ -201,7 +201,7 @@ class _Reading:
                 raise self._error(f"{found[tensor][part]} and {stored} are one tensor: expected it once")
             found[tensor][part] = stored
         names = replace(self.spec.names(), twins={})  # an adapter of a tied head alone is none of the embedding
-        found = {name: found[name] for name in names.wanted(found)}  # a change of a vision tower is none of the text
+        found = {name: found[name] for name in sorted(names.wanted(found))}  # without those of a vision tower
         try:
             spelling = names.read(found)
         except ValueError as error:
