@@ -46,6 +46,7 @@ class Planned(Protocol):
 
 
 T = TypeVar("T", bound=Planned)
+_FEW_ROWS = 1024  # computing so many takes about as long as making a layer's weights
 _STOPPED = "stopped as asked; nothing of it is left"
 
 
@@ -151,6 +152,8 @@ class Engine:
             if wave.index == 0 and not isinstance(store, Pages):  # whose waves are bounded, and small most often
                 needed = cost(plan, self.model.spec, self.model.dtype).wave_bytes
                 check_fits(plan, needed, free_bytes(self.model.device))
+            if isinstance(store, Pages) or plan.num_computed <= _FEW_ROWS:
+                self.model.hold()
             rows = min(plan.batch_tokens, plan.max_wave_rows)
             if self._scratch is None or self._scratch.rows < rows:
                 self._scratch = self.model.scratch(rows)

@@ -28,6 +28,7 @@ from psykern.models.spec import EMBEDDING, FINAL_NORM
 from psykern.models.weights import Base
 
 RESIDENT_SHARE = 0.7  # of the free memory: weights beyond that are streamed, the rest is for waves
+_HELD_SHARE = 0.4  # of the free memory: layers that are made anew, kept for small waves
 _STREAMED_SLOTS = 2  # one is computed with while the other is filled
 
 
@@ -57,6 +58,7 @@ class Model:
         self._tables = RotaryTables(compute.device, self.spec.max_positions)
         self._outside: dict[str, Tensor] = {}  # embedding, head and final norm on a device
         self._is_mapped = all(map(self._source.is_mapped, self._names()))
+        self._holds, self._held = False, dict[int, Mapping[str, Tensor]]()  # by layer; see :meth:`hold`
         self._slots = self._make_slots(num_slots)
         self._layers: dict[int, tuple[Layer, int]] = {}  # that stay, and for how many positions
         if compute.device.type != "cpu":  # now, so that what is free afterwards is free
@@ -84,7 +86,16 @@ class Model:
     @property
     def is_resident(self) -> bool:
         """All layers stay where they are computed with: nothing is copied for a further wave."""
-        return self._is_mapped if self._slots is None else self._slots.is_resident
+        return self._is_mapped or self._holds if self._slots is None else self._slots.is_resident
+
+    def hold(self) -> None:
+        """From now on what is made anew of a layer is kept, where that takes no more than 40 % of what is free. For
+        waves of few rows, whose layers take longer to make than to compute."""
+        if self._is_mapped or self._holds or self._slots is not None:
+            return
+        made = (name for name in self._names() if not self._source.is_mapped(name))
+        needed = sum(math.prod(self._source.shape(name)) for name in made) * self.dtype.itemsize
+        self._holds = needed <= _HELD_SHARE * (free_bytes(self.device) or 0)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """[N] token ids on the model's device to [N, D] in the compute dtype."""
@@ -111,9 +122,14 @@ class Model:
         """The weights of layer ``index`` by their names within it, as :meth:`layer` has them."""
         if self._slots is not None:
             return self._slots.layer(index)
+        if index in self._held:
+            return self._held[index]
         # Mapped ones as the file has them, which kernels take; those that are made anew as they are computed with.
-        prefix, tensors = self.spec.layers[index].prefix, self._read(index)
-        return {n: t if self._source.is_mapped(prefix + n) else t.to(self.dtype) for n, t in tensors.items()}
+        prefix, read = self.spec.layers[index].prefix, self._read(index)
+        tensors = {n: t if self._source.is_mapped(prefix + n) else t.to(self.dtype) for n, t in read.items()}
+        if self._holds:
+            self._held[index] = tensors
+        return tensors
 
     def score(self, hidden: Tensor, token_offsets: Tensor, token_ids: Tensor) -> kernels.OptionLogprobs:
         """Final norm and head of hidden [R, D] for the tokens wanted of each row, as ``kernels.option_logprobs``."""

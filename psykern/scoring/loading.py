@@ -49,9 +49,11 @@ def load(
     ``bfloat16`` or ``float16``; ``auto``: float32 on a CPU, bfloat16 on a GPU. backend: of the kernels.
     ``wave_tokens``, ``batch_tokens``: memory against speed, as in :class:`.Settings`. ``session_bytes``: memory for the
     keys and values of sessions, taken when the first one computes (on a CPU as it is used); None: 40 % of what is free
-    then on a CPU, a quarter on a GPU, at most what 262,144 tokens need. On a CPU the layers are then copied, too, where
-    that takes no more than 40 % of what is free: a small step is faster by a third, and by far more where they are
-    stored in another dtype. ``chat``: a chat template will be needed, so say at once if there is none.
+    then on a CPU, a quarter on a GPU, at most what 262,144 tokens need. ``chat``: a chat template will be needed, so
+    say at once if there is none.
+
+    On a CPU, weights that no file has as they are (quantised, or with an adapter) are made anew for each wave. From the
+    first small call or session on they are kept, where they take no more than 40 % of what is free.
 
     Warns (SlowDtypeWarning) where the processor has no fast products of bfloat16 and that is asked for.
     Raises CheckpointError for a folder that cannot be used, BackendError for a device or backend that is not there,

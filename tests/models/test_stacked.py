@@ -8,8 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoints import CONFIGS, make_model
+from support.groups import encoded
 
 from psykern.core.errors import CheckpointError
+from psykern.engine.engine import Engine
+from psykern.engine.plan import plan
 from psykern.kernels.compute import Compute
 from psykern.models.experts import Experts
 from psykern.models.model import Model
@@ -66,6 +69,38 @@ def test_stacks_of_one_file_are_not_copied(folder: Path, tmp_path: Path) -> None
     assert ffn.gates[0].data_ptr() + 4 * F * D == ffn.ups[0].data_ptr()
     assert ffn.gates[1].data_ptr() - ffn.gates[0].data_ptr() == 4 * 2 * F * D
     assert again.gates[0].data_ptr() != ffn.gates[0].data_ptr()  # another mapping
+
+
+def test_what_is_made_anew_is_kept_once_it_is_held_and_there_is_room(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack(folder, tmp_path, transposed=True)
+    name, mapped = "mlp.experts.3.up_proj.weight", "mlp.gate.weight"
+    model = Model(tmp_path, Compute.resolve("cpu"))
+    assert model.tensors(1)[name].data_ptr() != model.tensors(1)[name].data_ptr()
+    needed = 3 * 3 * E * F * D * 4
+    for free, held in ((needed, False), (int(needed / 0.4) + 1, True)):
+        monkeypatch.setattr("psykern.models.model.free_bytes", lambda device, free=free: free)
+        model.hold()
+        assert model.is_resident == held
+        one, other = model.tensors(1), model.tensors(1)
+        assert (one[name].data_ptr() == other[name].data_ptr()) == held
+        assert one[mapped].data_ptr() == other[mapped].data_ptr()
+    assert model.layer(1, 9).mixer.q is not model.layer(1, 99).mixer.q
+    assert model.layer(1, 9).ffn.ups[3].data_ptr() == one[name].data_ptr()
+    model = Model(folder, Compute.resolve("cpu"))
+    model.hold()
+    assert model.is_resident and not model._held, "what is mapped is not copied"
+
+
+def test_small_plans_and_sessions_hold_what_is_made(folder: Path, tmp_path: Path) -> None:
+    stack(folder, tmp_path, transposed=True)
+    for rows, held in ((1500, False), (900, True)):
+        engine = Engine(Model(tmp_path, Compute.resolve("cpu")))
+        engine.run(
+            plan([encoded([i % 320 for i in range(rows)], [(rows - 1, rows)])], wave_tokens=2048, batch_tokens=256)
+        )
+        assert engine.model.is_resident == held
 
 
 def test_a_stack_without_the_other_is_named(folder: Path, tmp_path: Path) -> None:
