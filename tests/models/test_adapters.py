@@ -18,6 +18,9 @@ from support.adapters import WEIGHTS, edit_config, edit_tensors, make_adapter
 from support.checkpoints import CONFIGS, make_model, oracle_logprobs
 from support.exactness import TOLERANCE, in_fp64
 from support.groups import random_group, wanted
+from support.quantised import quantise
+from support.quantised_cases import CASES as QUANTISED
+from support.quantised_cases import SIZES
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -100,6 +103,17 @@ def test_a_base_in_bf16_is_merged_in_fp32(tmp_path: Path) -> None:
     base = make_model(tmp_path / "base", dtype=torch.bfloat16, **CONFIGS["llama"])  # given in fp32
     merged = make_adapter(tmp_path / "adapter", base, r=4, target_modules=LINEAR)
     assert_scores(score(opened(tmp_path / "base", tmp_path / "adapter")), merged)
+
+
+def test_a_base_in_4_bits_has_the_adapter_of_its_floats(tmp_path: Path) -> None:
+    """As the study runs Centaur: psykern adds the change to what the 4 bits mean."""
+    folder, case = tmp_path / "base", QUANTISED["nf4-double"]
+    base = make_model(folder, **SIZES)
+    base.load_state_dict(quantise(folder, case.quantiser, case.config, case.also))
+    merged = make_adapter(tmp_path / "adapter", base, r=4, target_modules=LINEAR)
+    model = opened(folder, tmp_path / "adapter")
+    assert_scores(score(model), merged)
+    assert model.changes and "nf4" in model.changes[0]
 
 
 def test_a_bare_decoder_and_other_spellings(tmp_path: Path) -> None:
