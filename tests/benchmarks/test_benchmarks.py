@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import bench_elementwise
+import bench_experts
 import bench_gpu_rates
 import bench_linear
 import bench_option_logprobs
@@ -72,6 +73,13 @@ def test_products_with_a_tiny_shape(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     bench_linear.main([*QUICK, "--folder", str(tmp_path), "--name", "l"])
     assert providers(tmp_path, "l") >= {"psykern", "mm", "openblas"}
+
+
+def test_experts_with_a_tiny_shape(tmp_path: Path) -> None:
+    bench_experts.main([*QUICK, "--folder", str(tmp_path), "--name", "m"])
+    assert providers(tmp_path, "m") >= {"psykern", "psykern_loop", "psykern_whole", "reference"}
+    even = bench_experts.routes_of(64, bench_experts.QWEN3_30B_A3B, "even")
+    assert set(even.offsets.diff().tolist()) == {4}  # 64 rows to 8 of 128 experts each
 
 
 def test_layers_are_those_of_the_models() -> None:
