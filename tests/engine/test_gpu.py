@@ -183,7 +183,7 @@ import sys
 import torch
 from psykern import kernels
 from support import attention
-from support.ops import OPS, call
+from support.calls import OPS, call
 from support.backends import Place
 backend = sys.argv[1]
 place = Place(backend, torch.device("cuda"))

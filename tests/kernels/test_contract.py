@@ -13,7 +13,8 @@ import math
 import pytest
 import torch
 from support.backends import Place, assert_agrees, assert_same_bits, each_place, short
-from support.ops import OPS, Case, cases, map_tensors, put, tensors, with_gaps
+from support.calls import OPS
+from support.ops import Case, cases, map_tensors, put, tensors, with_gaps
 from torch import Tensor
 
 CASES = {f"{name}-{short(d)}": case for d in (torch.float32, torch.bfloat16) for name, case in cases(d).items()}

@@ -13,7 +13,8 @@ from typing import Any, get_args, get_type_hints
 import pytest
 import torch
 from support.backends import BACKENDS, PLACES, REFERENCE, Place, each_place, missing
-from support.ops import OPS, call, map_tensors, segments
+from support.calls import OPS, call, segments
+from support.ops import map_tensors
 
 from psykern import kernels
 from psykern.kernels import reference

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from support.backends import Place, each_place, short
-from support.ops import call, put
+from support.calls import call
+from support.ops import put
 
 from psykern import _cpu, kernels
 
