@@ -17,13 +17,14 @@ from collections.abc import Sequence
 from queue import SimpleQueue
 from weakref import finalize
 
-import torch
 from torch import Tensor
 
 _PIECE = 1 << 25  # bytes asked for at a time: a thread that is to end does so soon
+_OLD_PIECE = 1 << 17  # the same of older kernels, which read no more than a device's read-ahead at a time
 _POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14: reads, maps, and returns when it is done
+_WILL_NEED = 3  # MADV_WILLNEED: begins to read
 
-Queue = SimpleQueue[Sequence[Tensor] | None]
+Places = Sequence[tuple[int, int]]  # first address and bytes
 
 
 class ReadAhead:
@@ -31,11 +32,12 @@ class ReadAhead:
 
     def __init__(self, parts: Sequence[Sequence[Tensor]]) -> None:
         """``parts``: the mapped tensors of each, in the order in which a wave uses them; the first follows the last."""
-        self._parts = parts
+        self._mapped = parts  # as long as the thread may read
+        self._parts = [[(tensor.data_ptr(), tensor.nbytes) for tensor in part] for part in parts]
         self._current: int | None = None
         self._disk_reads = -1  # of the process, when the wave began; -1: there was none
         self._is_needed = True
-        self._queue: Queue | None = None
+        self._queue: SimpleQueue[Places] | None = None
 
     def entered(self, part: int) -> None:
         """``part`` is computed with from now on: the next one's turn to be read."""
@@ -46,44 +48,50 @@ class ReadAhead:
             before, self._disk_reads = self._disk_reads, _disk_reads()
             self._is_needed = self._disk_reads != before
         if self._is_needed:
-            self._thread().put(self._parts[upcoming])
+            self._of_thread().put(self._parts[upcoming])
 
-    def _thread(self) -> Queue:
+    def _of_thread(self) -> SimpleQueue[Places]:
         """The queue of a thread that runs."""
         if self._queue is None:
-            self._queue = SimpleQueue()
-            # A daemon, unlike an executor's: the end of a program does not wait for what is read for nobody.
-            threading.Thread(target=_work, args=(self._queue,), name="readahead", daemon=True).start()
-            finalize(self, self._queue.put, None)
+            self._queue, is_over = SimpleQueue[Places](), threading.Event()
+            # A daemon, as Python waits for others before it tells them to end.
+            thread = threading.Thread(target=_work, args=(self._queue, is_over), name="readahead", daemon=True)
+            thread.start()
+            finalize(self, _end, thread, self._queue, is_over)
         return self._queue
 
 
-def _work(queue: Queue) -> None:
-    while (tensors := queue.get()) is not None:
-        for tensor in tensors:
-            bring_in(tensor)
+def _work(queue: SimpleQueue[Places], is_over: threading.Event) -> None:
+    """In the thread, which knows addresses alone: to free a tensor while Python ends would end the process."""
+    while not is_over.is_set():
+        for address, size in queue.get():
+            bring_in(address, size, is_over)
 
 
-def bring_in(tensor: Tensor) -> None:
-    """Reads the pages of a mapped tensor that are not in memory, and maps them. No error where that cannot be: then
-    they are read where they are used."""
-    begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-    begin -= begin % mmap.PAGESIZE
-    for first in range(begin, end, _PIECE):
-        if _advise(first, min(_PIECE, end - first)) == errno.EINVAL:  # an older kernel
-            _touch(tensor)
-            return
+def _end(thread: threading.Thread, queue: SimpleQueue[Places], is_over: threading.Event) -> None:
+    """Before the tensors are freed, and before Python ends; it takes as long as a piece."""
+    is_over.set()
+    queue.put(())
+    if thread is not threading.current_thread():  # in which a garbage collection may come to it
+        thread.join(timeout=10)
 
 
-def _touch(tensor: Tensor) -> None:
-    """Each page once."""
-    tensor.detach().reshape(-1).view(torch.uint8).numpy()[:: mmap.PAGESIZE].max(initial=0)
+def bring_in(address: int, size: int, is_over: threading.Event) -> None:
+    """Reads the pages of mapped memory that are not there, and maps them. No error where that cannot be: then they are
+    read where they are used."""
+    begin, end = address - address % mmap.PAGESIZE, address + size
+    piece, advice = _PIECE, _POPULATE_READ
+    while begin < end and not is_over.is_set():
+        if _advise(begin, min(piece, end - begin), advice) == errno.EINVAL and advice == _POPULATE_READ:
+            piece, advice = _OLD_PIECE, _WILL_NEED
+        else:
+            begin += piece
 
 
-def _advise(address: int, size: int) -> int:
+def _advise(address: int, size: int, advice: int) -> int:
     """The kernel's error number, 0 for none. Others go on meanwhile: ctypes gives Python's lock away."""
     libc = ctypes.CDLL(None, use_errno=True)
-    failed = libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), _POPULATE_READ)
+    failed = libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), advice)
     return ctypes.get_errno() if failed else 0
 
 

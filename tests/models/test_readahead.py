@@ -10,6 +10,7 @@ import mmap
 import os
 import sys
 import threading
+import time
 from pathlib import Path
 from queue import Empty, Queue
 
@@ -32,23 +33,24 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="pages are read 
 
 PARTS = [[torch.full((4,), part), torch.full((3,), part)] for part in range(3)]
 CPU = Compute.resolve("cpu")
+NEVER = threading.Event()
 
 
 class Asked:
     """Stands for :func:`bring_in`: what the thread brings in, in order."""
 
     def __init__(self) -> None:
-        self._tensors: Queue[Tensor] = Queue()
+        self._places: Queue[tuple[int, int]] = Queue()
 
-    def __call__(self, tensor: Tensor) -> None:
-        self._tensors.put(tensor)
+    def __call__(self, address: int, size: int, is_over: threading.Event) -> None:
+        self._places.put((address, size))
 
     def take(self, count: int) -> list[tuple[int, int]]:
         """The addresses and sizes of the next ``count``, waited for; and no more come."""
-        taken = [self._tensors.get(timeout=10) for _ in range(count)]
+        taken = [self._places.get(timeout=10) for _ in range(count)]
         with pytest.raises(Empty):
-            self._tensors.get(timeout=0.02)
-        return places(taken)
+            self._places.get(timeout=0.02)
+        return taken
 
 
 def places(tensors: list[Tensor]) -> list[tuple[int, int]]:
@@ -91,8 +93,29 @@ def test_the_thread_ends_with_its_model(asked: Asked) -> None:
     (thread,) = set(threading.enumerate()).difference(before)
     del ahead
     gc.collect()
-    thread.join(30)
+    assert not thread.is_alive()  # waited for: what it reads may be freed now
+
+
+def test_a_thread_that_reads_stops_between_two_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is waited for, when its model is let go and when Python ends: weakref's finalizers are called then."""
+    begun, pieces = threading.Event(), list[int]()
+
+    def advise(address: int, size: int, advice: int) -> int:
+        pieces.append(address)
+        begun.set()
+        time.sleep(0.05)
+        return 0
+
+    monkeypatch.setattr(readahead, "_advise", advise)
+    monkeypatch.setattr(readahead, "_PIECE", mmap.PAGESIZE)
+    before, ahead = threading.enumerate(), ReadAhead([[], [torch.zeros(100 * mmap.PAGESIZE, dtype=torch.uint8)] * 9])
+    ahead.entered(0)
+    assert begun.wait(10)
+    (thread,) = set(threading.enumerate()).difference(before)
+    del ahead
+    gc.collect()
     assert not thread.is_alive()
+    assert len(pieces) < 20
 
 
 @pytest.mark.parametrize("num_slots", [None, 2], ids=["mapped", "slots"])
@@ -153,8 +176,12 @@ def test_all_pages_are_brought_in(mapped: Tensor, is_old: bool, monkeypatch: pyt
         pytest.skip("the file system keeps the file in memory")
     monkeypatch.setattr(readahead, "_PIECE", 5 * mmap.PAGESIZE)
     if is_old:
-        monkeypatch.setattr(readahead, "_advise", lambda address, size: errno.EINVAL)
-    bring_in(mapped)
+        kernel = readahead._advise
+        monkeypatch.setattr(readahead, "_advise", lambda *of: errno.EINVAL if of[2] == 22 else kernel(*of))
+    bring_in(mapped.data_ptr(), mapped.nbytes, NEVER)
+    deadline = time.monotonic() + 10  # older kernels only begin to read
+    while not resident(mapped).all() and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert resident(mapped).all()
 
 
@@ -164,19 +191,19 @@ def test_the_kernel_is_asked_for_every_page_of_a_tensor_and_no_other(
     monkeypatch.setattr(readahead, "_PIECE", 5 * mmap.PAGESIZE)
     pages: list[int] = []
 
-    def advise(address: int, size: int) -> int:
+    def advise(address: int, size: int, advice: int) -> int:
         pages.extend(range(address, address + size, mmap.PAGESIZE))
         return 0
 
     monkeypatch.setattr(readahead, "_advise", advise)
-    bring_in(mapped)
+    bring_in(mapped.data_ptr(), mapped.nbytes, NEVER)
     first = mapped.data_ptr() - 96  # where the file begins
     assert pages == list(range(first, first + 81 * mmap.PAGESIZE, mmap.PAGESIZE))
 
 
 def test_a_file_cut_short_while_it_is_mapped_does_not_end_the_process(mapped: Tensor, tmp_path: Path) -> None:
     os.truncate(tmp_path / "file", 20 * mmap.PAGESIZE)
-    bring_in(mapped)
+    bring_in(mapped.data_ptr(), mapped.nbytes, NEVER)
 
 
 def test_scores_are_the_same_bytes_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
