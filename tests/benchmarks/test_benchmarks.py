@@ -167,10 +167,10 @@ def test_alternatives_to_the_tables_with_tiny_shapes(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     command = [sys.executable, str(ROOT / "benchmarks" / "tune.py"), *QUICK, "--folder", str(tmp_path), "--name", "t"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    ops = ["option_logprobs", "prefix_attention"]
-    subprocess.run([*command, "--ops", *ops], env=environment, capture_output=True, check=True, timeout=300)
+    op = "option_logprobs"  # attention's take half a minute more, those of experts a third
+    subprocess.run([*command, "--ops", op], env=environment, capture_output=True, check=True, timeout=300)
     rows = json.loads((tmp_path / "t.json").read_text())["rows"]
-    assert {row["op"] for row in rows} == set(ops)
+    assert {row["op"] for row in rows} == {op}
     for case in {row["case"] for row in rows}:
         alternatives = [row["alternative"] for row in rows if row["case"] == case]
         assert {"table", "loads"} < set(alternatives) and len(alternatives) == len(set(alternatives)) > 6

@@ -269,7 +269,7 @@ def test_an_experiments_options_need_rows_twice(toy: Toy, scorer: Scorer) -> Non
 
 def test_a_stream_is_in_the_memory_of_a_unit(scorer: Scorer) -> None:
     stand_in = replace(scorer, engine=InstantEngine())  # type: ignore[arg-type]
-    rows = ({"text": f"{i} " + "x" * 3000 + " <<A>>", "participant": i} for i in range(3000))  # 9 MB
+    rows = ({"text": f"{i} " + "x" * 3000 + " <<A>>", "participant": i} for i in range(600))  # 2 MB
 
     def peak(held: Iterator[Row]) -> int:
         gc.collect()
@@ -280,7 +280,7 @@ def test_a_stream_is_in_the_memory_of_a_unit(scorer: Scorer) -> None:
         tracemalloc.stop()
         return most
 
-    few = peak(itertools.islice(rows, 300))
+    few = peak(itertools.islice(rows, 120))
     assert peak(rows) < 1.3 * few
 
 
