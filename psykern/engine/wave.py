@@ -82,6 +82,7 @@ def _layers(model: Model, wave: Wave, store: Store, scratch: Scratch, watch: Wat
                 layer(call.hidden, call.out, state, call.batch, scratch)
             store.leave(index, wave)
             sums.append((out if is_last else hidden).sum(dtype=torch.float32))
+        del layer  # whose weights may be there for this wave alone: before the next one's are made
         watch.layers_done((index + 1) / num_layers)
     return out, sums
 

@@ -124,12 +124,16 @@ class Model:
             return self._slots.layer(index)
         if index in self._held:
             return self._held[index]
-        # Mapped ones as the file has them, which kernels take; those that are made anew as they are computed with.
-        prefix, read = self.spec.layers[index].prefix, self._read(index)
-        tensors = {n: t if self._source.is_mapped(prefix + n) else t.to(self.dtype) for n, t in read.items()}
+        layer = self.spec.layers[index]
+        tensors = {name: self._tensor(layer.prefix + name) for name in layer.tensors()}
         if self._holds:
             self._held[index] = tensors
         return tensors
+
+    def _tensor(self, name: str) -> Tensor:
+        """A mapped one as the file has it, which kernels take; one that is made anew as it is computed with."""
+        tensor = self._source.tensor(name)
+        return tensor if self._source.is_mapped(name) else tensor.to(self.dtype)
 
     def score(self, hidden: Tensor, token_offsets: Tensor, token_ids: Tensor) -> kernels.OptionLogprobs:
         """Final norm and head of hidden [R, D] for the tokens wanted of each row, as ``kernels.option_logprobs``."""
