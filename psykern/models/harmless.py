@@ -47,10 +47,15 @@ _HARMLESS = (
     *("sliding_window", "use_sliding_window", "max_window_layers"),
 )
 _HARMLESS_AS: Mapping[str, Any] = {  # with this value alone
+    "pruned_heads": {},
     "is_encoder_decoder": False,
     "add_cross_attention": False,
     "tie_encoder_decoder": False,
-    "pruned_heads": {},
+    # SmolLM2 is published with these two; the others say that something is not there which no family here has.
+    "is_llama_config": True,
+    "rope_interleaved": False,
+    **dict.fromkeys(("bias", "mlp_bias", "use_bias", "qk_layernorm", "use_qk_norm", "use_logn_attn"), False),
+    "use_dynamic_ntk": False,
 }
 _MAX_NAMED = 8
 

@@ -23,7 +23,7 @@ from support.configs import (
 from transformers import AutoConfig, PreTrainedConfig
 
 from psykern.core.errors import CheckpointError
-from psykern.models.families import FAMILIES, read_spec
+from psykern.models.families import FAMILIES, parse_spec, read_spec
 from psykern.models.spec import ModelSpec
 
 
@@ -267,3 +267,20 @@ def test_windows_that_cannot_be_read_name_file_and_key(config: dict[str, Any], m
     with pytest.raises(CheckpointError, match=message) as error:
         read_spec(write(tmp_path, **(windowed | config)))
     assert str(error.value).startswith(f"{tmp_path / 'config.json'}: ")
+
+
+SMOLLM2: dict[str, Any] = {  # of the 135M base model, as it was published
+    **{"architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 0},
+    **{"eos_token_id": 0, "hidden_act": "silu", "hidden_size": 576, "initializer_range": 0.041666666666666664},
+    **{"intermediate_size": 1536, "is_llama_config": True, "max_position_embeddings": 8192, "model_type": "llama"},
+    **{"num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3, "pretraining_tp": 1},
+    **{"rms_norm_eps": 1e-05, "rope_interleaved": False, "rope_scaling": None, "rope_theta": 100000},
+    **{"tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.40.1", "use_cache": True},
+    "vocab_size": 49152,
+}
+
+
+def test_a_key_may_be_harmless_with_one_value_alone() -> None:
+    assert parse_spec(SMOLLM2, "config.json").num_layers == 30
+    with pytest.raises(CheckpointError, match=r"rope_interleaved \(True\): expected no key that psykern does not know"):
+        parse_spec(SMOLLM2 | {"rope_interleaved": True}, "config.json")
