@@ -54,9 +54,10 @@ interpret: setup
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=$(THREADS) $(OLDER) $(PYTEST) --dist worksteal -k triton -W ignore \
 	    $(addprefix tests/kernels/test_,triton_kernels.py triton_experts.py contract.py dispatch.py elementwise.py option_logprobs.py prefix_attention.py)
 
-# A file stays in one process, which makes its models, its Ray cluster and its compiled kernels once.
+# A file stays in one process, which makes its models, its Ray cluster and its compiled kernels once. Files come in their
+# own order, not those of most tests first: a file of one long test would be the last, beside an idle process.
 plain: setup
-	OMP_NUM_THREADS=$(THREADS) $(PYTEST) --dist loadfile
+	OMP_NUM_THREADS=$(THREADS) $(PYTEST) --dist loadfile --no-loadscope-reorder
 
 # Both passes as on other processors and with other numbers of threads: about as many times `make test` as the script
 # has settings.
