@@ -31,7 +31,7 @@ _ADAPTER = "adapter_config.json"
 # How weights are quantised, beside a config.json that does not say it: early AutoGPTQ and AutoAWQ.
 LEGACY_CONFIGS: Mapping[str, str] = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 _PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
-_HUB_FILES = ["*.json", "chat_template.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+_HUB_FILES = ["*.json", "chat_template.jinja", "*.model", "merges.txt", "vocab.txt"]
 _HASH_BYTES = 1 << 20  # read at a time
 
 
