@@ -30,6 +30,12 @@ class ModelSpec:
         return len(self.layers)
 
     @property
+    def wave_numbers(self) -> int:
+        """Keys and values of a row that a wave holds at a time: those of the layer that has most, as they are computed
+        one after the other."""
+        return max(2 * layer.mixer.kv_size for layer in self.layers)
+
+    @property
     def head_name(self) -> str:
         return EMBEDDING if self.has_tied_head else HEAD
 

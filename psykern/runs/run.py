@@ -21,7 +21,7 @@ from psykern.data.token_cache import TokenCache
 from psykern.kernels.compute import Compute
 from psykern.models.checkpoint import at_revision
 from psykern.models.locate import Located, folder_names, locate
-from psykern.models.weights import Base
+from psykern.models.weights import ModelFolder
 from psykern.runs.job import Options, Run, RunJob, recipe_of
 from psykern.runs.manifest import Recipe, tokens_depend_on
 from psykern.runs.progress import Progress
@@ -163,7 +163,9 @@ def _score_each(
     return tuple(done)
 
 
-def _loaded(model: Located | Scorer, settings: Settings, base: Base | None, clock: Clock, *, chat: bool) -> Scorer:
+def _loaded(
+    model: Located | Scorer, settings: Settings, base: ModelFolder | None, clock: Clock, *, chat: bool
+) -> Scorer:
     """``chat``: a chat template will be needed."""
     if isinstance(model, Located):
         with clock("load"):

@@ -13,6 +13,7 @@ from psykern.data.chat import ChatTemplate
 from psykern.data.encode import Encoder
 from psykern.data.pretrained import Pretrained
 from psykern.data.tokenizer import Tokenizer
+from psykern.models.decoder import DecoderSpec
 from psykern.models.families import read_spec
 from psykern.models.locate import locate
 from psykern.models.spec import ModelSpec
@@ -54,7 +55,7 @@ class Language:
         chat = self.chat.at(settings.date) if settings.condition == "chat" else None
         return Encoder(self.tokenizer, settings, chat, beyond=self.beyond)
 
-    def reader(self, spec: ModelSpec) -> Reader:
+    def reader(self, spec: DecoderSpec) -> Reader:
         """Makes tokens of texts in memory, for a model of ``spec``."""
         special = self.pretrained.tokenizer
         bos = special.bos_token_id if special.bos_token_id is not None else special.eos_token_id

@@ -6,14 +6,17 @@ import warnings
 from pathlib import Path
 
 from psykern.core.errors import SlowDtypeWarning
-from psykern.core.settings import Backend, Device, Dtype, Settings
+from psykern.core.settings import Backend, Device, Dtype, Implementation, Settings
 from psykern.engine.budgets import budgets
 from psykern.engine.engine import Engine
 from psykern.kernels.compute import Compute
+from psykern.models.decoder import DecoderSpec
 from psykern.models.families import read_spec
+from psykern.models.foreign.model import ForeignModel
+from psykern.models.foreign.probe import read_foreign_spec
 from psykern.models.locate import Located, locate
 from psykern.models.model import Model
-from psykern.models.weights import Base
+from psykern.models.weights import Base, ModelFolder
 from psykern.scoring.language import Language
 from psykern.scoring.scorer import Scorer
 
@@ -25,6 +28,11 @@ def check_model(model: object) -> None:
             f"model: expected a folder or a hub id, got {type(model).__name__}; save the model and its tokenizer to a "
             "folder (save_pretrained of transformers does) and give that"
         )
+
+
+def decoder_spec(folder: Path, implementation: Implementation) -> DecoderSpec:
+    """What ``config.json`` says of the model; no weights are read."""
+    return read_spec(folder) if implementation == "native" else read_foreign_spec(folder)
 
 
 def load(
@@ -39,6 +47,7 @@ def load(
     batch_tokens: int | None = None,
     session_bytes: int | None = None,
     chat: bool = False,
+    implementation: Implementation = "native",
 ) -> Scorer:
     """A checkpoint, loaded to score whatever it is given, as often as wanted.
 
@@ -65,26 +74,33 @@ def load(
     if session_bytes is not None and session_bytes < 0:
         raise ValueError(f"session_bytes: expected a number of bytes, at least 0, got {session_bytes}")
     settings = Settings(device=device, dtype=dtype, backend=backend, wave_tokens=wave_tokens, batch_tokens=batch_tokens)
-    return open_scorer(locate(model, adapter, revision=revision), settings, session_bytes=session_bytes, chat=chat)
+    located = locate(model, adapter, revision=revision)
+    return open_scorer(located, settings, session_bytes=session_bytes, chat=chat, implementation=implementation)
 
 
 def open_scorer(
     located: Located,
     settings: Settings,
     *,
-    base: Base | None = None,
+    base: ModelFolder | None = None,
     session_bytes: int | None = None,
     chat: bool = False,
+    implementation: Implementation = "native",
 ) -> Scorer:
     """:func:`load` of what was located; ``base``: the one that is open, to be shared by several adapters."""
     compute = Compute.resolve(settings.device, settings.dtype, settings.backend)
     if caveat := compute.caveat:
         warnings.warn(caveat, SlowDtypeWarning, stacklevel=3)
-    spec = read_spec(located.base) if base is None else base.spec
+    opened = base if isinstance(base, Base) else None
+    spec = decoder_spec(located.base, implementation) if opened is None else opened.spec
     language = Language.load(located.tokenizer, spec.vocab_size)
     if chat:
         language.chat  # noqa: B018
-    decoder = Model(base or located.base, compute, adapter=located.adapter)  # last, as it takes longest
+    decoder: Model | ForeignModel  # last, as it takes longest
+    if implementation == "native":
+        decoder = Model(opened or located.base, compute, adapter=located.adapter)
+    else:
+        decoder = ForeignModel(base or ModelFolder(located.base), compute, adapter=located.adapter)
     suitable = budgets(decoder.spec, compute.device, compute.dtype).under(settings)
     engine = Engine(decoder, session_bytes=session_bytes)
     return Scorer(located.name, located.base, decoder, language, engine, suitable, located.adapter)

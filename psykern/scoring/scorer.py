@@ -20,6 +20,7 @@ from psykern.core.settings import Boundary, Settings
 from psykern.engine.budgets import Budgets
 from psykern.engine.engine import Engine
 from psykern.models.adapters import hash_adapter
+from psykern.models.foreign.model import ForeignModel
 from psykern.models.model import Model
 from psykern.scoring.asking import Further, Whole
 from psykern.scoring.choices import choose_question
@@ -47,7 +48,7 @@ class Scorer:
 
     name: str  # as the user gave it, with the revision; with an adapter "BASE + ADAPTER"
     folder: Path
-    model: Model
+    model: Model | ForeignModel
     language: Language
     engine: Engine
     budgets: Budgets  # that suit the device, as it was when the model had been loaded and nothing else
