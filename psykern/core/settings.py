@@ -32,7 +32,6 @@ OverLength = Literal["error", "skip", "truncate"]
 SameParticipants = Literal["merge", "separate", "error"]
 Backend = Literal["auto", "reference", "cpu", "triton", "cuda"]
 Device = str  # auto, cpu, cuda or one of several: cuda:1
-Implementation = Literal["native", "transformers"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Implementation = Literal["auto", "native", "transformers"]
 

@@ -76,11 +76,6 @@ class Model:
         return self.compute.dtype
 
     @property
-    def implementation(self) -> str:
-        """Whose modules compute the layers, as the manifest says it."""
-        return "native"
-
-    @property
     def changes(self) -> tuple[str, ...]:
         """What was done to the weights on their way from the files."""
         return self._source.changes

@@ -59,7 +59,7 @@ def to_score(scorer: Scorer, rows: object, settings: Settings | None, study: str
 def check_settings(scorer: Scorer, settings: Settings) -> None:
     """Raises ValueError where ``settings`` contradict the model that is loaded."""
     scorer.model.compute.check(settings)
-    check_loaded(settings, {"implementation": scorer.model.implementation.partition(":")[0]})
+    check_loaded(settings, {"implementation": scorer.model.spec.implementation.partition(":")[0]})
 
 
 @dataclass(frozen=True, slots=True, eq=False)

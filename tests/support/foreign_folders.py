@@ -46,18 +46,20 @@ def _sentencepiece(prefix: bool, front: str | None) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     replaced = normalizers.Replace(" ", _MARK)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_MARK), replaced]) if prefix else replaced
-    if not prefix:
-        tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    words = pre_tokenizers.Split(_MARK, "merged_with_next")  # while it is trained
+    tokenizer.pre_tokenizer = words if prefix else pre_tokenizers.Split(" ", "merged_with_previous")
     special = ["<unk>", *_BYTES]
     _train(tokenizer, trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False))
     definition = json.loads(tokenizer.to_str())
     definition["added_tokens"] = definition["added_tokens"][:1]  # bytes are tokens of the vocabulary
+    if prefix:
+        definition["pre_tokenizer"] = None
     return _behind(Tokenizer.from_str(json.dumps(definition)), "<s>", front)
 
 
 def _metaspace(model: Any, scheme: Any, front: str | None) -> Tokenizer:
     tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
     special: dict[str, Any] = {"special_tokens": ["<unk>"], "show_progress": False}
     trainer = (
         trainers.UnigramTrainer(vocab_size=120, unk_token="<unk>", **special)
@@ -65,6 +67,7 @@ def _metaspace(model: Any, scheme: Any, front: str | None) -> Tokenizer:
         else trainers.BpeTrainer(vocab_size=400, **special)
     )
     _train(tokenizer, trainer)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
     return _behind(tokenizer, "</s>", front)
 
 
