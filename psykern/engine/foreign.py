@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from psykern.core import csr
-from psykern.engine.plan import Wave
+from psykern.engine.plan import Plan, Wave
 from psykern.engine.store import Store
 from psykern.engine.upload import upload
 from psykern.engine.watch import Watch
 from psykern.engine.wave import Launched, launched, segments_of
+from psykern.models.decoder import DecoderSpec
 from psykern.models.foreign.model import ForeignModel
+from psykern.models.foreign.spec import ForeignSpec
 
 
 class PathTokens:
@@ -35,6 +37,13 @@ class PathTokens:
         tokens = np.concatenate((self._carried[: wave.num_carried], wave.token_ids))
         self._carried = tokens[wave.keep_rows]
         return tokens
+
+
+def rows_computed(plan: Plan, spec: DecoderSpec) -> int:
+    """Rows that go through the model: those of the plan's trie, or with one pass per sequence those of all paths."""
+    if not isinstance(spec, ForeignSpec) or spec.mode == "shared":
+        return plan.num_computed
+    return sum(len(path) for wave in plan.waves() for path, _ in _leaves(wave))
 
 
 def run_foreign_wave(model: ForeignModel, wave: Wave, store: Store | PathTokens, watch: Watch) -> Launched:
