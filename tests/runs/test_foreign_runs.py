@@ -1,4 +1,4 @@
-"""Runs of models that transformers computes: identity, manifest, counts, plans, adapters, Ray's worker, the commands."""
+"""Runs of models that transformers computes: identity, manifest, counts, plans, adapters, Ray, the commands."""
 
 from __future__ import annotations
 
@@ -76,9 +76,8 @@ def test_the_identity_has_no_reasons_and_native_ones_are_as_ever() -> None:
 def test_one_pass_per_sequence_is_counted_as_it_is(capped: Path, tmp_path: Path) -> None:
     """The first two transcripts begin alike, and each is computed whole, up to its last scored token."""
     data = write_rows(tmp_path / "rows.jsonl", ROWS)
-    run = psykern.score(
-        capped, data, tmp_path / "run", Settings(device="cpu", options="none", implementation="transformers")
-    )
+    settings = replace(SETTINGS, options="none")
+    run = psykern.score(capped, data, tmp_path / "run", settings)
     tokens = 0
     for row in ROWS:
         encoded = encode(Tokenizer.load(capped), transcript(row["text"]))
@@ -86,9 +85,9 @@ def test_one_pass_per_sequence_is_counted_as_it_is(capped: Path, tmp_path: Path)
     assert run.manifest.implementation == (
         "transformers: one pass per sequence, because layer 0 has soft caps on attention logits"
     )
-    (capped / "model.safetensors").rename(tmp_path / "away")
-    estimate = psykern.estimate(capped, data, settings)
-    (tmp_path / "away").rename(capped / "model.safetensors")
+    without = Path(shutil.copytree(capped, tmp_path / "without weights"))
+    (without / "model.safetensors").unlink()
+    estimate = psykern.estimate(without, data, settings)
     (study,) = estimate.studies
     assert study.computed_tokens == study.bound_tokens == run.manifest.counts.computed_tokens == tokens
     assert (estimate.implementation, estimate.weights.gpu) == (run.manifest.implementation, None)
@@ -121,13 +120,7 @@ def test_adapters_and_conditions(toy: Toy, tmp_path: Path) -> None:
     assert [run.manifest.implementation for run in runs] == [SHARED] * 4
     plains = [records(run)[0] for run in runs[::2]]
     for adapter, own in zip(adapters, plains, strict=True):
-        alone = psykern.score(
-            toy.model,
-            toy.data,
-            tmp_path / "native" / adapter.name,
-            replace(settings, implementation="native"),
-            adapter=adapter,
-        )
+        alone = psykern.score(toy.model, toy.data, tmp_path / f"native-{adapter.name}", native, adapter=adapter)
         expected = [record["logprob"] for record in records(alone)[0]]
         assert [record["logprob"] for record in own] == pytest.approx(expected, rel=0, abs=2 * TOLERANCE)
     assert plains[0] != plains[1]
