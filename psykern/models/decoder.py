@@ -53,6 +53,10 @@ class DecoderSpec(Protocol):
     @property
     def num_layers(self) -> int: ...
     @property
+    def implementation(self) -> str:
+        """Whose modules compute the layers and how, in words: "native", "transformers: …"."""
+
+    @property
     def wave_numbers(self) -> int:
         """Keys and values of a row that a wave holds at a time."""
 

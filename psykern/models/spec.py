@@ -26,6 +26,11 @@ class ModelSpec:
     skipped: tuple[str, ...] = ()  # patterns of tensors of layers that a text does not pass through
 
     @property
+    def implementation(self) -> str:
+        """Whose modules compute the layers, in words."""
+        return "native"
+
+    @property
     def num_layers(self) -> int:
         return len(self.layers)
 

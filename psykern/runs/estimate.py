@@ -104,6 +104,7 @@ class Estimate:
     studies: tuple[StudyPlan, ...]
     rejects: tuple[RowError, ...]
     weights: WeightsPlan
+    implementation: str  # whose modules compute the layers and how: "native", or "transformers: …"
 
 
 def estimate(
@@ -122,7 +123,8 @@ def estimate(
     settings, clock = settings or Settings(), Clock()
     compute = Compute.resolve(settings.device, settings.dtype)
     settings = replace(with_unit_tokens(settings, compute), date=settings.date or clock.day)
-    spec, language = load_language(model, adapter=adapter, revision=revision, clock=clock)
+    how = settings.implementation
+    spec, language = load_language(model, adapter=adapter, revision=revision, implementation=how, clock=clock)
     chosen = budgets(spec, compute.device, compute.dtype).under(settings)
     feed = Feed(Dataset.find(data, hashed=False), language.encoder(settings), clock=clock)
     units = feed.units()
@@ -140,4 +142,4 @@ def estimate(
                 plans[study] = plans[study] + one if study in plans else one
             item.progress(1.0)
     weights = WeightsPlan.of(spec, compute.dtype, stored_dtype(language.folder))
-    return Estimate(tuple(plans[study] for study in sorted(plans)), tuple(rejects), weights)
+    return Estimate(tuple(plans[study] for study in sorted(plans)), tuple(rejects), weights, spec.implementation)

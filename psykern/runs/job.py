@@ -96,6 +96,7 @@ def recipe_of(scorer: Scorer, dataset: Dataset, out: str | Path, settings: Setti
         versions=library_versions(__version__),
         device=torch.cuda.get_device_name(compute.device) if compute.device.type == "cuda" else "cpu",
         dtype=str(compute.dtype).removeprefix("torch."),
+        implementation=scorer.model.spec.implementation,
         backend=compute.backend,
         arithmetic=compute.arithmetic,
         company_free=compute.is_company_free,

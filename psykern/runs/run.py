@@ -27,6 +27,7 @@ from psykern.runs.manifest import Recipe, tokens_depend_on
 from psykern.runs.progress import Progress
 from psykern.scoring.language import Language
 from psykern.scoring.loading import check_model, open_scorer
+from psykern.scoring.records import check_settings
 from psykern.scoring.scorer import Scorer
 from psykern.scoring.units import with_unit_tokens
 
@@ -139,7 +140,7 @@ def _score_each(
     if isinstance(model, Scorer):
         if set(runs) != {None}:
             raise ValueError("adapter: expected none, as the model is loaded; load it with the adapter")
-        model.model.compute.check(settings)
+        check_settings(model, settings)
     else:
         Compute.resolve(settings.device, settings.dtype, settings.backend)
     for own in runs.values():

@@ -8,15 +8,16 @@ from pathlib import Path
 
 from psykern.core.clock import Clock
 from psykern.core.errors import CheckpointError
-from psykern.core.settings import Settings
+from psykern.core.settings import Implementation, Settings
 from psykern.data.chat import ChatTemplate
 from psykern.data.encode import Encoder
 from psykern.data.pretrained import Pretrained
 from psykern.data.tokenizer import Tokenizer
 from psykern.models.decoder import DecoderSpec
 from psykern.models.families import read_spec
+from psykern.models.foreign.library import is_foreign
+from psykern.models.foreign.probe import read_foreign_spec
 from psykern.models.locate import locate
-from psykern.models.spec import ModelSpec
 from psykern.scoring.texts import Reader
 
 
@@ -62,15 +63,31 @@ class Language:
         return Reader(self.tokenizer, bos, spec.vocab_size, spec.max_positions)
 
 
+def decoder_spec(folder: Path, implementation: Implementation) -> DecoderSpec:
+    """What a model is made of, by its ``config.json``; no weights are read. Raises CheckpointError for what is none of
+    psykern's, and where transformers' modules could compute it, says so."""
+    if implementation == "transformers":
+        return read_foreign_spec(folder)
+    try:
+        return read_spec(folder)
+    except CheckpointError as error:
+        if not is_foreign(folder):
+            raise
+        raise CheckpointError(
+            f"{error}; --implementation transformers computes it through transformers' own modules"
+        ) from error
+
+
 def load_language(
     model: str | Path,
     *,
     adapter: str | Path | None = None,
     revision: str | None = None,
+    implementation: Implementation = "auto",
     clock: Clock | None = None,
-) -> tuple[ModelSpec, Language]:
+) -> tuple[DecoderSpec, Language]:
     """What ``model`` is made of, but for its weights and the adapter's, which are not downloaded either."""
     with (clock or Clock())("load"):
         located = locate(model, adapter, revision=revision, weights=False)
-        spec = read_spec(located.base)
+        spec = decoder_spec(located.base, implementation)
         return spec, Language.load(located.tokenizer, spec.vocab_size)

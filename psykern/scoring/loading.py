@@ -5,19 +5,16 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-from psykern.core.errors import SlowDtypeWarning
+from psykern.core.errors import NoSharingWarning, SlowDtypeWarning
 from psykern.core.settings import Backend, Device, Dtype, Implementation, Settings
 from psykern.engine.budgets import budgets
 from psykern.engine.engine import Engine
 from psykern.kernels.compute import Compute
-from psykern.models.decoder import DecoderSpec
-from psykern.models.families import read_spec
 from psykern.models.foreign.model import ForeignModel
-from psykern.models.foreign.probe import read_foreign_spec
 from psykern.models.locate import Located, locate
 from psykern.models.model import Model
 from psykern.models.weights import Base, ModelFolder
-from psykern.scoring.language import Language
+from psykern.scoring.language import Language, decoder_spec
 from psykern.scoring.scorer import Scorer
 
 
@@ -28,11 +25,6 @@ def check_model(model: object) -> None:
             f"model: expected a folder or a hub id, got {type(model).__name__}; save the model and its tokenizer to a "
             "folder (save_pretrained of transformers does) and give that"
         )
-
-
-def decoder_spec(folder: Path, implementation: Implementation) -> DecoderSpec:
-    """What ``config.json`` says of the model; no weights are read."""
-    return read_spec(folder) if implementation == "native" else read_foreign_spec(folder)
 
 
 def load(
@@ -47,7 +39,7 @@ def load(
     batch_tokens: int | None = None,
     session_bytes: int | None = None,
     chat: bool = False,
-    implementation: Implementation = "native",
+    implementation: Implementation = "auto",
 ) -> Scorer:
     """A checkpoint, loaded to score whatever it is given, as often as wanted.
 
@@ -64,7 +56,12 @@ def load(
     On a CPU, weights that no file has as they are (quantised, or with an adapter) are made anew for each wave. From the
     first small call or session on they are kept, where they take no more than 40 % of what is free.
 
-    Warns (SlowDtypeWarning) where the processor has no fast products of bfloat16 and that is asked for.
+    implementation: ``native`` (as ``auto`` is), or ``transformers``: the library's own modules compute the layers of
+    any causal language model that it has, with psykern's attention in them, so that common beginnings are computed
+    once; where that cannot stand in, one pass for each sequence. The whole model is on the device then.
+
+    Warns: SlowDtypeWarning where the processor has no fast products of bfloat16 and that is asked for, NoSharingWarning
+    where transformers computes one pass for each sequence.
     Raises CheckpointError for a folder that cannot be used, BackendError for a device or backend that is not there,
     ValueError for a word that is none of these, TypeError for what is no name of a model.
     """
@@ -73,9 +70,15 @@ def load(
         raise TypeError(f"model: {model.name} is loaded; use it as it is")
     if session_bytes is not None and session_bytes < 0:
         raise ValueError(f"session_bytes: expected a number of bytes, at least 0, got {session_bytes}")
-    settings = Settings(device=device, dtype=dtype, backend=backend, wave_tokens=wave_tokens, batch_tokens=batch_tokens)
-    located = locate(model, adapter, revision=revision)
-    return open_scorer(located, settings, session_bytes=session_bytes, chat=chat, implementation=implementation)
+    settings = Settings(
+        device=device,
+        dtype=dtype,
+        backend=backend,
+        wave_tokens=wave_tokens,
+        batch_tokens=batch_tokens,
+        implementation=implementation,
+    )
+    return open_scorer(locate(model, adapter, revision=revision), settings, session_bytes=session_bytes, chat=chat)
 
 
 def open_scorer(
@@ -85,22 +88,28 @@ def open_scorer(
     base: ModelFolder | None = None,
     session_bytes: int | None = None,
     chat: bool = False,
-    implementation: Implementation = "native",
 ) -> Scorer:
     """:func:`load` of what was located; ``base``: the one that is open, to be shared by several adapters."""
     compute = Compute.resolve(settings.device, settings.dtype, settings.backend)
     if caveat := compute.caveat:
         warnings.warn(caveat, SlowDtypeWarning, stacklevel=3)
     opened = base if isinstance(base, Base) else None
-    spec = decoder_spec(located.base, implementation) if opened is None else opened.spec
+    spec = decoder_spec(located.base, settings.implementation) if opened is None else opened.spec
     language = Language.load(located.tokenizer, spec.vocab_size)
     if chat:
         language.chat  # noqa: B018
     decoder: Model | ForeignModel  # last, as it takes longest
-    if implementation == "native":
-        decoder = Model(opened or located.base, compute, adapter=located.adapter)
-    else:
+    if settings.implementation == "transformers":
         decoder = ForeignModel(base or ModelFolder(located.base), compute, adapter=located.adapter)
+        if decoder.spec.reason:
+            warnings.warn(
+                f"{located.name}: one pass per sequence, common beginnings again and again, because "
+                f"{decoder.spec.reason}",
+                NoSharingWarning,
+                stacklevel=3,
+            )
+    else:
+        decoder = Model(opened or located.base, compute, adapter=located.adapter)
     suitable = budgets(decoder.spec, compute.device, compute.dtype).under(settings)
     engine = Engine(decoder, session_bytes=session_bytes)
     return Scorer(located.name, located.base, decoder, language, engine, suitable, located.adapter)

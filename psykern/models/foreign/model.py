@@ -106,6 +106,8 @@ class ForeignModel:
         place = f"{self.base.folder}: {self.spec.model_type}"
         try:
             trial = Trial.of(self._network, self.spec)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception as error:  # of the library's own forward
             raise CheckpointError(f"{place}: transformers cannot compute it: {first_line(error)}") from error
         if not trial.is_causal:
@@ -124,6 +126,8 @@ class ForeignModel:
             if trial.fits(_logprobs(head, self._as_tree(trial))):
                 return head, self.spec
             why = "other scores than its own with psykern's attention"
+        except torch.OutOfMemoryError:
+            raise
         except (ValueError, RuntimeError) as error:
             why = f"psykern's attention cannot stand in it: {first_line(error)}"
         self._network.attend_by(psykern=False)

@@ -12,17 +12,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedModel
 
 from psykern.core.errors import CheckpointError
 from psykern.models.foreign.interface import NAME, Link, Mask, window_of
 from psykern.models.foreign.library import max_positions, on_meta, read_config
 from psykern.models.foreign.spec import NO_KEYS, ForeignLayer, ForeignMixer, ForeignSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _TOKENS = 4
 _LENGTH_ROPES = ("dynamic", "longrope")  # their angles follow from the length of the whole text

@@ -62,6 +62,13 @@ class ForeignSpec:
     shapes: Shapes  # of all tensors
 
     @property
+    def implementation(self) -> str:
+        """Whose modules compute the layers and how, in words."""
+        if self.reason is None:
+            return "transformers: psykern's attention, prefixes shared"
+        return f"transformers: one pass per sequence, because {self.reason}"
+
+    @property
     def num_layers(self) -> int:
         return len(self.layers)
 
