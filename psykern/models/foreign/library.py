@@ -35,7 +35,7 @@ def read_config(folder: Path) -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # the library's own are of many kinds
         needs_code = isinstance(written.get("auto_map"), dict)
-        why = "its code is in the folder, and is never executed" if needs_code else _first_line(error)
+        why = "its code is in the folder, and is never executed" if needs_code else first_line(error)
         raise CheckpointError(f"{path}: model_type {kind!r} is none of transformers': {why}") from error
     if config.is_encoder_decoder:
         raise CheckpointError(f"{path}: {kind} has an encoder and a decoder: expected a causal language model")
@@ -95,7 +95,7 @@ def load_weights(folder: Path, dtype: torch.dtype, device: torch.device) -> tupl
                 output_loading_info=True,
             )
     except Exception as error:
-        raise CheckpointError(f"{folder}: transformers cannot load it: {_first_line(error)}") from error
+        raise CheckpointError(f"{folder}: transformers cannot load it: {first_line(error)}") from error
     for kind, names in (("are missing", info["missing_keys"]), ("have other shapes", info["mismatched_keys"])):
         if names:
             raise CheckpointError(f"{folder}: tensors that {kind}: {', '.join(sorted(map(str, names))[:5])}")
@@ -116,5 +116,5 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__

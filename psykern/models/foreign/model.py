@@ -22,7 +22,7 @@ from psykern.models.foreign.adapter import with_adapter
 from psykern.models.foreign.check import Trial
 from psykern.models.foreign.head import Head, OwnLogits, PlainHead
 from psykern.models.foreign.interface import Shared
-from psykern.models.foreign.library import load_weights
+from psykern.models.foreign.library import first_line, load_weights
 from psykern.models.foreign.network import Network
 from psykern.models.foreign.probe import read_foreign_spec
 from psykern.models.foreign.spec import ForeignSpec
@@ -103,7 +103,13 @@ class ForeignModel:
 
     def _checked(self) -> tuple[Head, ForeignSpec]:
         """The head, and the spec with the mode that gives what the library gives."""
-        trial, place = Trial.of(self._network, self.spec), f"{self.base.folder}: {self.spec.model_type}"
+        place = f"{self.base.folder}: {self.spec.model_type}"
+        try:
+            trial = Trial.of(self._network, self.spec)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # of the library's own forward
+            raise CheckpointError(f"{place}: transformers cannot compute it: {first_line(error)}") from error
         if not trial.is_causal:
             raise CheckpointError(f"{place}: its tokens see later ones: expected a causal language model")
         heads: list[Head] = [OwnLogits(self._network)]
@@ -116,10 +122,16 @@ class ForeignModel:
         if self.spec.mode == "whole":
             return head, self.spec
         self._network.attend_by(psykern=True)
-        if trial.fits(_logprobs(head, self._as_tree(trial))):
-            return head, self.spec
+        try:
+            if trial.fits(_logprobs(head, self._as_tree(trial))):
+                return head, self.spec
+            why = "other scores than its own with psykern's attention"
+        except torch.OutOfMemoryError:
+            raise
+        except (ValueError, RuntimeError) as error:
+            why = f"psykern's attention cannot stand in it: {first_line(error)}"
         self._network.attend_by(psykern=False)
-        return head, self.spec.as_whole("other scores than its own where psykern's attention stands in")
+        return head, self.spec.as_whole(why)
 
     def _as_tree(self, trial: Trial) -> Tensor:
         """What the head takes of both sequences of a trial, [2, c + n, D], computed as one batch of a wave."""

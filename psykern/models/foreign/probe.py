@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from psykern.core.errors import CheckpointError
 from psykern.models.foreign.interface import NAME, Link, Mask, window_of
@@ -82,7 +83,7 @@ def read_foreign_spec(folder: Path) -> ForeignSpec:
         raise CheckpointError(f"{folder}: {config.model_type} has no output embedding: expected a linear layer")
     layers = layers_of(model)
     seen, failed = _send_through(model, max_positions(config))
-    reason = failed or _reason(config, layers, seen)
+    reason = _mixes(config, layers) or failed or _reason(layers, seen)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     return ForeignSpec(
         model_type=config.model_type,
@@ -100,11 +101,13 @@ def read_foreign_spec(folder: Path) -> ForeignSpec:
 
 
 def layers_of(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
-    """The decoder's layers by name, in order: the longest list of modules of one kind that is not within another."""
+    """The decoder's layers by name, in order: its longest list of modules that is not within another."""
+    decoder = next(name for name, module in model.named_modules() if module is model.get_decoder())
     best: list[tuple[str, nn.Module]] = [("", model)]
     for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer, _ in best if outer)
-        if isinstance(module, nn.ModuleList) and not inside and len(module) >= len(best):
+        is_inside = any(name.startswith(f"{outer}.") for outer, _ in best if outer)
+        is_list = isinstance(module, nn.ModuleList) and name.startswith(decoder)
+        if is_list and not is_inside and len(module) >= len(best):
             best = [(f"{name}.{i}", layer) for i, layer in enumerate(module)]
     return best
 
@@ -117,7 +120,7 @@ def _send_through(model: PreTrainedModel, positions: int) -> tuple[list[Seen], s
         return [], "its attention cannot be replaced"
     ids = torch.zeros((1, _TOKENS), dtype=torch.int64, device="meta")
     try:
-        with _passing_over(model), link.during(recording), torch.inference_mode():
+        with _passing_over(model), _Ones(), link.during(recording), torch.no_grad():
             model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     except Exception as error:
         return recording.seen, f"it cannot be followed without weights ({type(error).__name__})"
@@ -131,6 +134,15 @@ def attends_through(model: PreTrainedModel, name: str) -> bool:
     except (ValueError, KeyError, AttributeError):
         return False
     return bool(model.config.get_text_config()._attn_implementation == name)
+
+
+class _Ones(TorchDispatchMode):
+    """Within it a number that is asked of a tensor without numbers is 1: as of a mask whose tokens are all there."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
+            return torch.ones((), dtype=args[0].dtype).item()
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
@@ -159,10 +171,17 @@ def _passing_over(model: nn.Module) -> Iterator[None]:
             del module.forward
 
 
-def _reason(config: Any, layers: Sequence[tuple[str, nn.Module]], seen: Sequence[Seen]) -> str | None:
-    """Why a pass for each sequence is needed; None: it is not."""
+def _mixes(config: Any, layers: Sequence[tuple[str, nn.Module]]) -> str | None:
+    """What makes a row depend on others in another way than by attention; None: nothing that is known."""
     if rope := next((kind for kind in _rope_types(config.to_dict()) if kind in _LENGTH_ROPES), None):
         return f"rotary angles that follow from the length of a text ({rope})"
+    if (odd := next((i for i, (_, layer) in enumerate(layers) if _convolves(layer)), None)) is not None:
+        return f"layer {odd} has a convolution over tokens"
+    return None
+
+
+def _reason(layers: Sequence[tuple[str, nn.Module]], seen: Sequence[Seen]) -> str | None:
+    """Why psykern's attention cannot stand there; None: it can."""
     owners = {id(module): i for i, (_, layer) in enumerate(layers) for module in layer.modules()}
     counts = [0] * len(layers)
     for call in seen:
@@ -173,6 +192,10 @@ def _reason(config: Any, layers: Sequence[tuple[str, nn.Module]], seen: Sequence
         many = "no attention that can be replaced" if counts[odd] == 0 else "several attentions"
         return f"layer {odd} has {many}"
     return next((f"layer {i} has {call.problem}" for i, call in enumerate(seen) if call.problem), None)
+
+
+def _convolves(layer: nn.Module) -> bool:
+    return any(isinstance(module, nn.Conv1d) and module.kernel_size[0] > 1 for module in layer.modules())
 
 
 def _rope_types(config: dict[str, Any]) -> Iterator[str]:
