@@ -75,3 +75,28 @@ class OwnLogits:
         at_once = max(1, _TABLE // self.vocab_size)
         for first in range(0, len(hidden), at_once):
             yield first, self.network.logits(hidden[first : first + at_once])
+
+
+_LARGE = 100.0  # of a logit: where a soft cap of any model changes it
+_ROUNDING = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}  # of logits, as a share of the largest
+
+
+def head_of(network: Network, hidden: Tensor, backend: Backend) -> Head:
+    """The plain one where it gives the model's own logits of ``hidden`` [r, D], and of the same so large that a soft
+    cap shows, which hardly changes small ones."""
+    own = OwnLogits(network)
+    if network.head.bias is not None:
+        return own
+    plain = PlainHead(network.head.weight, backend)
+    tolerance = _ROUNDING[hidden.dtype]
+    for rows in (hidden, hidden * (_LARGE / _logits(plain, hidden).abs().max().item())):
+        one, two = _logits(plain, rows), _logits(own, rows)
+        if not bool((one - two).abs().max() <= tolerance * one.abs().max()):  # nor where one is not finite
+            return own
+    return plain
+
+
+def _logits(head: Head, hidden: Tensor) -> Tensor:
+    out = hidden.new_empty((len(hidden), head.vocab_size), dtype=torch.float32)
+    head.logits(hidden, out)
+    return out

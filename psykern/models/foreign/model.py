@@ -20,7 +20,7 @@ from psykern.kernels.compute import Compute
 from psykern.models.batch import LayerState
 from psykern.models.foreign.adapter import with_adapter
 from psykern.models.foreign.check import Trial
-from psykern.models.foreign.head import Head, OwnLogits, PlainHead
+from psykern.models.foreign.head import Head, head_of
 from psykern.models.foreign.interface import Shared
 from psykern.models.foreign.library import first_line, load_weights
 from psykern.models.foreign.network import Network
@@ -112,12 +112,9 @@ class ForeignModel:
             raise CheckpointError(f"{place}: transformers cannot compute it: {first_line(error)}") from error
         if not trial.is_causal:
             raise CheckpointError(f"{place}: its tokens see later ones: expected a causal language model")
-        heads: list[Head] = [OwnLogits(self._network)]
-        if self._network.head.bias is None:
-            heads.insert(0, PlainHead(self._network.head.weight, self.compute.backend))
         whole = torch.stack([self.sequence(trial.token_ids[rows], trial.places) for rows in trial.rows])
-        head = next((head for head in heads if trial.fits(_logprobs(head, whole))), None)
-        if head is None:
+        head = head_of(self._network, whole.flatten(0, 1), self.compute.backend)
+        if not trial.fits(_logprobs(head, whole)):
             raise CheckpointError(f"{place}: its logits are not those of what its output embedding takes")
         if self.spec.mode == "whole":
             return head, self.spec
