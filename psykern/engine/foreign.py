@@ -21,6 +21,7 @@ from psykern.engine.store import Store
 from psykern.engine.upload import upload
 from psykern.engine.watch import Watch
 from psykern.engine.wave import Launched, launched, segments_of
+from psykern.models.batch import Batch
 from psykern.models.decoder import DecoderSpec
 from psykern.models.foreign.model import ForeignModel
 from psykern.models.foreign.spec import ForeignSpec
@@ -66,9 +67,8 @@ def _batches(model: ForeignModel, wave: Wave, store: Store, hidden: Tensor, sums
     for b, (begin, end) in enumerate(pairwise(wave.batch_offsets.tolist())):
         first, stop = ends[b : b + 2].tolist()
         rows = upload((wave.response_rows[first:stop] - begin).astype(np.int64), model.device)
-        own, row = slice(begin, end), wave.num_carried + begin
-        segments = segments_of(wave, b)
-        hidden[first:stop] = model.batch(token_ids[own], positions[own], rows, states, row, segments, sums)
+        batch = Batch.of_all(positions[begin:end], wave.num_carried + begin, segments_of(wave, b))
+        hidden[first:stop] = model.batch(token_ids[begin:end], batch, rows, states, sums)
         watch.layers_done(end / len(token_ids))
     for layer in range(model.num_layers):
         store.leave(layer, wave)

@@ -106,13 +106,7 @@ def _all_rows(wave: Wave, hidden: Tensor) -> list[_Call]:
     positions = upload(wave.positions, hidden.device)
     calls = []
     for b, (begin, end) in enumerate(pairwise(wave.batch_offsets.tolist())):
-        batch = Batch(
-            positions=positions[begin:end],
-            store_row=wave.num_carried + begin,
-            query_rows=None,
-            query_positions=positions[begin:end],
-            segments=segments_of(wave, b),
-        )
+        batch = Batch.of_all(positions[begin:end], wave.num_carried + begin, segments_of(wave, b))
         calls.append(_Call(hidden[begin:end], hidden[begin:end], batch))
     return calls
 

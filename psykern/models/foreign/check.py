@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from psykern.kernels import Segments
+from psykern.models.batch import Batch
 from psykern.models.foreign.network import Network
 from psykern.models.foreign.spec import ForeignSpec
 
@@ -25,7 +26,7 @@ class Trial:
     """Two sequences of ``common + own`` tokens, as a token tree, and what the library makes of them."""
 
     token_ids: Tensor  # [c + 2 n] int64: what is common, then the rest of either
-    positions: Tensor  # [c + 2 n] int64
+    positions: Tensor  # [c + 2 n] int32
     common: int  # c
     rows: Tensor  # [2, c + n] int64, of each sequence in the tree
     expected: Tensor  # [2, c + n, V] fp32 log-probabilities
@@ -40,7 +41,7 @@ class Trial:
         token_ids = ((places * 7919 + 11) % spec.vocab_size).to(network.device)
         rows = torch.stack([places[: common + _OWN], torch.cat((places[:common], places[common + _OWN :]))])
         expected = torch.stack([network.plain(token_ids[own.to(network.device)]).log_softmax(-1) for own in rows])
-        positions = torch.cat((places[: common + _OWN], places[common : common + _OWN])).to(network.device)
+        positions = torch.cat((places[: common + _OWN], places[common : common + _OWN])).int().to(network.device)
         return cls(
             token_ids, positions, common, rows.to(network.device), expected, _TOLERANCE[network.head.weight.dtype]
         )
@@ -51,15 +52,16 @@ class Trial:
         return torch.arange(self.rows.shape[1], device=self.rows.device)
 
     @property
-    def segments(self) -> Segments:
-        """Of the tree as one batch, its rows the store's."""
+    def batch(self) -> Batch:
+        """The tree as one, its rows the store's."""
         c, end = self.common, len(self.token_ids)
-        return Segments(
-            positions=self.positions.int().cpu(),
+        segments = Segments(
+            positions=self.positions.cpu(),
             query_offsets=torch.tensor([0, c, c + _OWN, end], dtype=torch.int32),
             range_offsets=torch.tensor([0, 1, 3, 5], dtype=torch.int32),
             key_ranges=torch.tensor([[0, c], [0, c], [c, c + _OWN], [0, c], [c + _OWN, end]], dtype=torch.int32),
         )
+        return Batch.of_all(self.positions, 0, segments)
 
     @property
     def is_causal(self) -> bool:

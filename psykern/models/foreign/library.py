@@ -85,7 +85,7 @@ def load_weights(folder: Path, dtype: torch.dtype, device: torch.device) -> tupl
 
     check_weights(folder)
     try:
-        with _quiet():
+        with quiet():
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=dtype,
@@ -103,15 +103,17 @@ def load_weights(folder: Path, dtype: torch.dtype, device: torch.device) -> tupl
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the library's progress bar."""
+def quiet() -> Iterator[None]:
+    """Without the library's progress bar, and its advice on what is psykern's to decide."""
     from transformers.utils import logging
 
-    was_on = logging.is_progress_bar_enabled()
+    was_on, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(level)
         if was_on:
             logging.enable_progress_bar()
 

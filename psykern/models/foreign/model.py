@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from psykern.core.errors import CheckpointError, OutOfMemoryError
-from psykern.kernels import OptionLogprobs, Segments
+from psykern.kernels import OptionLogprobs
 from psykern.kernels.compute import Compute
-from psykern.models.batch import LayerState
+from psykern.models.batch import Batch, LayerState
 from psykern.models.foreign.adapter import with_adapter
 from psykern.models.foreign.check import Trial
 from psykern.models.foreign.head import Head, head_of
@@ -65,21 +65,19 @@ class ForeignModel:
     def batch(
         self,
         token_ids: Tensor,
-        positions: Tensor,
+        batch: Batch,
         rows: Tensor,
         states: Sequence[LayerState],
-        store_row: int,
-        segments: Segments,
         sums: Tensor | None = None,
     ) -> Tensor:
-        """What the head takes of ``rows`` [m] int64 of a batch, [m, D].
+        """What the head takes of ``rows`` [m] int64 of a batch of token_ids [n], [m, D].
 
-        token_ids, positions: [n]; ``states``: each layer's store, of which the batch's own rows begin at ``store_row``;
-        ``segments``: what the n queries see there. To ``sums`` [L] the sum of each layer's output is added.
+        ``states``: each layer's store, where the batch's own rows are written. To ``sums`` [L] the sum of each layer's
+        output is added.
         """
         windows = [layer.mixer.window for layer in self.spec.layers]
-        call = Shared(states, windows, store_row, segments, self.compute.backend)
-        return self._network.hidden(token_ids, rows, positions=positions, call=call, sums=sums)
+        call = Shared(states, windows, batch.store_row, batch.segments, self.compute.backend)
+        return self._network.hidden(token_ids, rows, positions=batch.positions, call=call, sums=sums)
 
     def sequence(self, token_ids: Tensor, rows: Tensor, sums: Tensor | None = None) -> Tensor:
         """The same of ``rows`` of one sequence, token_ids [n], as the library computes it."""
@@ -136,7 +134,7 @@ class ForeignModel:
         shapes = [(len(trial.token_ids), *layer.mixer.kv_shape) for layer in self.spec.layers]
         states = [LayerState(like.new_empty(shape), like.new_empty(shape)) for shape in shapes]
         rows = torch.arange(len(trial.token_ids), device=self.device)
-        return self.batch(trial.token_ids, trial.positions, rows, states, 0, trial.segments)[trial.rows]
+        return self.batch(trial.token_ids, trial.batch, rows, states)[trial.rows]
 
 
 def _logprobs(head: Head, hidden: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from psykern.core.errors import CheckpointError
 from psykern.models.foreign.interface import NAME, Link, Mask, window_of
-from psykern.models.foreign.library import max_positions, on_meta, read_config
+from psykern.models.foreign.library import max_positions, on_meta, quiet, read_config
 from psykern.models.foreign.spec import NO_KEYS, ForeignLayer, ForeignMixer, ForeignSpec
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def _send_through(model: PreTrainedModel, positions: int) -> tuple[list[Seen], s
         return [], "its attention cannot be replaced"
     ids = torch.zeros((1, _TOKENS), dtype=torch.int64, device="meta")
     try:
-        with _passing_over(model), _Ones(), link.during(recording), torch.no_grad():
+        with quiet(), _passing_over(model), _Ones(), link.during(recording), torch.no_grad():
             model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     except Exception as error:
         return recording.seen, f"it cannot be followed without weights ({type(error).__name__})"
@@ -130,7 +130,8 @@ def _send_through(model: PreTrainedModel, positions: int) -> tuple[list[Seen], s
 def attends_through(model: PreTrainedModel, name: str) -> bool:
     """Sets the attention of this name; False where the model keeps its own."""
     try:
-        model.set_attn_implementation(name)
+        with quiet():
+            model.set_attn_implementation(name)
     except (ValueError, KeyError, AttributeError):
         return False
     return bool(model.config.get_text_config()._attn_implementation == name)
