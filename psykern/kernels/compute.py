@@ -24,16 +24,17 @@ class Compute:
     device: torch.device
     dtype: torch.dtype
     backend: Backend  # never "auto"
+    is_own: bool = True  # all arithmetic is that of the kernels; False: a library computes beside them
 
     @property
     def is_company_free(self) -> bool:
         """Whether a row's bits depend on no other row, on threads or on blocks: all arithmetic is psykern's own."""
-        return self.backend == "cpu"
+        return self.backend == "cpu" and self.is_own
 
     @property
     def arithmetic(self) -> str | None:
         """What is multiplied and summed, in words; None where a library's products decide that."""
-        if self.backend != "cpu":
+        if not self.is_company_free:
             return None
         widened = self._is_widened
         products = _SHORT[torch.float32 if widened else self.dtype]

@@ -92,6 +92,7 @@ def test_equals_the_library(
     assert (spec.reason or "").startswith(case.reason or "")
     assert case.reason or tuple(layer.mixer.window for layer in spec.layers) == case.windows
     assert isinstance(model._head, PlainHead if case.is_plain else OwnLogits)
+    assert model.compute.arithmetic is None and not model.compute.is_company_free
     rows = rows_computed(monkeypatch)
     whole = plan(group, wave_tokens=4096, batch_tokens=512, min_share=4, wanted=Wanted(full=True))
     assert_scores(Engine(model).run(whole), group, oracle)

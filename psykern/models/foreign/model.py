@@ -9,6 +9,7 @@ Which of both is said by the probe, and then by a trial with the weights themsel
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ class ForeignModel:
         """Raises ``CheckpointError`` for what transformers cannot load or psykern cannot score, ``OutOfMemoryError``
         where the weights do not fit the device."""
         self.base, folder = base, base.folder
-        self.compute = compute
+        self.compute = replace(compute, is_own=False)
         self.spec = read_foreign_spec(folder)
         try:
             model, unused = load_weights(folder, compute.dtype, compute.device)
