@@ -13,6 +13,7 @@ from psykern.data.chat import ChatTemplate
 from psykern.data.encode import Encoder
 from psykern.data.pretrained import Pretrained
 from psykern.data.tokenizer import Tokenizer
+from psykern.models.checkpoint import read_config
 from psykern.models.decoder import DecoderSpec
 from psykern.models.families import read_spec
 from psykern.models.foreign.library import is_foreign
@@ -59,8 +60,16 @@ class Language:
     def reader(self, spec: DecoderSpec) -> Reader:
         """Makes tokens of texts in memory, for a model of ``spec``."""
         special = self.pretrained.tokenizer
-        bos = special.bos_token_id if special.bos_token_id is not None else special.eos_token_id
+        said = (special.bos_token_id, special.eos_token_id, self._bos_of_config(spec.vocab_size))
+        bos = next((token for token in said if token is not None), None)
         return Reader(self.tokenizer, bos, spec.vocab_size, spec.max_positions)
+
+    def _bos_of_config(self, vocab_size: int) -> int | None:
+        """Of ``config.json``: GPT-2's tokenizer files name no special token."""
+        if not (self.folder / "config.json").is_file():  # an adapter's
+            return None
+        token = read_config(self.folder).get("bos_token_id")
+        return token if isinstance(token, int) and 0 <= token < min(vocab_size, self.tokenizer.size) else None
 
 
 def decoder_spec(folder: Path, implementation: Implementation) -> DecoderSpec:

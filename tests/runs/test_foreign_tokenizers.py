@@ -4,6 +4,7 @@ library's own tokenizer and its own forward in fp64."""
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -104,3 +105,18 @@ def assert_close(got: float | None, expected: float | None, tokens: int) -> None
     assert (got is None) == (expected is None)
     if got is not None:
         assert got == pytest.approx(expected, rel=0, abs=TOLERANCE * tokens**0.5)
+
+
+def test_gpt2s_first_token_is_that_of_its_config(tmp_path: Path) -> None:
+    """Its tokenizer's files name no special token; transformers knows it by the class."""
+    model = FOLDERS["gpt2"].make(tmp_path)
+    library = Library(model, tmp_path)
+    bos = library.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    assert library.tokenizer.bos_token_id is None
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"bos_token_id": bos}))
+    with psykern.load(tmp_path, device="cpu", implementation="transformers") as scorer:
+        answer = scorer.surprisal("You press", first="bos")
+    ids = library.tokenizer("You press").input_ids
+    expected = [library.logprob([bos, *ids], [place]) for place in range(1, len(ids) + 1)]
+    assert (-answer.token_surprisal).tolist() == pytest.approx(expected, rel=0, abs=TOLERANCE)
