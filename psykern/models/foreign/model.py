@@ -42,7 +42,8 @@ class ForeignModel:
         try:
             model, unused = load_weights(folder, compute.dtype, compute.device)
             self._network = Network(model if adapter is None else with_adapter(model, adapter))
-            self._head, self.spec = self._checked()
+            with compute.current():
+                self._head, self.spec = self._checked()
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise OutOfMemoryError(
                 f"{folder}: with implementation 'transformers' the whole model is on {compute.device}, where it does "

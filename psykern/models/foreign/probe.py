@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -102,7 +103,7 @@ def read_foreign_spec(folder: Path) -> ForeignSpec:
 
 def layers_of(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     """The decoder's layers by name, in order: its longest list of modules that is not within another."""
-    decoder = next(name for name, module in model.named_modules() if module is model.get_decoder())
+    decoder = next((name for name, module in model.named_modules() if module is model.get_decoder()), "")
     best: list[tuple[str, nn.Module]] = [("", model)]
     for name, module in model.named_modules():
         is_inside = any(name.startswith(f"{outer}.") for outer, _ in best if outer)
@@ -120,7 +121,7 @@ def _send_through(model: PreTrainedModel, positions: int) -> tuple[list[Seen], s
         return [], "its attention cannot be replaced"
     ids = torch.zeros((1, _TOKENS), dtype=torch.int64, device="meta")
     try:
-        with quiet(), _passing_over(model), _Ones(), link.during(recording), torch.no_grad():
+        with quiet(), _autocast_there(), _passing_over(model), _Ones(), link.during(recording), torch.no_grad():
             model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     except Exception as error:
         return recording.seen, f"it cannot be followed without weights ({type(error).__name__})"
@@ -135,6 +136,19 @@ def attends_through(model: PreTrainedModel, name: str) -> bool:
     except (ValueError, KeyError, AttributeError):
         return False
     return bool(model.config.get_text_config()._attn_implementation == name)
+
+
+@contextmanager
+def _autocast_there() -> Iterator[None]:
+    """Within it the meta device has an autocast that does nothing: transformers 4 turns it off where angles are made,
+    and torch knows none."""
+    autocast = torch.autocast
+
+    def known(device_type: str, *args: Any, **kwargs: Any) -> Any:
+        return nullcontext() if device_type == "meta" else autocast(device_type, *args, **kwargs)
+
+    with patch.object(torch, "autocast", known):
+        yield
 
 
 class _Ones(TorchDispatchMode):
