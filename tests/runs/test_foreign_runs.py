@@ -34,10 +34,10 @@ def foreign_run(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.fixture(scope="module")
-def capped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def alibi(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that has one pass per sequence."""
-    folder = tmp_path_factory.mktemp("capped")
-    FOLDERS["gemma2"].make(folder)
+    folder = tmp_path_factory.mktemp("alibi")
+    replace(FOLDERS["gpt2"], config={"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 4}).make(folder)
     return folder
 
 
@@ -73,19 +73,19 @@ def test_the_identity_has_no_reasons_and_native_ones_are_as_ever() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::psykern.NoSharingWarning")
-def test_one_pass_per_sequence_is_counted_as_it_is(capped: Path, tmp_path: Path) -> None:
+def test_one_pass_per_sequence_is_counted_as_it_is(alibi: Path, tmp_path: Path) -> None:
     """The first two transcripts begin alike, and each is computed whole, up to its last scored token."""
     data = write_rows(tmp_path / "rows.jsonl", ROWS)
     settings = replace(SETTINGS, options="none")
-    run = psykern.score(capped, data, tmp_path / "run", settings)
+    run = psykern.score(alibi, data, tmp_path / "run", settings)
     tokens = 0
     for row in ROWS:
-        encoded = encode(Tokenizer.load(capped), transcript(row["text"]))
+        encoded = encode(Tokenizer.load(alibi), transcript(row["text"]))
         tokens += int(encoded.spans_tok.max()) - 1  # that one is predicted, not computed
-    assert run.manifest.implementation == (
-        "transformers: one pass per sequence, because layer 0 has soft caps on attention logits"
+    assert (
+        run.manifest.implementation == "transformers: one pass per sequence, because its attention cannot be replaced"
     )
-    without = Path(shutil.copytree(capped, tmp_path / "without weights"))
+    without = Path(shutil.copytree(alibi, tmp_path / "without weights"))
     (without / "model.safetensors").unlink()
     estimate = psykern.estimate(without, data, settings)
     (study,) = estimate.studies
@@ -131,14 +131,14 @@ def test_a_worker_of_ray_loads_what_the_settings_say(toy: Toy, tmp_path: Path) -
     assert worker.recipe().implementation == SHARED
 
 
-def test_the_commands(capped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands(alibi: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What will be slow is said in one line, once."""
     data, flags = write_rows(tmp_path / "rows.jsonl", ROWS), ("--implementation", "transformers", "--quiet")
-    assert score_command(capped, data, tmp_path / "run", *flags) == 0
+    assert score_command(alibi, data, tmp_path / "run", *flags) == 0
     _, err = capsys.readouterr()
-    why = "one pass per sequence, common beginnings again and again, because layer 0 has soft caps on attention logits"
-    assert err == f"psykern: {capped}: {why}\n"
+    why = "one pass per sequence, common beginnings again and again, because its attention cannot be replaced"
+    assert err == f"psykern: {alibi}: {why}\n"
     assert manifest(tmp_path / "run")["implementation"].startswith("transformers: one pass per sequence, because ")
-    assert psykern_command("plan", capped, data, "--device", "cpu", *flags) == 0
+    assert psykern_command("plan", alibi, data, "--device", "cpu", *flags) == 0
     *_, last = capsys.readouterr().out.splitlines()
-    assert last.startswith("implementation transformers: one pass per sequence, because layer 0")
+    assert last.startswith("implementation transformers: one pass per sequence, because its attention")

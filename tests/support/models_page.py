@@ -83,8 +83,10 @@ def beginnings(case: Case) -> str:
     with tempfile.TemporaryDirectory() as folder:
         config = {"vocab_size": VOCABULARY, "pad_token_id": None, **case.config}
         (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        reason = read_foreign_spec(Path(folder)).reason
-    return "computed once" if reason is None else f"one pass per sequence: {re.sub('^layer 0 has ', '', reason)}"
+        spec = read_foreign_spec(Path(folder))
+    if spec.reason is not None:
+        return f"one pass per sequence: {re.sub('^layer 0 has ', '', spec.reason)}"
+    return "computed once" + (", by its own attention" if any(layer.mixer.is_own for layer in spec.layers) else "")
 
 
 def row(kind: str) -> tuple[str, ...]:

@@ -7,9 +7,11 @@ themselves, so that nothing has to pass through a model's own arguments.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -19,9 +21,11 @@ from psykern import kernels
 from psykern.core.settings import Backend
 from psykern.kernels import Segments
 from psykern.models.batch import LayerState
+from psykern.models.foreign.spec import ForeignMixer
 
 NAME = "psykern"  # of the attention, in transformers' registry
 _LINK = "psykern_link"  # the attribute of every module
+_WEIGHTS = 2**24  # of a call of the library's own attention, at most
 
 
 class Call(Protocol):
@@ -71,7 +75,7 @@ class Shared:
     """The attention of one batch of a wave: keys and values go to the store, and the queries see their paths there."""
 
     states: Sequence[LayerState]  # of each layer
-    windows: Sequence[int | None]  # of each layer
+    mixers: Sequence[ForeignMixer]  # of each layer
     store_row: int  # first of the batch's own rows
     segments: Segments
     backend: Backend
@@ -81,16 +85,47 @@ class Shared:
         layer, self.calls = self.calls, self.calls + 1
         state, own = self.states[layer], slice(self.store_row, self.store_row + k.shape[2])
         state.keys[own], state.values[own] = k[0].transpose(0, 1), v[0].transpose(0, 1)
+        if self.mixers[layer].is_own:
+            return self._by_paths(module, q, state, self.mixers[layer].window, more)
         out = kernels.prefix_attention(
             q[0].transpose(0, 1).to(state.keys.dtype).contiguous(),
             state.keys,
             state.values,
             self.segments,
             softmax_scale=scale_of(q, more),
-            window=self.windows[layer],
+            window=self.mixers[layer].window,
             backend=self.backend,
         )
         return out[None].to(q.dtype)
+
+    def _by_paths(
+        self, module: nn.Module, q: Tensor, state: LayerState, window: int | None, more: dict[str, Any]
+    ) -> Tensor:
+        """By the library's own function: the queries of a segment, some at a time, and the keys that they may see."""
+        attention, segments = own_attention(module), self.segments
+        assert attention is not None
+        outs = []
+        for s, (first, stop) in enumerate(pairwise(segments.query_offsets.tolist())):
+            ranges = segments.key_ranges[segments.range_offsets[s] : segments.range_offsets[s + 1]].tolist()
+            keys, values = (torch.cat([of[a:b] for a, b in ranges]).transpose(0, 1)[None] for of in state)
+            at_once = max(1, _WEIGHTS // (keys.shape[2] * q.shape[1]))
+            for begin in range(first, stop, at_once):
+                own = slice(begin, min(begin + at_once, stop))
+                positions = segments.positions[own].to(q.device)
+                low = 0 if window is None else max(0, int(segments.positions[begin]) + 1 - window)
+                end = int(segments.positions[own][-1]) + 1
+                seen = torch.arange(low, end, device=q.device) <= positions[:, None]
+                if window is not None:
+                    seen &= torch.arange(low, end, device=q.device) > positions[:, None] - window
+                hidden = torch.finfo(q.dtype).min * (~seen).to(q.dtype)
+                part = q[:, :, own], keys[:, :, low:end], values[:, :, low:end]
+                outs.append(attention(module, *part, hidden[None, None], **more)[0])
+        return torch.cat(outs, dim=1)
+
+
+def own_attention(module: nn.Module) -> Callable[..., tuple[Tensor, object]] | None:
+    """The library's function for this attention, with all that it does; None: it has none by this name."""
+    return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
 
 
 def scale_of(q: Tensor, more: dict[str, Any]) -> float:

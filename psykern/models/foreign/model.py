@@ -77,8 +77,8 @@ class ForeignModel:
         ``states``: each layer's store, where the batch's own rows are written. To ``sums`` [L] the sum of each layer's
         output is added.
         """
-        windows = [layer.mixer.window for layer in self.spec.layers]
-        call = Shared(states, windows, batch.store_row, batch.segments, self.compute.backend)
+        mixers = [layer.mixer for layer in self.spec.layers]
+        call = Shared(states, mixers, batch.store_row, batch.segments, self.compute.backend)
         return self._network.hidden(token_ids, rows, positions=batch.positions, call=call, sums=sums)
 
     def sequence(self, token_ids: Tensor, rows: Tensor, sums: Tensor | None = None) -> Tensor:

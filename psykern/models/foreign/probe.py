@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from psykern.core.errors import CheckpointError
-from psykern.models.foreign.interface import NAME, Link, Mask, window_of
+from psykern.models.foreign.interface import NAME, Link, Mask, own_attention, window_of
 from psykern.models.foreign.library import max_positions, on_meta, quiet, read_config
 from psykern.models.foreign.spec import NO_KEYS, ForeignLayer, ForeignMixer, ForeignSpec
 
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 _TOKENS = 4
 _LENGTH_ROPES = ("dynamic", "longrope")  # their angles follow from the length of the whole text
-_CHANGES = {"softcap": "soft caps on attention logits", "s_aux": "attention sinks", "position_bias": "position biases"}
+# What psykern's attention has not, and the library's own function does: soft caps on logits, sinks.
+_CHANGES = {"softcap": "soft caps on attention logits", "s_aux": "attention sinks"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ class Seen:
     module: nn.Module
     mixer: ForeignMixer
     num_heads: int
-    problem: str | None  # why psykern's attention cannot stand there
+    problem: str | None  # why no earlier rows could be read there
 
 
 @dataclass(slots=True, eq=False)
@@ -51,12 +52,16 @@ class _Recording:
 
     def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: object, more: dict[str, Any]) -> Tensor:
         window, problem = self._window(mask, module, more)
-        problem = problem or next((why for name, why in _CHANGES.items() if more.get(name) is not None), None)
+        change = next((why for name, why in _CHANGES.items() if more.get(name) is not None), None)
+        is_own = change is not None and own_attention(module) is not None
+        problem = problem or (None if is_own else change)
         if k.shape[-1] != q.shape[-1] or v.shape != k.shape:
             problem = problem or "keys and values of different sizes"
+        if more.get("position_bias") is not None:
+            problem = problem or "position biases"
         if k.shape[2] != q.shape[2]:
             problem = problem or "attention to what is no earlier token"
-        self.seen.append(Seen(module, ForeignMixer(k.shape[1], k.shape[3], window), q.shape[1], problem))
+        self.seen.append(Seen(module, ForeignMixer(k.shape[1], k.shape[3], window, is_own), q.shape[1], problem))
         return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
 
     def _window(self, mask: object, module: nn.Module, more: dict[str, Any]) -> tuple[int | None, str | None]:

@@ -18,6 +18,7 @@ class ForeignMixer:
     num_kv_heads: int
     head_dim: int
     window: int | None  # tokens, the query's own included; None: all earlier tokens are seen
+    is_own: bool = False  # computed by the library's own function, path by path: psykern's has not what it does
 
     @property
     def kv_size(self) -> int:
@@ -65,7 +66,8 @@ class ForeignSpec:
     def implementation(self) -> str:
         """Whose modules compute the layers and how, in words."""
         if self.reason is None:
-            return "transformers: psykern's attention, prefixes shared"
+            whose = "its own" if any(layer.mixer.is_own for layer in self.layers) else "psykern's"
+            return f"transformers: {whose} attention, prefixes shared"
         return f"transformers: one pass per sequence, because {self.reason}"
 
     @property
