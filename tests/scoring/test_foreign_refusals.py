@@ -73,6 +73,29 @@ def test_refused(case: str, tmp_path: Path) -> None:
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+MORE: Mapping[str, tuple[dict[str, Any], str]] = {  # of config.json, or beside it
+    "a kernel of the hub": (
+        {"text_config": {"_attn_implementation": "owner/kernel@v1"}},
+        "_attn_implementation 'owner/kernel@v1': code from the hub is never executed; remove the key",
+    ),
+    "an adapter beside the weights": ({"adapter": True}, "an adapter beside the weights is not applied"),
+}
+
+
+@pytest.mark.parametrize("case", MORE)
+def test_what_the_library_would_take_silently(case: str, tmp_path: Path) -> None:
+    more, message = MORE[case]
+    make_foreign(tmp_path, **GPT2)
+    build_tiny().save(str(tmp_path / "tokenizer.json"))
+    if "adapter" in more:
+        # as a model's own, so that the folder is none of an adapter alone
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "target_modules": []}))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | more))
+    with pytest.raises(CheckpointError, match=message):
+        psykern.load(tmp_path, implementation="transformers")
+
+
 # What the native implementation refuses, and whether the error points to transformers' modules.
 NATIVE: Mapping[str, tuple[dict[str, Any], bool]] = {
     "unknown here": (GPT2, True),
