@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.foreign_folders import make_foreign
 
 from psykern.kernels.compute import Compute
@@ -27,3 +28,13 @@ def test_a_soft_cap_shows_however_small_the_logits_are(
     make_foreign(tmp_path, model_type="gemma2", final_logit_softcapping=cap, **SIZES)
     model = ForeignModel(ModelFolder(tmp_path), Compute.resolve("cpu", dtype))
     assert isinstance(model._head, head)
+
+
+def test_half_precision_rounds_no_logit(tmp_path: Path) -> None:
+    made = make_foreign(tmp_path, model_type="cohere", logit_scale=0.3, **SIZES)
+    model = ForeignModel(ModelFolder(tmp_path), Compute.resolve("cpu", "bfloat16"))
+    hidden = torch.randn(7, SIZES["hidden_size"]).bfloat16()
+    logits = torch.empty(7, SIZES["vocab_size"])
+    model.logits(hidden, logits)
+    expected = 0.3 * (hidden.double() @ made.get_output_embeddings().weight.bfloat16().double().T)
+    torch.testing.assert_close(logits.double(), expected, rtol=0, atol=2e-6)

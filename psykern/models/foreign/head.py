@@ -15,7 +15,7 @@ from psykern.kernels import OptionLogprobs
 from psykern.models.foreign.network import Network
 from psykern.models.head import head_logits
 
-_TABLE = 2**26  # numbers of a table of logits: 256 MiB
+_TABLE = 2**25  # numbers of a table of logits: 128 MiB
 
 
 class Head(Protocol):
@@ -48,6 +48,7 @@ class OwnLogits:
     """Of a head with a bias, and where something is done to its logits: a few rows at a time."""
 
     network: Network
+    backend: Backend
 
     @property
     def vocab_size(self) -> int:
@@ -69,34 +70,32 @@ class OwnLogits:
         return OptionLogprobs(lse, logits, argmax, entropy)
 
     def logits(self, hidden: Tensor, out: Tensor) -> None:
-        out.copy_(self.network.logits(hidden))
+        out.copy_(self._of(hidden))
 
     def _tables(self, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
         at_once = max(1, _TABLE // self.vocab_size)
         for first in range(0, len(hidden), at_once):
-            yield first, self.network.logits(hidden[first : first + at_once])
+            yield first, self._of(hidden[first : first + at_once])
+
+    def _of(self, hidden: Tensor) -> Tensor:
+        """[r, V]; in fp32 from the product on, so that half precision rounds no logit."""
+        head = self.network.head
+        out = hidden.new_empty((len(hidden), self.vocab_size), dtype=torch.float32)
+        head_logits(hidden, head.weight, out, self.backend)
+        if head.bias is not None:
+            out += head.bias
+        return self.network.finished(out)
 
 
 _LARGE = 100.0  # of a logit: where a soft cap of any model changes it
-_ROUNDING = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}  # of logits, as a share of the largest
 
 
 def head_of(network: Network, hidden: Tensor, backend: Backend) -> Head:
-    """The plain one where it gives the model's own logits of ``hidden`` [r, D], and of the same so large that a soft
-    cap shows, which hardly changes small ones."""
-    own = OwnLogits(network)
-    if network.head.bias is not None:
-        return own
+    """The plain one where nothing is done to logits of ``hidden`` [r, D], nor to the same so large that a soft cap
+    shows, which hardly changes small ones."""
     plain = PlainHead(network.head.weight, backend)
-    tolerance = _ROUNDING[hidden.dtype]
-    for rows in (hidden, hidden * (_LARGE / _logits(plain, hidden).abs().max().item())):
-        one, two = _logits(plain, rows), _logits(own, rows)
-        if not bool((one - two).abs().max() <= tolerance * one.abs().max()):  # nor where one is not finite
-            return own
-    return plain
-
-
-def _logits(head: Head, hidden: Tensor) -> Tensor:
-    out = hidden.new_empty((len(hidden), head.vocab_size), dtype=torch.float32)
-    head.logits(hidden, out)
-    return out
+    logits = hidden.new_empty((len(hidden), plain.vocab_size), dtype=torch.float32)
+    plain.logits(hidden, logits)
+    large = logits * (_LARGE / logits.abs().max())
+    is_plain = all(torch.equal(network.finished(of.clone()), of) for of in (logits, large))
+    return plain if is_plain and network.head.bias is None else OwnLogits(network, backend)

@@ -41,7 +41,8 @@ class ForeignModel:
         self.spec = read_foreign_spec(folder)
         try:
             model, unused = load_weights(folder, compute.dtype, compute.device)
-            self._network = Network(model if adapter is None else with_adapter(model, adapter))
+            model = model if adapter is None else with_adapter(model, adapter)
+            self._network = Network(model, by_definition=any(layer.mixer.is_own for layer in self.spec.layers))
             with compute.current():
                 self._head, self.spec = self._checked()
         except (MemoryError, torch.OutOfMemoryError) as error:

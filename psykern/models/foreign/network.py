@@ -1,8 +1,8 @@
 """The library's model as a function from tokens to what its head takes, and from that to logits.
 
 Rows leave a forward at the output embedding: a hook takes what it is given, and lets it compute none. What stands
-behind it, soft caps or scales, is the model's own code too: a forward of one token, in which the hook puts the rows
-that logits are wanted of.
+behind it, soft caps or scales, is the model's own code too: a forward of one token, in which a hook puts logits that
+were computed elsewhere in the place of the output embedding's own.
 """
 
 from __future__ import annotations
@@ -27,17 +27,20 @@ class _Tap:
 
     rows: Tensor | None = None  # [m] int64, that are taken at the head; None: the head is left alone
     taken: Tensor | None = None  # [m, D]
-    instead: Tensor | None = None  # [r, D], put into the head
+    instead: Tensor | None = None  # [r, V], what the head gives
     sums: Tensor | None = None  # [L] fp32, what each layer's output is added to
 
-    def at_head(self, head: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        hidden = given[0]
-        if self.instead is not None:
-            return (self.instead.reshape(*(1,) * (hidden.dim() - 2), *self.instead.shape), *given[1:])
+    def before_head(self, head: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if self.rows is None and self.instead is None:
+            return None
         if self.rows is not None:
-            self.taken = hidden.reshape(-1, hidden.shape[-1]).index_select(0, self.rows)
-            return (hidden[..., :0, :], *given[1:])
-        return None
+            self.taken = given[0].reshape(-1, given[0].shape[-1]).index_select(0, self.rows)
+        return (given[0][..., :0, :], *given[1:])
+
+    def behind_head(self, head: nn.Module, given: tuple[Any, ...], out: Tensor) -> Tensor | None:
+        if self.instead is None:
+            return None
+        return self.instead.reshape(*(1,) * (out.dim() - 2), *self.instead.shape)
 
     def behind(self, index: int, out: Any) -> None:
         if self.sums is not None:
@@ -48,12 +51,16 @@ class _Tap:
 class Network:
     """See the module. One thread at a time."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, by_definition: bool) -> None:
+        """``by_definition``: the library's own attention is the function that defines it, for what a faster one may
+        leave out: sdpa knows no soft caps, and older versions of the library choose it all the same."""
         self._model = model
-        self._own = model.config.get_text_config()._attn_implementation  # the attention that the library chose
+        self._own = "eager" if by_definition else model.config.get_text_config()._attn_implementation
         self._link, self._tap = Link.into(model), _Tap()
         self.head: nn.Linear = model.get_output_embeddings()
-        self.head.register_forward_pre_hook(self._tap.at_head)
+        self.head.register_forward_pre_hook(self._tap.before_head)
+        self.head.register_forward_hook(self._tap.behind_head)
+        self.attend_by(psykern=False)
         for i, (_, layer) in enumerate(layers_of(model)):
             layer.register_forward_hook(lambda module, given, out, i=i, tap=self._tap: tap.behind(i, out))
 
@@ -87,12 +94,12 @@ class Network:
         finally:
             self._tap.rows = self._tap.taken = self._tap.sums = None
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[r, V] fp32 of what the head takes, [r, D], with all that the model does to them."""
-        self._tap.instead = hidden
+    def finished(self, logits: Tensor) -> Tensor:
+        """``logits`` [r, V] fp32 of the head, which may be changed, with all that the model does to them."""
+        self._tap.instead = logits
         try:
-            one = torch.zeros(1, dtype=torch.int64, device=hidden.device)
-            return self._forward(one, None, None).reshape(len(hidden), -1).float()
+            one = torch.zeros(1, dtype=torch.int64, device=logits.device)
+            return self._forward(one, None, None).reshape(logits.shape).float()
         finally:
             self._tap.instead = None
 
