@@ -106,7 +106,7 @@ class Estimate:
     studies: tuple[StudyPlan, ...]
     rejects: tuple[RowError, ...]
     weights: WeightsPlan
-    implementation: str  # whose modules compute the layers and how: "native", or "transformers: …"
+    implementation: str = "native"  # whose modules compute the layers and how; else "transformers: …"
 
 
 def estimate(

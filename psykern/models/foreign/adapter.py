@@ -1,4 +1,4 @@
-"""A PEFT adapter of any kind, merged by ``peft`` itself."""
+"""A LoRA adapter, merged by ``peft`` itself."""
 
 from __future__ import annotations
 
