@@ -1,6 +1,7 @@
 """A model that the library computes with its own modules, opened for scoring.
 
-    shared   one forward for each batch of a wave, psykern's attention in it: common beginnings are computed once
+    shared   one forward for each batch of a wave, whose attention reads earlier rows: psykern's, or the library's own
+             where a layer does what psykern's has not; common beginnings are computed once
     whole    one forward for each sequence, as the library has it
 
 Which of both is said by the probe, and then by a trial with the weights themselves.

@@ -1,7 +1,8 @@
 """What a model of the library is made of, found by sending a few tokens through it on the meta device.
 
 No table of architectures: the model calls the attention that it is given, and what it calls it with says whether
-psykern's can stand there. Where it cannot, the reason is kept in words.
+psykern's can stand there, or the library's own with the keys of earlier rows. Where neither can, the reason is kept in
+words.
 """
 
 from __future__ import annotations
