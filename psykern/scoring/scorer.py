@@ -29,7 +29,8 @@ from psykern.scoring.logprobs import logprobs_question
 from psykern.scoring.question import Question
 from psykern.scoring.queue import Queue
 from psykern.scoring.records import to_score
-from psykern.scoring.results import Choice, Logprob, Reject, Surprisal
+from psykern.scoring.results import Choice, Logprob, Reject, Surprisal, TokenLogprobs
+from psykern.scoring.sequences import sequences_question
 from psykern.scoring.session import Session
 from psykern.scoring.surprisal import First, surprisal_question
 from psykern.scoring.texts import Reader
@@ -334,6 +335,40 @@ class Scorer:
         """
         return self._ask(distributions_question(self._reader, contexts, token_ids=token_ids, top_k=top_k, at=at))
 
+    @overload
+    def token_logprobs(
+        self, sequences: Sequence[int], starts: int = ..., *, ranks: bool = ..., mass: Sequence[int] | None = ...
+    ) -> TokenLogprobs: ...
+    @overload
+    def token_logprobs(
+        self,
+        sequences: Sequence[Sequence[int]],
+        starts: int | Sequence[int] = ...,
+        *,
+        ranks: bool = ...,
+        mass: Sequence[int] | None = ...,
+    ) -> list[TokenLogprobs]: ...
+    def token_logprobs(
+        self,
+        sequences: Sequence[int] | Sequence[Sequence[int]],
+        starts: int | Sequence[int] = 1,
+        *,
+        ranks: bool = False,
+        mass: Sequence[int] | None = None,
+    ) -> Any:
+        """log P of the tokens of sequences of token ids, each given all before it, in nats: for tools that tokenize for
+        themselves. Sequences are taken as they are, and what they begin with alike is computed once.
+
+        A list of token ids gives a :class:`.TokenLogprobs`, a list of lists (or of arrays) a list. ``starts``: number
+        of the first token to score of all, or of each; at least 1, as before the first token of all stands nothing. As
+        many as the sequence has tokens: none is scored. ``ranks``: of every token, 1: none is likelier. ``mass``: ids
+        of tokens whose probability together is wanted too, at each place.
+
+        Raises TypeError for what are no token ids, ValueError for tokens that the model does not have, a sequence that
+        is longer than its context, and starts that a sequence does not have.
+        """
+        return self._ask(sequences_question(self._reader, sequences, starts, ranks=ranks, mass=mass))
+
     def session(self, text: str = "") -> Session:
         """A text that will grow, trial by trial: what is computed of it is kept, so that each step costs what is new.
 
@@ -425,6 +460,18 @@ class Scorer:
         """Computes what ``question`` needs, together with what others ask at the same time, and answers it."""
         how = kind(self.engine, self.budgets, question.wanted)
         return question.answer(self._queue.result(how, question.trees, kind.tokens(question)))
+
+    async def atoken_logprobs(
+        self,
+        sequences: Sequence[int] | Sequence[Sequence[int]],
+        starts: int | Sequence[int] = 1,
+        *,
+        ranks: bool = False,
+        mass: Sequence[int] | None = None,
+    ) -> Any:
+        """:meth:`token_logprobs` for asyncio tasks."""
+        question = await asyncio.to_thread(sequences_question, self._reader, sequences, starts, ranks=ranks, mass=mass)
+        return await self._aask(question)
 
     async def _aask(self, question: Question[A], kind: type[Whole | Further] = Whole) -> A:
         """:meth:`_ask` for asyncio tasks."""
