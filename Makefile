@@ -34,7 +34,7 @@ $(VENV)/.built: $(VENV)/.tools setup.py CMakeLists.txt $(CSRC)
 
 $(VENV)/.packages: $(VENV)/.tools
 	@echo "installing what psykern needs into $(VENV) (the first time takes minutes: torch is large)"
-	$(PIP) --requirement constraints.txt
+	$(PIP) --no-build-isolation --requirement constraints.txt
 	touch $@
 
 $(VENV)/.installed: pyproject.toml $(VENV)/.packages | $(VENV)/.built
