@@ -29,6 +29,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simpl
 from transformers import AutoConfig, AutoTokenizer
 
 import psykern
+from psykern.integrations.encoding import token_ids
 
 _log = logging.getLogger("lm_eval.psykern")  # where the harness shows its own models' lines
 
@@ -140,13 +141,11 @@ class PsykernLM(TemplateLM):
         prefix = self.tokenizer.decode(self.prefix_token_id)
         own = {} if self.add_bos_token is None else {"add_special_tokens": self.add_bos_token}
         begun: tuple[list[str], list[str]] = ([], [])
-        for text in dict.fromkeys(texts):
+        for text in texts:
             begun[text.startswith(prefix)].append(text)
         ids: dict[str, list[int]] = {}
         for own_texts, special in zip(begun, (own, {"add_special_tokens": False}), strict=True):
-            if own_texts:
-                encoded = self.tokenizer(own_texts, return_attention_mask=False, verbose=False, **special)
-                ids.update(zip(own_texts, encoded["input_ids"], strict=True))
+            ids |= token_ids(self.tokenizer, own_texts, special)
         return ids
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
