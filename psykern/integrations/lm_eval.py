@@ -16,7 +16,6 @@ import logging
 import sys
 from collections.abc import Iterable, Sequence
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,7 +77,7 @@ class PsykernLM(TemplateLM):
         if batch_size not in (None, 1, "1") or max_batch_size is not None:
             _log.info("batch_size has no effect: psykern computes all requests together")
         self.scorer = _load(pretrained, loading)
-        folder = self.scorer.folder if peft else _with_tokenizer(self.scorer)
+        folder = self.scorer.folder if peft else self.scorer.tokenizer_folder  # `hf` takes the base's with `peft`
         own = {} if add_bos_token is None else {"add_bos_token": add_bos_token}
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer or folder, trust_remote_code=False, **own)
         self.add_bos_token = add_bos_token
@@ -229,12 +228,6 @@ def _load(pretrained: str, arguments: dict[str, Any]) -> psykern.Scorer:
         _log.info("no CUDA device here: on the CPU")  # as `hf` does: the harness asks for cuda:0 where nobody else does
         arguments = arguments | {"device": "auto"}
     return psykern.load(str(pretrained), **arguments)
-
-
-def _with_tokenizer(scorer: psykern.Scorer) -> Path:
-    """The folder whose tokenizer counts: of a model that is an adapter's folder that folder, where it has one."""
-    own = scorer.adapter
-    return own if own is not None and (own / "tokenizer_config.json").is_file() else scorer.folder
 
 
 def run_harness(arguments: Sequence[str]) -> int:

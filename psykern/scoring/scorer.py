@@ -71,6 +71,12 @@ class Scorer:
         """``sha256:…`` of the adapter's config and weights; None: there is none."""
         return None if self.adapter is None else hash_adapter(self.adapter)
 
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where the tokenizer's files are: the adapter's folder where that holds one, else :attr:`folder`. For tools
+        that tokenize for themselves."""
+        return self.language.folder
+
     def close(self) -> None:
         """Gives the model's memory back. What is being computed ends first, what waits fails; every later use is
         refused. Records that somebody is reading end with the wave in hand and an error; a stream that is left open
@@ -317,7 +323,7 @@ class Scorer:
 
     def distributions(
         self,
-        contexts: str | Sequence[str],
+        contexts: str | Sequence[str] | Sequence[Sequence[int]],
         *,
         token_ids: Sequence[int] | None = None,
         top_k: int | None = None,
@@ -326,9 +332,9 @@ class Scorer:
         """log P of the next token, in nats: [n, V] float32 of all V rows of the model's vocabulary behind n contexts.
 
         With ``token_ids`` of these K tokens alone, [n, K] float32; with ``top_k`` the likeliest, as :class:`.TopTokens`
-        of [n, K] arrays. One context gives arrays without the first axis. ``at``: ``"end"`` of a context; a list of P
-        numbers of tokens, special ones in front included, behind which to ask: [n, P, …]; ``"all"``, behind every
-        token: a list with an array [T, …] for each context.
+        of [n, K] arrays. One text gives arrays without the first axis. Contexts may be lists of token ids, too, taken
+        as they are. ``at``: ``"end"`` of a context; a list of P numbers of tokens, special ones in front included,
+        behind which to ask: [n, P, …]; ``"all"``, behind every token: a list with an array [T, …] for each context.
 
         Raises TypeError for what is no text or no token id, ValueError for tokens that the model does not have, places
         that a context does not have, a context without a token, and a text that the model cannot read.
