@@ -40,7 +40,7 @@ _FLAG_HELP = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is returned."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["lm-eval"]:  # before the parser, which would take the harness's options for its own
         return _answered(lambda: _lm_eval(arguments[1:]))
     parser = _parser()

@@ -61,7 +61,7 @@ def outcomes(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 def test_tokens_are_those_of_the_whole_text(kind: str, outcomes: list[bool]) -> None:
     definition, _ = KINDS[kind].build()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=definition)
-    for seed in range(6):
+    for seed in range(4):
         texts = texts_of(seed)
         for special in ({}, {"add_special_tokens": False}):
             expected = tokenizer(texts, **special)["input_ids"]
