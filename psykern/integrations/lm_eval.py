@@ -45,7 +45,8 @@ class PsykernLM(TemplateLM):
     ``prefix_token_id``: in front of a text without context; by default the tokenizer's BOS, else its EOS.
     ``chat_template_args``, ``enable_thinking``: for the chat template. Everything else is an argument of
     :func:`psykern.load`: ``revision``, ``device``, ``dtype`` (``auto``: float32 on a CPU, bfloat16 on a GPU),
-    ``backend``, ``wave_tokens``, ``batch_tokens``, …. ``batch_size`` has no effect.
+    ``backend``, ``wave_tokens``, ``batch_tokens``, …. ``batch_size`` has no effect. With ``peft`` the backend ``hf`` takes
+    those rows out of the embedding that no token has, and so out of the softmax; here the model stays as it is.
 
     Raises PsykernError for an argument that is none of these, for ``trust_remote_code``, and what
     :func:`psykern.load` raises.
@@ -193,7 +194,10 @@ class PsykernLM(TemplateLM):
         if cut := sum(len(context) + len(after) > longest for _, context, after in requests):
             _log.warning("%d requests are longer than %d tokens: they are cut at the left", cut, self.max_length)
         starts = [len(ids) - len(after) for ids, (_, _, after) in zip(sequences, requests, strict=True)]
-        scores = self.scorer.token_logprobs(sequences, starts) if sequences else []
+        try:
+            scores = self.scorer.token_logprobs(sequences, starts) if sequences else []
+        except ValueError as error:  # of `max_length` or of a tokenizer that are not the model's
+            raise psykern.PsykernError(f"requests: {error}") from error
         answers = [(float(score.logprob.sum(dtype="float64")), bool(score.is_greedy.all())) for score in scores]
         for (texts, _, _), answer in zip(requests, answers, strict=True):
             if texts is not None:  # None: a window of a longer text

@@ -235,6 +235,8 @@ def test_what_it_does_not_do_is_said(sides: Sides) -> None:
             PsykernError, match="expected a context of at least one token and a continuation of 1 to 4,096"
         ):
             sides.ours.loglikelihood(_instances("loglikelihood", [texts]))
+    with pytest.raises(PsykernError, match=r"requests: sequences\[0\]: 4,\d+ tokens.*the model reads 4,096"):
+        _ours(sides.folder, max_length=9999).loglikelihood(_instances("loglikelihood", [("x " * 2100, "J")]))
 
 
 @pytest.mark.parametrize(
