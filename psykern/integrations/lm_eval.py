@@ -45,8 +45,8 @@ class PsykernLM(TemplateLM):
     ``prefix_token_id``: in front of a text without context; by default the tokenizer's BOS, else its EOS.
     ``chat_template_args``, ``enable_thinking``: for the chat template. Everything else is an argument of
     :func:`psykern.load`: ``revision``, ``device``, ``dtype`` (``auto``: float32 on a CPU, bfloat16 on a GPU),
-    ``backend``, ``wave_tokens``, ``batch_tokens``, …. ``batch_size`` has no effect. With ``peft`` the backend ``hf`` takes
-    those rows out of the embedding that no token has, and so out of the softmax; here the model stays as it is.
+    ``backend``, ``wave_tokens``, ``batch_tokens``, …. ``batch_size`` has no effect. With ``peft`` the ``hf`` backend
+    takes rows without a token out of the embedding, and so out of the softmax; here the model stays as it is.
 
     Raises PsykernError for an argument that is none of these, for ``trust_remote_code``, and what
     :func:`psykern.load` raises.
