@@ -38,7 +38,7 @@ ROOMS: dict[str, set[str]] = {
     "demo.examples": {"psykern", "demo"},
     "listing": set(),
     "signals": set(),
-    "cli": {"psykern", "demo", "listing", "signals"},
+    "cli": {"psykern", "demo", "integrations", "listing", "signals"},
     "__main__": {"cli"},
     "psykern": {"core", "kernels", "runs", "scoring", "study", "version"},
 }
