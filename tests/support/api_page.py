@@ -62,7 +62,11 @@ def module_of(name: str) -> str:
 
 def operations() -> list[tuple[str, Any]]:
     found = inspect.getmembers(kernels, lambda value: inspect.isfunction(value) or inspect.isclass(value))
-    homes = (kernels.__name__, kernels.Segments.__module__)  # not what is imported there to check arguments
+    homes = (
+        kernels.__name__,
+        kernels.Segments.__module__,
+        kernels.resolve.__module__,
+    )  # not what is imported there to check arguments
     return [(name, value) for name, value in found if not name.startswith("_") and value.__module__ in homes]
 
 
