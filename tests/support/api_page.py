@@ -62,11 +62,8 @@ def module_of(name: str) -> str:
 
 def operations() -> list[tuple[str, Any]]:
     found = inspect.getmembers(kernels, lambda value: inspect.isfunction(value) or inspect.isclass(value))
-    homes = (
-        kernels.__name__,
-        kernels.Segments.__module__,
-        kernels.resolve.__module__,
-    )  # not what is imported there to check arguments
+    where = (kernels.linear, kernels.Segments, kernels.Routes, kernels.resolve)
+    homes = {value.__module__ for value in where}  # not what is imported there to check arguments
     return [(name, value) for name, value in found if not name.startswith("_") and value.__module__ in homes]
 
 
