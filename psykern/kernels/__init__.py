@@ -5,8 +5,14 @@ with weights, attention, the head, what is computed by element, and a gather of 
 takes the backend that is measured fastest on the device of the inputs. A backend that is asked for by name and is not
 there is an error that says how to get it. No operation changes its inputs; ``out`` arrays are written and returned.
 
+To ``torch.compile(fullgraph=True)`` and ``torch.export`` each is one operator, ``torch.ops.psykern.NAME``, which
+computes nothing while it is traced, nor of fake and meta tensors; :class:`Segments` and :class:`Routes` may be given to
+what is compiled or exported, or be made in it. No operation has a derivative: where gradients are recorded an input
+that requires them is a ``ValueError`` that names it; ``torch.no_grad()`` or ``x.detach()`` is what to do.
+
 Shapes and dtypes are always checked; values (token ids, rows, positions, offsets) where they are on the CPU, for
-reading them from a device would make it wait. :class:`Segments` are checked when they are made, not at each call.
+reading them from a device would make it wait, and of an operator when it is run. :class:`Segments` are checked when
+they are made, not at each call; an operator makes them again, and plans their tiles, in each call.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """The operations as operators of torch, ``torch.ops.psykern.*``: what ``torch.compile``, ``torch.export``, fake and
-meta tensors see of them, as one node of a graph each. They are there once this is imported.
+meta tensors see of them, as one node of a graph each. They are there once ``psykern.kernels`` is.
 
 Run, an operator is the public function of its name, with all of its checks; traced, it computes nothing. It is called
 with tensors and numbers alone: a layer comes as weight and bias, :class:`Routes` and :class:`Segments` as their arrays,
@@ -23,24 +23,7 @@ from psykern.kernels.checks import expect_no_gradients
 from psykern.kernels.routes import Routes
 from psykern.kernels.segments import Segments
 
-# In torch's notation: (a!) is written to. Each takes one more argument, the backend.
-_TAKES = {
-    "linear": "Tensor x, Tensor[] weights, Tensor?[] biases, Tensor(a!)[] outs, bool add",
-    "swiglu": "Tensor x, Tensor gate, Tensor? gate_bias, Tensor up, Tensor? up_bias, Tensor(a!) out",
-    "expert_swiglu": "Tensor x, Tensor[] gates, Tensor[] ups, Tensor slots, Tensor offsets, int top_k, Tensor(a!) out",
-    "expert_linear": "Tensor x, Tensor[] weights, Tensor slots, Tensor offsets, int top_k, Tensor(a!) out",
-    "add_weighted": "Tensor x, Tensor weights, Tensor(a!) total",
-    "option_logprobs": "Tensor hidden, Tensor weight, Tensor token_offsets, Tensor token_ids",
-    "prefix_attention": "Tensor q, Tensor k, Tensor v, Tensor positions, Tensor query_offsets, Tensor range_offsets, "
-    "Tensor key_ranges, float softmax_scale, int? window, Tensor(a!) out",
-    "add_rms_norm": "Tensor x, Tensor? residual, Tensor weight, float eps, bool norm_first, Tensor(a!) normed, "
-    "Tensor(b!)? summed",
-    "qk_norm_rope": "Tensor x, Tensor? weight, Tensor cos, Tensor sin, Tensor positions, float eps, Tensor(a!) out",
-    "silu_mul": "Tensor gate, Tensor up, Tensor(a!) out",
-    "gather_rows": "Tensor source, Tensor rows, Tensor(a!) out",
-}
 _ARRAYS = ("positions", "query_offsets", "range_offsets", "key_ranges")  # of segments
-_GIVES = {"option_logprobs": "(Tensor lse, Tensor logits, Tensor argmax, Tensor entropy)"}
 
 
 def linear(
@@ -158,7 +141,27 @@ def gather_rows(source: Tensor, rows: Tensor, out: Tensor, backend: Backend = "a
     kernels.gather_rows(source, rows, out=out, backend=backend)
 
 
-# What each gives, in shapes alone. Nothing, where it writes into arrays that it is given.
+# What each takes in torch's notation, where (a!) is written to, but for the last argument of all, the backend; and what
+# the one gives that gives something.
+_TAKES: dict[Callable[..., Any], str] = {
+    linear: "Tensor x, Tensor[] weights, Tensor?[] biases, Tensor(a!)[] outs, bool add",
+    swiglu: "Tensor x, Tensor gate, Tensor? gate_bias, Tensor up, Tensor? up_bias, Tensor(a!) out",
+    expert_swiglu: "Tensor x, Tensor[] gates, Tensor[] ups, Tensor slots, Tensor offsets, int top_k, Tensor(a!) out",
+    expert_linear: "Tensor x, Tensor[] weights, Tensor slots, Tensor offsets, int top_k, Tensor(a!) out",
+    add_weighted: "Tensor x, Tensor weights, Tensor(a!) total",
+    option_logprobs: "Tensor hidden, Tensor weight, Tensor token_offsets, Tensor token_ids",
+    prefix_attention: "Tensor q, Tensor k, Tensor v, Tensor positions, Tensor query_offsets, Tensor range_offsets, "
+    "Tensor key_ranges, float softmax_scale, int? window, Tensor(a!) out",
+    add_rms_norm: "Tensor x, Tensor? residual, Tensor weight, float eps, bool norm_first, Tensor(a!) normed, "
+    "Tensor(b!)? summed",
+    qk_norm_rope: "Tensor x, Tensor? weight, Tensor cos, Tensor sin, Tensor positions, float eps, Tensor(a!) out",
+    silu_mul: "Tensor gate, Tensor up, Tensor(a!) out",
+    gather_rows: "Tensor source, Tensor rows, Tensor(a!) out",
+}
+_GIVES = {option_logprobs: "(Tensor lse, Tensor logits, Tensor argmax, Tensor entropy)"}
+
+
+# The same in shapes alone, for what is traced.
 
 
 def _written(*args: Any) -> None:
@@ -181,12 +184,12 @@ def _refuse_gradients(operator: Callable[..., Any], names: list[str], *args: Any
 
 def _define() -> torch.library.Library:
     library = torch.library.Library("psykern", "DEF")
-    for name, takes in _TAKES.items():
-        library.define(
-            f'{name}({takes}, str backend="auto") -> {_GIVES.get(name, "()")}', tags=(torch.Tag.pt2_compliant_tag,)
-        )
-        library.impl(name, globals()[name], "CompositeExplicitAutograd")
-        torch.library.register_fake(f"psykern::{name}", _scores if name in _GIVES else _written, lib=library)
+    for function, takes in _TAKES.items():
+        name, gives = function.__name__, _GIVES.get(function, "()")
+        library.define(f'{name}({takes}, str backend="auto") -> {gives}', tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(name, function, "CompositeExplicitAutograd")
+        traced = _scores if function in _GIVES else _written
+        torch.library.register_fake(f"psykern::{name}", traced, lib=library)
         operator = getattr(torch.ops.psykern, name).default
         names = [argument.name for argument in operator._schema.arguments]
         library.impl(name, partial(_refuse_gradients, operator, names), "Autograd")
@@ -215,9 +218,11 @@ def _flatten_with_keys(names: Sequence[str], branch: Any) -> tuple[list[tuple[An
 
 
 def _segments(leaves: Iterable[Any], context: None) -> Segments:
-    """Not checked, as the leaves may be other things than tensors, such as the sizes that may change."""
-    segments = object.__new__(Segments)
-    for name, value in (*zip(_ARRAYS, leaves, strict=True), ("key_span", None), ("_tiles", {})):
+    arrays = list(leaves)
+    if all(isinstance(array, Tensor) for array in arrays):
+        return Segments(*arrays)
+    segments = object.__new__(Segments)  # of what is said of each array, such as which of its sizes may change
+    for name, value in zip(_ARRAYS, arrays, strict=True):
         object.__setattr__(segments, name, value)
     return segments
 

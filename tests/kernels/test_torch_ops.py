@@ -15,11 +15,12 @@ import pytest
 import torch
 import torch._dynamo
 from support.backends import assert_same_bits
-from support.calls import OPS, arguments
+from support.calls import OPS, arguments, segments
 from support.ops import map_tensors, tensors
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from psykern import kernels
@@ -170,6 +171,15 @@ def test_a_compiled_function_may_make_segments_and_routes_itself() -> None:
         assert_same(torch.compile(call, fullgraph=True, backend="aot_eager")(*given), [call(*given)])
 
 
+def test_segments_and_routes_are_trees_of_tensors_and_are_checked_when_they_are_made_again() -> None:
+    made, routes = segments(), kernels.Routes.of(torch.tensor([[0, 2], [1, 0]]), 3)
+    again, same = pytree.tree_map(torch.clone, (made, routes))
+    assert torch.equal(again.key_ranges, made.key_ranges) and again.key_span == made.key_span
+    assert torch.equal(same.slots, routes.slots) and same.top_k == 2
+    with pytest.raises(ValueError, match="query_offsets: expected to ascend from 0 to 3"):
+        pytree.tree_map(lambda x: x + 1, made)
+
+
 def test_an_exported_call_checks_the_values_that_it_is_run_with() -> None:
     exported = torch.export.export(Head(), head(3), strict=False).module()
     hidden, weight, offsets, ids = head(3)
@@ -253,6 +263,7 @@ def test_a_compiled_call_refuses_it_while_it_is_compiled_and_afterwards() -> Non
         compiled(given["gate"], given["up"].clone().requires_grad_())
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # by torch's own forward derivatives
 def test_a_forward_derivative_is_refused_too() -> None:
     x = torch.ones(3, 4)
     with forward_ad.dual_level(), pytest.raises(ValueError, match=r"^up: .* not require gradients"):
