@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
-from support.backends import assert_same_bits
+from support.backends import Place, assert_same_bits
 from support.calls import OPS, arguments, segments
-from support.ops import map_tensors, tensors
+from support.ops import Case, cases, map_tensors, put, tensors
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
@@ -25,6 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from psykern import kernels
 
+CPU = Place("cpu", torch.device("cpu"))
+CASES = cases(torch.float32)
 each_op = pytest.mark.parametrize("op", OPS)
 
 
@@ -72,6 +74,15 @@ def test_an_operator_keeps_torchs_rules_and_computes_what_the_plain_call_does(op
     ((operator, args),) = recorded.calls
     assert operator is getattr(torch.ops.psykern, op).default
     torch.library.opcheck(operator, args)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_an_operator_takes_every_form_of_a_call(case: Case) -> None:
+    given = put(CPU, case.arguments)
+    expected = case.run(CPU, given)
+    with Recorded() as recorded:
+        assert_same(case.run(CPU, given), expected)
+    assert [operator for operator, _ in recorded.calls] == [getattr(torch.ops.psykern, case.op).default]
 
 
 class Every(torch.nn.Module):
@@ -139,12 +150,19 @@ each_dynamic = pytest.mark.parametrize(
 def test_a_compiled_call_takes_other_sizes_and_is_not_compiled_anew(
     module: torch.nn.Module, sized: Callable[[int], tuple[Any, ...]], dynamic: tuple[Any, ...]
 ) -> None:
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
+    def given(size: int) -> tuple[Any, ...]:
+        return pytree.tree_map(marked, sized(size))
+
+    def marked(x: Tensor) -> Tensor:
+        torch._dynamo.mark_dynamic(x, 0)
+        return x
+
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        compiled(*sized(3))
+        compiled(*given(5))
         with torch.compiler.set_stance("fail_on_recompile"):
-            given = sized(7)
-            assert_same(compiled(*given), outputs(module(*given)))
+            other = given(7)
+            assert_same(compiled(*other), outputs(module(*other)))
 
 
 @each_dynamic
