@@ -12,16 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
+
+# By names of this module, as each call of an operation asks, and a small one takes but ten microseconds.
+_num_tracers = torch._C._len_torch_dispatch_stack
+_innermost_transform = torch._C._functorch.peek_interpreter_stack
 
 
 def is_traced(x: Tensor) -> bool:
     """Whether ``x`` stands for a tensor, or what is done to it is recorded: under ``torch.compile``, ``torch.export``
-    and other tracers, for fake and meta tensors, and for those of a library's own kind."""
+    and other tracers, in the transforms of ``torch.func``, for fake and meta tensors, and for those of a library's own
+    kind."""
     # In the order in which dynamo, which follows this, needs it: to it all tensors are of the plain type.
     return (
-        torch.compiler.is_dynamo_compiling()
+        is_dynamo_compiling()
         or type(x) is not Tensor
-        or torch._C._len_torch_dispatch_stack() > 0
+        or _num_tracers() > 0
+        or _innermost_transform() is not None
         or x.is_meta
     )
 
@@ -78,7 +85,7 @@ def span(values: Tensor) -> tuple[int, int] | None:
 def expect_span(name: str, got: tuple[int, int] | None, last: int, of_what: str) -> None:
     """Values from 0 to ``last``; ``got`` is what :func:`span` gives."""
     # A graph would be compiled anew for other numbers in ``got``.
-    if not torch.compiler.is_dynamo_compiling() and got is not None and (got[0] < 0 or got[1] > last):
+    if not is_dynamo_compiling() and got is not None and (got[0] < 0 or got[1] > last):
         raise ValueError(f"{name}: expected {of_what}, 0 to {last}, got {got[0]} to {got[1]}")
 
 

@@ -290,6 +290,13 @@ def test_a_forward_derivative_is_refused_too() -> None:
         torch.func.grad(lambda gate: kernels.silu_mul(gate, x).sum())(x)
 
 
+@pytest.mark.parametrize("transform", [torch.vmap, torch.func.functionalize])
+def test_a_transform_that_knows_no_rule_for_an_operator_says_so(transform: Callable[..., Any]) -> None:
+    """And is not given the numbers of what a kernel read and wrote behind its back."""
+    with pytest.raises(RuntimeError, match=r"psykern::silu_mul"):
+        transform(lambda x: kernels.silu_mul(x.view(-1, 4), x.view(-1, 4)))(torch.ones(2, 3, 4))
+
+
 def test_a_gradient_that_needs_what_was_overwritten_is_an_error() -> None:
     """torch's own operations say so, as the gradient would be of other numbers."""
     weight, x = torch.ones(3, 4, requires_grad=True), torch.ones(3, 4)
