@@ -48,8 +48,8 @@ def expect_no_gradients(names: Sequence[str], values: Sequence[Any]) -> None:
         for x in tensors_of(value):
             if (is_backward and x.requires_grad) or (is_forward and forward_ad.unpack_dual(x).tangent is not None):
                 raise ValueError(
-                    f"{name}: expected a tensor that does not require gradients, as psykern's operations have none, "
-                    f"got one that does; give {name}.detach(), or call within torch.no_grad()"
+                    f"{name}: expected no tensor that requires gradients, as psykern's operations have none, got one; "
+                    "give its .detach(), or call within torch.no_grad()"
                 )
 
 
