@@ -35,7 +35,7 @@ ROOMS: dict[str, set[str]] = {
     "demo": set(),
     "demo.train": {"demo"},
     "demo.posttrain": {"demo"},
-    "demo.examples": {"psykern", "demo"},
+    "demo.examples": {"psykern", "demo", "kernels", "integrations"},
     "listing": set(),
     "signals": set(),
     "cli": {"psykern", "demo", "integrations", "listing", "signals"},
