@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
-PIP    := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# --no-compile takes half the time: Python compiles what it imports, on first import.
+PIP    := $(PY) -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 CSRC   := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 ASAN   := build/asan
 BENCH  ?= score
@@ -16,20 +17,28 @@ OLDER   ?= OPENBLAS_CORETYPE=Haswell ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUC
 
 MAKEFLAGS += --no-print-directory
 unexport PYTHONDONTWRITEBYTECODE  # tests start some hundred Pythons; each would compile torch and transformers again
-.PHONY: setup build demo test interpret plain matrix format bench asan clean
+.PHONY: setup build demo test types interpret plain matrix format bench asan clean
 
-setup: $(VENV)/.built
+# Its parts wait for each other as they must, else run side by side: the compiler has the cores while pip waits and unpacks.
+setup:
+	@$(MAKE) --jobs 2 $(VENV)/.installed
 
-# --no-compile takes half the time: Python compiles what it imports, on first import.
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.tools: constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	@echo "installing psykern and what it needs into $(VENV) (the first time takes minutes: torch is large)"
-	$(PIP) --no-compile torch setuptools pybind11 cmake
-	$(PIP) --no-compile --no-build-isolation --editable '.[test,report]'
+	$(PIP) setuptools pybind11 cmake
 	touch $@
 
-$(VENV)/.built: $(VENV)/.installed setup.py CMakeLists.txt $(CSRC)
+$(VENV)/.built: $(VENV)/.tools setup.py CMakeLists.txt $(CSRC)
 	$(PY) setup.py --quiet build_ext --inplace
+	touch $@
+
+$(VENV)/.packages: $(VENV)/.tools
+	@echo "installing what psykern needs into $(VENV) (the first time takes minutes: torch is large)"
+	$(PIP) --no-build-isolation --requirement constraints.txt
+	touch $@
+
+$(VENV)/.installed: pyproject.toml $(VENV)/.packages | $(VENV)/.built
+	$(PIP) --no-build-isolation --editable '.[test,report]'
 	touch $@
 
 # Rebuilds what changed, also where the stamp of `setup` sees no change (another compiler, other CMAKE_ARGS).
@@ -45,9 +54,11 @@ test: build
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror $(CSRC)
-	$(PY) -m mypy
-	$(MAKE) interpret
+	@$(MAKE) --jobs 2 types interpret  # mypy has one thread
 	$(MAKE) plain
+
+types: setup
+	$(PY) -m mypy
 
 # Every case of the Triton kernels under Triton's interpreter, which a process must choose before it imports them.
 interpret: setup

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from psykern.runs.streaming import GpuWeights, WeightsPlan
     from psykern.runs.summary import StudySummary, Summary, format_summary
     from psykern.scoring.loading import load
-    from psykern.scoring.results import Choice, Logprob, Reject, Surprisal, TokenScores, TopTokens
+    from psykern.scoring.results import Choice, Logprob, Reject, Surprisal, TokenLogprobs, TokenScores, TopTokens
     from psykern.scoring.scorer import Scorer
     from psykern.scoring.session import Mark, Session, astep, step
     from psykern.study.report import compare_runs
@@ -65,7 +65,7 @@ _HOMES = {
     "runs.run": "score score_adapters score_conditions",
     "runs.streaming": "GpuWeights WeightsPlan",
     "runs.summary": "StudySummary Summary format_summary",
-    "scoring.results": "Choice Logprob Reject Surprisal TokenScores TopTokens",
+    "scoring.results": "Choice Logprob Reject Surprisal TokenLogprobs TokenScores TopTokens",
     "scoring.loading": "load",
     "scoring.scorer": "Scorer",
     "scoring.session": "Mark Session astep step",
@@ -108,6 +108,7 @@ __all__ = [
     "StudySummary",
     "Summary",
     "Surprisal",
+    "TokenLogprobs",
     "TokenScores",
     "TopTokens",
     "WeightsPlan",

@@ -1,4 +1,4 @@
-"""The commands: ``psykern score``, ``plan``, ``compare``, ``demo`` and ``models``.
+"""The commands: ``psykern score``, ``plan``, ``compare``, ``lm-eval``, ``demo`` and ``models``.
 
 Exit status: 0 done; 1 an error stopped it; 2 wrong usage; 3 done, but some rows were rejected; 130 and 143 stopped by
 SIGINT (Ctrl-C) and SIGTERM. Before anything is computed such a signal ends ``psykern score`` at once. Later the first
@@ -14,7 +14,7 @@ import signal
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
@@ -40,6 +40,9 @@ _FLAG_HELP = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is returned."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["lm-eval"]:  # before the parser, which would take the harness's options for its own
+        return _answered(lambda: _lm_eval(arguments[1:]))
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
@@ -47,15 +50,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _shard(getattr(options, "shard", None))
     except ValueError as error:
         parser.error(str(error))
+    return _answered(lambda: options.command(options, settings))
+
+
+def _answered(command: Callable[[], int]) -> int:
+    """The exit status of ``command``; what a user can act on is said in a line."""
     try:
-        status: int = options.command(options, settings)
+        return command()
     except KeyboardInterrupt:
         print("psykern: interrupted; records written so far are kept", file=sys.stderr)
         return EXIT_SIGNAL + signal.SIGINT
     except (psykern.PsykernError, psykern.BackendError) as error:
         print(f"psykern: error: {error}", file=sys.stderr)
         return EXIT_ERROR
-    return status
 
 
 class _CommandParser(argparse.ArgumentParser):
@@ -74,6 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_input(plan)
     plan.set_defaults(command=_plan)
     _add_compare(commands.add_parser("compare", help="set finished runs against each other: tables, figures, a page"))
+    commands.add_parser(
+        "lm-eval", add_help=False, help="lm-evaluation-harness with psykern; its arguments are passed on"
+    )
     show = commands.add_parser("demo", help="score the shipped sample with two shipped tiny models and compare them")
     show.add_argument("--out", metavar="FOLDER", help="new folder for runs and report; default: a temporary one")
     show.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -304,6 +314,16 @@ def _demo(options: argparse.Namespace, settings: Settings) -> int:
     print("the other then for seconds to give its own likeliest answer. Their numbers say that psykern works, nothing")
     print("about people or language models.")
     return 0
+
+
+def _lm_eval(arguments: Sequence[str]) -> int:
+    try:
+        from psykern.integrations.lm_eval import run_harness
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "lm_eval":
+            raise
+        raise psykern.PsykernError("lm-evaluation-harness is not installed: pip install 'psykern[lm-eval]'") from error
+    return run_harness(arguments)
 
 
 def _models(options: argparse.Namespace, settings: Settings) -> int:

@@ -71,9 +71,14 @@ def test_word_surprisal_prints_each_word_with_its_characters(capsys: pytest.Capt
 
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+CODE = [
+    pytest.param(code, id=section.partition("\n")[0])  # its heading
+    for section in README.split("\n## ")
+    for code in re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+]
 
 
-@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL), ids=["files", "in memory"])
+@pytest.mark.parametrize("code", CODE)
 def test_the_readme_runs(code: str, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -35,10 +35,10 @@ ROOMS: dict[str, set[str]] = {
     "demo": set(),
     "demo.train": {"demo"},
     "demo.posttrain": {"demo"},
-    "demo.examples": {"psykern", "demo"},
+    "demo.examples": {"psykern", "demo", "kernels", "integrations"},
     "listing": set(),
     "signals": set(),
-    "cli": {"psykern", "demo", "listing", "signals"},
+    "cli": {"psykern", "demo", "integrations", "listing", "signals"},
     "__main__": {"cli"},
     "psykern": {"core", "kernels", "runs", "scoring", "study", "version"},
 }

@@ -5,32 +5,32 @@ with weights, attention, the head, what is computed by element, and a gather of 
 takes the backend that is measured fastest on the device of the inputs. A backend that is asked for by name and is not
 there is an error that says how to get it. No operation changes its inputs; ``out`` arrays are written and returned.
 
+To ``torch.compile(fullgraph=True)`` and ``torch.export`` each is one operator, ``torch.ops.psykern.NAME``, which
+computes nothing while it is traced, nor of fake and meta tensors; :class:`Segments` and :class:`Routes` may be given to
+what is compiled or exported, or be made in it. No operation has a derivative: where gradients are recorded an input
+that requires them is a ``ValueError`` that names it; ``torch.no_grad()`` or ``x.detach()`` is what to do.
+
 Shapes and dtypes are always checked; values (token ids, rows, positions, offsets) where they are on the CPU, for
-reading them from a device would make it wait. :class:`Segments` are checked when they are made, not at each call.
+reading them from a device would make it wait, and of an operator when it is run. :class:`Segments` are checked when
+they are made, not at each call; an operator makes them again, and plans their tiles, in each call.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
-from functools import cache
-from importlib import import_module
-from types import ModuleType
-from typing import Any, NamedTuple, get_args
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from psykern.core.errors import BackendError
+from psykern.core.errors import BackendError as BackendError
 from psykern.core.settings import Backend
+from psykern.kernels import torch_ops as torch_ops  # which makes the operators
 from psykern.kernels.checks import expect, expect_dtype, expect_offsets, expect_out, expect_span, out_like, span
+from psykern.kernels.dispatch import operation as _op
+from psykern.kernels.dispatch import resolve as resolve
 from psykern.kernels.routes import Routes
 from psykern.kernels.segments import Segments
-
-_HOW_TO_GET = {
-    "triton": "it needs triton (`pip install triton`) and a CUDA device, or TRITON_INTERPRET=1 in the environment",
-    "cuda": "it needs a CUDA device and psykern built from source where nvcc is found",
-}
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -42,39 +42,6 @@ class OptionLogprobs(NamedTuple):
     logits: Tensor  # [nnz] of the gathered tokens; their log-probability is logits - lse of their row
     argmax: Tensor  # [R] int64, the token of the largest logit, the lowest id on ties
     entropy: Tensor  # [R] of the row's distribution over the vocabulary, nats
-
-
-def resolve(backend: Backend, device: torch.device) -> Backend:
-    """The backend that ``backend`` means on ``device``. Raises :class:`BackendError` where there is none."""
-    if backend not in get_args(Backend):
-        raise BackendError(f"backend: expected one of {', '.join(get_args(Backend))}, got {backend!r}")
-    if backend == "auto":
-        if device.type != "cuda":
-            return "cpu" if device.type == "cpu" else "reference"
-        return "triton" if _module("triton") else "reference"
-    if backend == "cpu" and device.type != "cpu":
-        raise BackendError(f"backend 'cpu' computes on the CPU; the inputs are on {device}")
-    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    if backend in _HOW_TO_GET and (_module(backend) is None or not (device.type == "cuda" or interpreted)):
-        raise BackendError(f"backend {backend!r} is not available on {device}: {_HOW_TO_GET[backend]}")
-    return backend
-
-
-@cache
-def _module(backend: str) -> ModuleType | None:
-    """The module of a backend, imported when it is first asked for; None: something that it needs is not installed."""
-    try:
-        return import_module(f"psykern.kernels.{backend}")
-    except ImportError:
-        if backend in _HOW_TO_GET:
-            return None
-        raise
-
-
-def _op(name: str, backend: Backend, device: torch.device) -> Callable[..., Any]:
-    # A small wave on a CPU is a thousand operations that are shorter than to look around for their backend.
-    is_known = backend == "cpu" and device.type == "cpu"
-    return getattr((_module("cpu") if is_known else None) or _module(resolve(backend, device)), name)
 
 
 Layer = tuple[Tensor, Tensor | None]  # of a linear layer: weight [M, K] and bias [M]
@@ -98,7 +65,7 @@ def linear(
     for layer, out in zip(layers, outs, strict=True):
         _expect_layer("weight", layer, x)
         expect_out("out", out, (x.shape[0], layer[0].shape[0]), x)
-    _op("linear", backend, x.device)(x, layers, outs, add)
+    _op("linear", backend, x)(x, layers, outs, add)
     return outs
 
 
@@ -116,7 +83,7 @@ def swiglu(x: Tensor, gate: Layer, up: Layer, *, out: Tensor | None = None, back
     shape = (x.shape[0], gate[0].shape[0])
     target = x.new_empty(shape) if out is None else out
     expect_out("out", target, shape, x)
-    _op("swiglu", backend, x.device)(x, gate, up, target)
+    _op("swiglu", backend, x)(x, gate, up, target)
     return target
 
 
@@ -150,7 +117,7 @@ def expert_swiglu(
     shape = (routes.slots.shape[0], gates[0].shape[0])
     target = x.new_empty(shape) if out is None else out
     expect_out("out", target, shape, x)
-    _op("expert_swiglu", backend, x.device)(x, gates, ups, routes, target)
+    _op("expert_swiglu", backend, x)(x, gates, ups, routes, target)
     return target
 
 
@@ -170,7 +137,7 @@ def expert_linear(
     shape = (x.shape[0], weights[0].shape[0])
     target = x.new_empty(shape) if out is None else out
     expect_out("out", target, shape, x)
-    _op("expert_linear", backend, x.device)(x, weights, routes, target)
+    _op("expert_linear", backend, x)(x, weights, routes, target)
     return target
 
 
@@ -183,7 +150,7 @@ def add_weighted(x: Tensor, weights: Tensor, total: Tensor, *, backend: Backend 
     expect("weights", weights.dim() == 2 and len(weights) == len(total), lambda: f"[{len(total)}, k]", weights)
     expect_dtype("weights", weights, (torch.float32,))
     expect_out("x", x, (weights.numel(), total.shape[1]), total)
-    _op("add_weighted", backend, total.device)(x, weights, total)
+    _op("add_weighted", backend, total)(x, weights, total)
     return total
 
 
@@ -231,7 +198,7 @@ def option_logprobs(
         expect_dtype(name, tensor, dtypes)
     expect_offsets("token_offsets", token_offsets, token_ids.shape[0])
     expect_span("token_ids", span(token_ids), weight.shape[0] - 1, "ids of the vocabulary")
-    op = _op("option_logprobs", backend, hidden.device)
+    op = _op("option_logprobs", backend, hidden)
     return OptionLogprobs(*op(hidden, weight, token_offsets, token_ids))
 
 
@@ -265,7 +232,7 @@ def prefix_attention(
         raise ValueError(f"softmax_scale: expected a number above 0, got {softmax_scale}")
     if window is not None and window < 1:
         raise ValueError(f"window: expected at least 1, got {window}")
-    op = _op("prefix_attention", backend, q.device)
+    op = _op("prefix_attention", backend, q)
     return op(q, k, v, segments, softmax_scale, window, out_like("out", out, q))
 
 
@@ -291,7 +258,7 @@ def add_rms_norm(
     expect("weight", weight.shape == x.shape[1:], lambda: f"[{x.shape[-1]}]", weight)
     if residual is not None:
         expect("residual", residual.shape == x.shape, lambda: f"{list(x.shape)} like x", residual)
-    op = _op("add_rms_norm", backend, x.device)
+    op = _op("add_rms_norm", backend, x)
     normed = out_like("normed", normed, x)
     if residual is None:
         op(x, None, weight, eps, norm_first, normed, None)
@@ -329,7 +296,7 @@ def qk_norm_rope(
     expect("positions", positions.shape == x.shape[:1], lambda: f"[{x.shape[0]}]", positions)
     expect_dtype("positions", positions, (torch.int32,))
     expect_span("positions", span(positions), cos.shape[0] - 1, "rows of cos")
-    op = _op("qk_norm_rope", backend, x.device)
+    op = _op("qk_norm_rope", backend, x)
     return op(x, weight, cos, sin, positions, eps, out_like("out", out, x))
 
 
@@ -340,7 +307,7 @@ def silu_mul(gate: Tensor, up: Tensor, *, out: Tensor | None = None, backend: Ba
     """
     expect("gate", gate.dim() == 2, "[N, F]", gate)
     expect("up", up.shape == gate.shape, lambda: f"{list(gate.shape)} like gate", up)
-    return _op("silu_mul", backend, gate.device)(gate, up, out_like("out", out, gate))
+    return _op("silu_mul", backend, gate)(gate, up, out_like("out", out, gate))
 
 
 def gather_rows(source: Tensor, rows: Tensor, *, out: Tensor | None = None, backend: Backend = "auto") -> Tensor:
@@ -356,4 +323,4 @@ def gather_rows(source: Tensor, rows: Tensor, *, out: Tensor | None = None, back
     shape = (source.shape[0], rows.shape[0], *source.shape[2:])
     target = source.new_empty(shape) if out is None else out
     expect_out("out", target, shape, source)
-    return _op("gather_rows", backend, source.device)(source, rows, target)
+    return _op("gather_rows", backend, source)(source, rows, target)

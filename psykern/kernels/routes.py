@@ -34,8 +34,10 @@ class Routes:
 
     @property
     def num_rows(self) -> int:
+        """N, the rows that are routed."""
         return self.slots.shape[0] // self.top_k
 
     @property
     def num_experts(self) -> int:
+        """E, of whom some may have no rows."""
         return self.offsets.shape[0] - 1

@@ -1,4 +1,4 @@
-"""Distributions of the next token at places of contexts: of all tokens, of some, or the likeliest.
+"""Distributions of the next token at places of contexts, of texts or token ids: of all, of some, or the likeliest.
 
 Tokens that are asked for by their ids are branches of one token, so that only they are gathered from the head.
 """
@@ -21,7 +21,7 @@ At = Literal["end", "all"] | Sequence[int]
 
 def distributions_question(
     reader: Reader,
-    contexts: str | Sequence[str],
+    contexts: str | Sequence[str] | Sequence[Sequence[int]],
     *,
     token_ids: Sequence[int] | None = None,
     top_k: int | None = None,
@@ -30,7 +30,7 @@ def distributions_question(
     """See :meth:`.Scorer.distributions`, whose answer this asks for."""
     if token_ids is not None and top_k is not None:
         raise ValueError("token_ids, top_k: expected one of them at most, got both")
-    ids = _token_ids(reader, token_ids) if token_ids is not None else [0]  # any one: the place is what matters
+    ids = [0] if token_ids is None else _token_ids("token_ids", token_ids, reader)  # any one: its place matters
     if top_k is not None and not (_is_whole(top_k) and 1 <= top_k <= reader.vocab_size):
         raise ValueError(f"top_k: expected 1 to {reader.vocab_size:,}, the model's vocabulary, got {top_k!r}")
     if not isinstance(at, str):
@@ -39,9 +39,9 @@ def distributions_question(
     if not texts:
         raise ValueError("contexts: expected at least one text, got none")
     names = ["contexts"] if isinstance(contexts, str) else [f"contexts[{i}]" for i in range(len(texts))]
-    read = reader.contexts([one_text(name, text) for name, text in zip(names, texts, strict=True)])
-    places = [_places(name, at, len(context.tokens.ids)) for name, context in zip(names, read, strict=True)]
-    trees = [_tree(context.tokens.ids, of, ids) for context, of in zip(read, places, strict=True)]
+    read = _read(reader, names, texts)
+    places = [_places(name, at, len(of)) for name, of in zip(names, read, strict=True)]
+    trees = [_tree(of, own, ids) for of, own in zip(read, places, strict=True)]
     for name, tree in zip(names, trees, strict=True):
         reader.check(name, tree)
 
@@ -57,17 +57,23 @@ def distributions_question(
     return Question(trees, answer, Wanted(top_k=int(top_k or 0), full=token_ids is None and top_k is None))
 
 
-def _token_ids(reader: Reader, token_ids: Any) -> list[int]:
-    ids = many("token_ids", token_ids, "a list of token ids")
+def _read(reader: Reader, names: Sequence[str], contexts: Sequence[Any]) -> list[np.ndarray]:
+    """[T] int32 each: the tokens of texts, or of what is tokens already."""
+    if isinstance(contexts[0], list | tuple | np.ndarray):
+        return [np.array(_token_ids(name, of, reader), np.int32) for name, of in zip(names, contexts, strict=True)]
+    texts = [one_text(name, text) for name, text in zip(names, contexts, strict=True)]
+    return [context.tokens.ids for context in reader.contexts(texts)]
+
+
+def _token_ids(name: str, values: Any, reader: Reader) -> list[int]:
+    ids = many(name, values, "a list of token ids")
     if not ids:
-        raise ValueError("token_ids: expected at least one token id, got none")
+        raise ValueError(f"{name}: expected at least one token id, got none")
     for k, token in enumerate(ids):
         if not _is_whole(token):
-            raise TypeError(f"token_ids[{k}]: expected a token id, got {token!r} ({type(token).__name__})")
+            raise TypeError(f"{name}[{k}]: expected a token id, got {token!r} ({type(token).__name__})")
         if not 0 <= token < reader.vocab_size:
-            raise ValueError(
-                f"token_ids[{k}]: expected 0 to {reader.vocab_size - 1:,}, the model's tokens, got {token}"
-            )
+            raise ValueError(f"{name}[{k}]: expected 0 to {reader.vocab_size - 1:,}, the model's tokens, got {token}")
     return list(map(int, ids))
 
 

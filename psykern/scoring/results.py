@@ -19,6 +19,18 @@ class TokenScores:
     rank: np.ndarray | None  # [T] int64, 1: no token is likelier, 0: no probability; None: not asked for
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenLogprobs:
+    """The scored tokens of a sequence of token ids."""
+
+    ids: np.ndarray  # [n] int32
+    logprob: np.ndarray  # [n] float32, nats, of each given all tokens before it
+    is_greedy: np.ndarray  # [n] bool, it is the vocabulary's argmax
+    entropy: np.ndarray  # [n] float32, nats, of the distribution that it was drawn from
+    rank: np.ndarray | None  # [n] int64, 1: no token is likelier; None: not asked for
+    mass: np.ndarray | None  # [n] float32, nats, of the tokens asked for together; None: not asked for
+
+
 @dataclass(frozen=True, slots=True)
 class Reject:
     """A row that could not be used."""

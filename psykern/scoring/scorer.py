@@ -30,7 +30,8 @@ from psykern.scoring.logprobs import logprobs_question
 from psykern.scoring.question import Question
 from psykern.scoring.queue import Queue
 from psykern.scoring.records import to_score
-from psykern.scoring.results import Choice, Logprob, Reject, Surprisal
+from psykern.scoring.results import Choice, Logprob, Reject, Surprisal, TokenLogprobs
+from psykern.scoring.sequences import sequences_question
 from psykern.scoring.session import Session
 from psykern.scoring.surprisal import First, surprisal_question
 from psykern.scoring.texts import Reader
@@ -70,6 +71,12 @@ class Scorer:
     def adapter_hash(self) -> str | None:
         """``sha256:…`` of the adapter's config and weights; None: there is none."""
         return None if self.adapter is None else hash_adapter(self.adapter)
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where the tokenizer's files are: the adapter's folder where that holds one, else :attr:`folder`. For tools
+        that tokenize for themselves."""
+        return self.language.folder
 
     def close(self) -> None:
         """Gives the model's memory back. What is being computed ends first, what waits fails; every later use is
@@ -318,7 +325,7 @@ class Scorer:
 
     def distributions(
         self,
-        contexts: str | Sequence[str],
+        contexts: str | Sequence[str] | Sequence[Sequence[int]],
         *,
         token_ids: Sequence[int] | None = None,
         top_k: int | None = None,
@@ -327,14 +334,48 @@ class Scorer:
         """log P of the next token, in nats: [n, V] float32 of all V rows of the model's vocabulary behind n contexts.
 
         With ``token_ids`` of these K tokens alone, [n, K] float32; with ``top_k`` the likeliest, as :class:`.TopTokens`
-        of [n, K] arrays. One context gives arrays without the first axis. ``at``: ``"end"`` of a context; a list of P
-        numbers of tokens, special ones in front included, behind which to ask: [n, P, …]; ``"all"``, behind every
-        token: a list with an array [T, …] for each context.
+        of [n, K] arrays. One text gives arrays without the first axis. Contexts may be lists of token ids, too, taken
+        as they are. ``at``: ``"end"`` of a context; a list of P numbers of tokens, special ones in front included,
+        behind which to ask: [n, P, …]; ``"all"``, behind every token: a list with an array [T, …] for each context.
 
         Raises TypeError for what is no text or no token id, ValueError for tokens that the model does not have, places
         that a context does not have, a context without a token, and a text that the model cannot read.
         """
         return self._ask(distributions_question(self._reader, contexts, token_ids=token_ids, top_k=top_k, at=at))
+
+    @overload
+    def token_logprobs(
+        self, sequences: Sequence[int], starts: int = ..., *, ranks: bool = ..., mass: Sequence[int] | None = ...
+    ) -> TokenLogprobs: ...
+    @overload
+    def token_logprobs(
+        self,
+        sequences: Sequence[Sequence[int]],
+        starts: int | Sequence[int] = ...,
+        *,
+        ranks: bool = ...,
+        mass: Sequence[int] | None = ...,
+    ) -> list[TokenLogprobs]: ...
+    def token_logprobs(
+        self,
+        sequences: Sequence[int] | Sequence[Sequence[int]],
+        starts: int | Sequence[int] = 1,
+        *,
+        ranks: bool = False,
+        mass: Sequence[int] | None = None,
+    ) -> Any:
+        """log P of the tokens of sequences of token ids, each given all before it, in nats: for tools that tokenize for
+        themselves. Sequences are taken as they are, and what they begin with alike is computed once.
+
+        A list of token ids gives a :class:`.TokenLogprobs`, a list of lists (or of arrays) a list. ``starts``: number
+        of the first token to score of all, or of each; at least 1, as before the first token of all stands nothing. As
+        many as the sequence has tokens: none is scored. ``ranks``: of every token, 1: none is likelier. ``mass``: ids
+        of tokens whose probability together is wanted too, at each place.
+
+        Raises TypeError for what are no token ids, ValueError for tokens that the model does not have, a sequence that
+        is longer than its context, and starts that a sequence does not have.
+        """
+        return self._ask(sequences_question(self._reader, sequences, starts, ranks=ranks, mass=mass))
 
     def session(self, text: str = "") -> Session:
         """A text that will grow, trial by trial: what is computed of it is kept, so that each step costs what is new.
@@ -427,6 +468,18 @@ class Scorer:
         """Computes what ``question`` needs, together with what others ask at the same time, and answers it."""
         how = kind(self.engine, self.budgets, question.wanted)
         return question.answer(self._queue.result(how, question.trees, kind.tokens(question)))
+
+    async def atoken_logprobs(
+        self,
+        sequences: Sequence[int] | Sequence[Sequence[int]],
+        starts: int | Sequence[int] = 1,
+        *,
+        ranks: bool = False,
+        mass: Sequence[int] | None = None,
+    ) -> Any:
+        """:meth:`token_logprobs` for asyncio tasks."""
+        question = await asyncio.to_thread(sequences_question, self._reader, sequences, starts, ranks=ranks, mass=mass)
+        return await self._aask(question)
 
     async def _aask(self, question: Question[A], kind: type[Whole | Further] = Whole) -> A:
         """:meth:`_ask` for asyncio tasks."""

@@ -165,8 +165,10 @@ def test_a_whole_command_with_a_tiny_shape(tmp_path: Path) -> None:
 def test_alternatives_to_the_tables_with_tiny_shapes(tmp_path: Path) -> None:
     """Under Triton's interpreter, which a process must choose before it imports the kernels."""
     pytest.importorskip("triton")
-    command = [sys.executable, str(ROOT / "benchmarks" / "tune.py"), *QUICK, "--folder", str(tmp_path), "--name", "t"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "benchmarks")))
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    quickly = "from support.quick_interpreter import look_up_builtins_once as quick; quick(); import tune; tune.main()"
+    command = [sys.executable, "-c", quickly, *QUICK, "--folder", str(tmp_path), "--name", "t"]
     op = "option_logprobs"  # attention's take half a minute more, those of experts a third
     subprocess.run([*command, "--ops", op], env=environment, capture_output=True, check=True, timeout=300)
     rows = json.loads((tmp_path / "t.json").read_text())["rows"]

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from psykern.core.types import TargetScores
 from psykern.engine.engine import Engine
 from psykern.engine.plan import plan
-from psykern.kernels import reference
+from psykern.kernels import dispatch, reference
 from psykern.kernels.compute import Compute
 from psykern.models.model import Model
 
@@ -84,6 +84,7 @@ def run(folder: Path, dtype: torch.dtype, num_slots: int | None) -> TargetScores
 def test_a_wave_stays_on_its_device_and_nobody_waits_for_it(
     family: str, dtype: torch.dtype, num_slots: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(dispatch, "is_traced", lambda x: False)  # the reference itself runs on this device
     monkeypatch.setattr(reference, "prefix_attention", attend)
     monkeypatch.setattr(reference, "option_logprobs", score)
     make_model(tmp_path, dtype=torch.bfloat16, **CONFIGS[family])

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 
 import pytest
 import torch
+from support.quick_interpreter import look_up_builtins_once
 
 from psykern import _cpu
 
 # Read when CUDA begins: so a kernel's fault shows in the test that launched it, not in a later one. Name these tests
 # alone on the command line, for those of the engine are of launches that nobody waits for.
 os.environ.setdefault("CUDA_LAUNCH_BLOCKING", "1")
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    with suppress(ImportError):  # where there is no Triton
+        look_up_builtins_once()
 
 OPS = (
     "linear",

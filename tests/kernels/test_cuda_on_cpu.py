@@ -23,6 +23,7 @@ from support.backends import assert_same_bits, short
 from torch import Tensor
 
 from psykern import kernels
+from psykern.kernels import dispatch
 
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 1.7e-2, torch.float16: 2.3e-3}
 each_dtype = pytest.mark.parametrize("dtype", TOLERANCES, ids=short)
@@ -52,7 +53,7 @@ def cuda(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(module, "_cuda", emulated)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
-    monkeypatch.setattr(kernels, "resolve", lambda backend, device: backend)
+    monkeypatch.setattr(dispatch, "resolve", lambda backend, device: backend)
     product = torch.mm
 
     def widening(a: Tensor, b: Tensor, *, out: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:

@@ -17,10 +17,10 @@ from support.calls import OPS, call, segments
 from support.ops import map_tensors
 
 from psykern import kernels
-from psykern.kernels import reference
+from psykern.kernels import dispatch, reference
 
 each_op = pytest.mark.parametrize("op", OPS)
-MODULES = {name: module for name in BACKENDS if (module := kernels._module(name))}
+MODULES = {name: module for name in BACKENDS if (module := dispatch.module(name))}
 
 
 def skip_values_on_a_device(place: Place, is_value: bool) -> None:

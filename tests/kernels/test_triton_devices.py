@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from psykern import kernels
-from psykern.kernels import Routes
+from psykern.kernels import Routes, dispatch
 
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -64,7 +64,8 @@ def test_experts_are_launched_on_the_device_of_their_rows_and_nothing_is_read_fr
 
     for name in ("experts", "elementwise"):
         monkeypatch.setattr(importlib.import_module(f"psykern.kernels.triton.{name}"), "on_device_of", on_device_of)
-    monkeypatch.setattr(kernels, "resolve", lambda backend, device: backend)
+    monkeypatch.setattr(dispatch, "resolve", lambda backend, device: backend)
+    monkeypatch.setattr(dispatch, "is_traced", lambda x: False)  # the backend itself is called with them
     with torch.device("meta"), recording(hopper) as launches:
         x, up, down = (torch.empty(*s, dtype=torch.bfloat16) for s in ((9, 64), (4, 32, 64), (4, 64, 32)))
         routes = Routes.of(torch.empty(9, 2, dtype=torch.int64), 4)

@@ -26,6 +26,7 @@ import triton
 from pathlib import Path
 from triton.backends.nvidia.driver import CudaDriver
 from psykern import kernels
+from psykern.kernels import dispatch
 
 class Driver(CudaDriver):
     def __init__(self):
@@ -36,7 +37,7 @@ class Driver(CudaDriver):
 
 triton.runtime.driver.set_active(Driver())
 triton.knobs.runtime.jit_cache_hook = lambda *, fn, **_: print("compile", fn.name, flush=True) or False
-kernels.resolve = lambda backend, device: backend  # Triton's on tensors of the CPU
+dispatch.resolve = lambda backend, device: backend  # Triton's on tensors of the CPU
 for name in ("option_logprobs", "prefix_attention", "experts"):
     importlib.import_module(f"psykern.kernels.triton.{name}").is_hopper = lambda device: True
 """

@@ -77,6 +77,12 @@ def test_places_are_any_list_of_numbers(toy: Reference, tables: list[np.ndarray]
         close(got, table[[1, 0]])
 
 
+def test_contexts_may_be_token_ids(toy: Reference, tables: list[np.ndarray]) -> None:
+    ids = [toy.encode(text)[0] for text in CONTEXTS]
+    np.testing.assert_array_equal(toy.scorer.distributions(ids), toy.scorer.distributions(CONTEXTS))
+    close(toy.scorer.distributions([np.array(ids[1][:2])]), tables[1][[1]])
+
+
 @pytest.mark.parametrize(
     ("contexts", "arguments", "error", "message"),
     [
@@ -84,6 +90,8 @@ def test_places_are_any_list_of_numbers(toy: Reference, tables: list[np.ndarray]
         (["a", None], {}, TypeError, r"contexts\[1\]: expected a str, got None"),
         ("\ud800", {}, ValueError, "contexts: lone surrogate"),
         ([], {}, ValueError, "contexts: expected at least one text, got none"),
+        ([[1], []], {}, ValueError, r"contexts\[1\]: expected at least one token id, got none"),
+        ([[1, 512]], {}, ValueError, r"contexts\[0\]\[1\]: expected 0 to 511, the model's tokens, got 512"),
         ("a", {"token_ids": [1], "top_k": 2}, ValueError, "token_ids, top_k: expected one of them at most, got both"),
         ("a", {"token_ids": []}, ValueError, "token_ids: expected at least one token id, got none"),
         ("a", {"token_ids": 3}, TypeError, r"token_ids: expected a list of token ids, got 3 \(int\)"),

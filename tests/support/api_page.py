@@ -1,8 +1,8 @@
 """Writes API.md from the docstrings of what is public: ``python tests/support/api_page.py``.
 
-Public is what ``psykern.__all__`` names, the operations of ``psykern.kernels``, and of each class the fields and
-methods without a leading underscore. A field says what its comment says. ``tests/test_api.py`` fails where the page is
-not what this writes.
+Public is what ``psykern.__all__`` names, the operations of ``psykern.kernels`` and what others use them by, and of
+each class the fields and methods without a leading underscore. A field says what its comment says.
+``tests/test_api.py`` fails where the page is not what this writes.
 """
 
 from __future__ import annotations
@@ -16,9 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+import torch
+
 import psykern
 from psykern import kernels
 from psykern.core import settings
+from psykern.integrations import arrays
+from psykern.kernels import torch_ops
 from psykern.scoring import surprisal
 
 _ALIASES = (settings, surprisal)  # that name literal words
@@ -47,7 +51,17 @@ def page() -> str:
     parts.append("## Kernels\n")
     parts.append(paragraphs(inspect.getdoc(kernels) or "") + "\n")
     parts += [entry(f"psykern.kernels.{name}", value) for name, value in operations()]
+    parts += ["### Operators of torch\n", paragraphs(inspect.getdoc(torch_ops) or "") + "\n", operators()]
+    parts.append("### Arrays of other libraries\n\n" + paragraphs(inspect.getdoc(arrays) or "") + "\n")
+    for function in (arrays.call, arrays.to_tensor, arrays.from_tensor):
+        parts.append(entry(f"psykern.integrations.arrays.{function.__name__}", function))
     return "\n".join(parts).rstrip() + "\n"
+
+
+def operators() -> str:
+    """What torch is told of each operation, in its notation; what has (a!) or (b!) is written to."""
+    defined = [getattr(torch.ops.psykern, name, None) for name, _ in operations()]
+    return "```\n" + "\n".join(str(operator.default._schema) for operator in defined if operator) + "\n```\n"
 
 
 def names_of(home: str) -> list[str]:
@@ -62,7 +76,8 @@ def module_of(name: str) -> str:
 
 def operations() -> list[tuple[str, Any]]:
     found = inspect.getmembers(kernels, lambda value: inspect.isfunction(value) or inspect.isclass(value))
-    homes = (kernels.__name__, kernels.Segments.__module__)  # not what is imported there to check arguments
+    where = (kernels.linear, kernels.Segments, kernels.Routes, kernels.resolve)
+    homes = {value.__module__ for value in where}  # not what is imported there to check arguments
     return [(name, value) for name, value in found if not name.startswith("_") and value.__module__ in homes]
 
 

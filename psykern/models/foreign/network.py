@@ -54,7 +54,7 @@ class Network:
     def __init__(self, model: PreTrainedModel, *, by_definition: bool) -> None:
         """``by_definition``: the library's own attention is the function that defines it, for what a faster one may
         leave out: sdpa knows no soft caps, and older versions of the library choose it all the same."""
-        self._model = model
+        self._model = model.requires_grad_(False)
         self._own = "eager" if by_definition else model.config.get_text_config()._attn_implementation
         self._link, self._tap = Link.into(model), _Tap()
         self.head: nn.Linear = model.get_output_embeddings()

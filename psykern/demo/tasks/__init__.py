@@ -1,0 +1,1 @@
+"""A task for lm-evaluation-harness (``psykern lm-eval --include_path`` this folder): the sample as multiple choice."""
