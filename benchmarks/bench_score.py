@@ -3,7 +3,8 @@
     study     the study's procedure: one transcript at a time, logits of all tokens, cross-entropy of all of them
     careful   a careful user's: transformers, one transcript at a time, only the predicting rows through the head
     psykern   from the texts on (the other two are given tokens and spans), tokenizing and planning included;
-              psykern:cpu and psykern:reference name the backend; psykern:stored reads a checkpoint in bf16
+              psykern:cpu and psykern:reference name the backend; psykern:stored reads a checkpoint in bf16;
+              psykern:transformers has the library's modules compute the layers, with psykern's attention and head
     careful:bf16, psykern:bf16   the same in bf16, from a checkpoint in bf16
 
 Random weights at the shape of Qwen2.5-0.5B, with 4 layers unless ``--layers 24`` asks for all, and Qwen3's tokenizer.
@@ -87,8 +88,10 @@ from psykern.data.tokenizer import Tokenizer
 from psykern.engine.budgets import budgets, cost
 from psykern.kernels import Backend, resolve
 from psykern.kernels.compute import Compute
+from psykern.models.decoder import DecoderSpec
+from psykern.models.foreign.model import ForeignModel
 from psykern.models.model import Model
-from psykern.models.spec import ModelSpec
+from psykern.models.weights import ModelFolder
 
 TOLERANCE = 1e-4  # nats per response
 RMS_TOLERANCE = {torch.float32: 0.003, torch.bfloat16: 0.035}  # nats per token, against transformers in fp32
@@ -102,6 +105,7 @@ OWN: dict[str, Backend] = {
     "psykern:stored": "auto",
     "psykern:bf16": "auto",
 }
+LIBRARY = "psykern:transformers"
 BASELINES = {"study": run_study_procedure, "careful": run_careful_user}
 Runs = Mapping[str, Callable[[], Scored]]  # by the provider's name
 
@@ -129,7 +133,7 @@ class Measured:
     rates: Rates  # the machine's, just before; a GPU's square product stands for its peak
     difference: float  # as ``verify`` gave it
 
-    def gflops(self, spec: ModelSpec) -> tuple[float | str, float | str]:
+    def gflops(self, spec: DecoderSpec) -> tuple[float | str, float | str]:
         """The rate of what psykern computed, and its share of the peak; nothing for another's."""
         if self.scored.plan is None:
             return "", ""
@@ -197,10 +201,12 @@ def bench_studies(options: argparse.Namespace) -> list[dict[str, object]]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         oracle = make_checkpoint(folder, options.layers)
-        models = {
+        models: dict[str, Model | ForeignModel] = {
             name: Model(folder_of(name, folder), Compute(CPU, computes_in(name), resolve(OWN[name], CPU)))
             for name in OWN
         }
+        if LIBRARY in options.providers:
+            models[LIBRARY] = ForeignModel(ModelFolder(folder_of(LIBRARY, folder)), Compute.resolve("cpu"))
         rounded = None
         if "careful:bf16" in options.providers:
             rounded = AutoModelForCausalLM.from_pretrained(folder_of("careful:bf16", folder), dtype=torch.bfloat16)
@@ -213,7 +219,8 @@ def bench_studies(options: argparse.Namespace) -> list[dict[str, object]]:
             runs |= {"careful:bf16": partial(run_careful_user, rounded, study)} if rounded else {}
             runs |= {name: partial(own, model, study) for name, model in models.items()}
             for measured in bench(study_providers(study, runs, options), CPU):
-                rows.append(study_row(study, measured, models["psykern"].spec, folder_of(measured.name, folder)))
+                spec = models.get(measured.name, models["psykern"]).spec
+                rows.append(study_row(study, measured, spec, folder_of(measured.name, folder)))
                 print_row(rows[-1])
     return rows
 
@@ -245,7 +252,7 @@ def study_providers(study: Study, runs: Runs, options: argparse.Namespace) -> It
         yield Provider(name, runs[name], computes_in(name), repeats, verify)
 
 
-def study_row(study: Study, measured: Measured, spec: ModelSpec, folder: Path) -> dict[str, object]:
+def study_row(study: Study, measured: Measured, spec: DecoderSpec, folder: Path) -> dict[str, object]:
     """``folder``: of the checkpoint that was read."""
     gflops, share = measured.gflops(spec)
     is_exact = measured.name not in BF16
@@ -388,7 +395,7 @@ def shape_providers(study: str, runs: Runs, warm_ups: Runs, options: argparse.Na
 
 
 def shape_row(
-    study: Study, measured: Measured, spec: ModelSpec, rms: float, options: argparse.Namespace
+    study: Study, measured: Measured, spec: DecoderSpec, rms: float, options: argparse.Namespace
 ) -> dict[str, object]:
     """``rms``: from fp32, as the exactness check found it."""
     (gflops, share), idle = measured.gflops(spec), measured.scored.idle_share

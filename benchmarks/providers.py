@@ -30,6 +30,7 @@ from psykern.data.tokenizer import Tokenizer
 from psykern.engine.budgets import CPU_BUDGETS, Budgets
 from psykern.engine.engine import Engine
 from psykern.engine.plan import Plan, plan
+from psykern.models.foreign.model import ForeignModel
 from psykern.models.model import Model
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -179,7 +180,11 @@ def run_careful_user(model: PreTrainedModel, study: Study) -> Scored:
 
 
 def run_psykern(
-    model: Model, study: Study, tokenizer: Tokenizer, min_share: int = MIN_SHARE, budgets: Budgets = CPU_BUDGETS
+    model: Model | ForeignModel,
+    study: Study,
+    tokenizer: Tokenizer,
+    min_share: int = MIN_SHARE,
+    budgets: Budgets = CPU_BUDGETS,
 ) -> Scored:
     start = time.perf_counter()
     encoded = Encoder(tokenizer, Settings()).encode(study.transcripts).transcripts

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         DataError,
         InterruptedRun,
         NonFiniteError,
+        NoSharingWarning,
         OutOfMemoryError,
         PsykernError,
         RejectedRowsWarning,
@@ -52,8 +53,8 @@ if TYPE_CHECKING:
 
 # Where the public names are. A name is loaded when it is first asked for: torch alone takes a second.
 _HOMES = {
-    "core.errors": "BackendError CheckpointError ComparisonError DataError InterruptedRun NonFiniteError "
-    "OutOfMemoryError PsykernError RejectedRowsWarning RowError RunFolderError SlowDtypeWarning Source",
+    "core.errors": "BackendError CheckpointError ComparisonError DataError InterruptedRun NoSharingWarning "
+    "NonFiniteError OutOfMemoryError PsykernError RejectedRowsWarning RowError RunFolderError SlowDtypeWarning Source",
     "core.settings": "Settings Shard",
     "runs.cluster": "Workers score_on_cluster",
     "runs.estimate": "Estimate StudyPlan estimate",
@@ -88,6 +89,7 @@ __all__ = [
     "Logprob",
     "Manifest",
     "Mark",
+    "NoSharingWarning",
     "NonFiniteError",
     "OutOfMemoryError",
     "PsykernError",

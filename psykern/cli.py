@@ -245,18 +245,20 @@ def _shard(text: str | None) -> Shard:
 
 @contextmanager
 def _caveats() -> Iterator[None]:
-    """A dtype that is slow here is said in one line."""
+    """What will be slow is said in one line each."""
+    slow = (psykern.SlowDtypeWarning, psykern.NoSharingWarning)
     with warnings.catch_warnings():
         others = warnings.showwarning
 
         def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-            if issubclass(category, psykern.SlowDtypeWarning):
+            if issubclass(category, slow):
                 print(f"psykern: {message}", file=sys.stderr)
             else:
                 others(message, category, *where, **more)
 
         warnings.showwarning = show
-        warnings.simplefilter("always", psykern.SlowDtypeWarning)
+        for of in slow:
+            warnings.simplefilter("always", of)
         yield
 
 

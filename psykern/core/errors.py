@@ -71,5 +71,9 @@ class SlowDtypeWarning(UserWarning):
     """The processor has no fast products of the dtype that was asked for; the message says what that costs."""
 
 
+class NoSharingWarning(UserWarning):
+    """The model is computed in one pass for each sequence, common beginnings again and again; the message says why."""
+
+
 class BackendError(RuntimeError):
     """A backend that was asked for by name is not available; the message says how to get it."""

@@ -12,7 +12,7 @@ A field without a role changes how a run is computed, and a score by no more tha
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
@@ -33,6 +33,7 @@ SameParticipants = Literal["merge", "separate", "error"]
 Backend = Literal["auto", "reference", "cpu", "triton", "cuda"]
 Device = str  # auto, cpu, cuda or one of several: cuda:1
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Implementation = Literal["auto", "native", "transformers"]
 
 Role = Literal["tokens", "identity", "compared"]
 
@@ -100,6 +101,14 @@ class Settings:
         SameParticipants,
         About("a participant's id in two files of one experiment: one person, two, or an error", _DATA),
     ] = "merge"
+    implementation: Annotated[
+        Implementation,
+        About(
+            "whose modules compute the layers: psykern's own (native, as auto is), or those of transformers, which has "
+            "any causal language model",
+            ("identity",),
+        ),
+    ] = "auto"
     backend: Annotated[Backend, About("kernels to use", ("identity",))] = "auto"
     dtype: Annotated[Dtype, About("arithmetic; auto: float32 on a CPU, bfloat16 on a GPU", ("identity",))] = "auto"
     device: Annotated[Device, About("where to compute: auto, cpu, cuda, or cuda:1 where there are several")] = "auto"
@@ -155,6 +164,18 @@ def fields() -> dict[str, tuple[Any, About]]:
 def having(role: Role) -> tuple[str, ...]:
     """Names of the fields that have ``role``, in order."""
     return tuple(name for name, (_, about) in fields().items() if role in about.roles)
+
+
+def check_loaded(settings: Settings, loaded: Mapping[str, str]) -> None:
+    """Raises ValueError where ``settings`` ask for something else than what is ``loaded``, by the names of fields whose
+    ``auto`` leaves it to the model."""
+    for name, have in loaded.items():
+        asked = getattr(settings, name)
+        if asked not in ("auto", have):
+            raise ValueError(
+                f"{name}: expected 'auto' or {have!r}, as the model is loaded, got {asked!r}; load it so, or leave "
+                f"{name} out of the settings"
+            )
 
 
 def check_date(value: object) -> None:

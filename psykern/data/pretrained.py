@@ -19,6 +19,7 @@ from typing import Any
 import tokenizers
 
 from psykern.core.errors import CheckpointError
+from psykern.data.sentencepiece import check_pieces, pieces_in
 
 # Whose flags transformers 4 obeyed, with tokenizer.json too; version 5 passes over them, and R1's distillates
 # (tokenizer_class LlamaTokenizerFast) lose the token that they were trained with in front of a text.
@@ -89,6 +90,7 @@ def _read(path: Path) -> Any:
 def _converted(folder: Path) -> Any:
     """A tokenizer that comes in another form than ``tokenizer.json``."""
     looked_for = f"{folder}: no tokenizer.json, and no other tokenizer that transformers can read"
+    pieces = pieces_in(folder)
     try:
         from transformers import AutoTokenizer
 
@@ -99,6 +101,7 @@ def _converted(folder: Path) -> Any:
         raise CheckpointError(
             f"{looked_for}: {type(loaded).__name__} has no definition in the form of the tokenizers library"
         )
+    check_pieces(pieces, loaded.backend_tokenizer)
     return loaded
 
 

@@ -10,8 +10,8 @@ import torch
 from psykern.core.settings import Settings
 from psykern.engine.plan import Plan
 from psykern.engine.readout import readout_bytes
+from psykern.models.decoder import DecoderSpec
 from psykern.models.slots import free_bytes
-from psykern.models.spec import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,10 @@ CPU_BUDGETS = Budgets(wave_tokens=32_768, batch_tokens=2048)
 # Where rows are spread over experts: so many that a product of one of them has rows enough, within memory.
 _EXPERT_ROWS, _MOST_CPU_BATCH = 512, 8192
 
+_CPU_STORE = 2**31  # bytes of keys and values that a wave may hold
+_MOST_WITHOUT_STORE = 2**17  # rows of a wave that holds no keys and values
+_PRICE_WITHOUT_STORE = 8.0
+
 _DEVICE_BATCH = 16_384  # rows: a launch costs the host more than the smallest model's product of fewer
 _DEVICE_WAVE = (16_384, 131_072)  # rows at least, where memory is short, and at most
 # Rows whose memory is left for those beyond the budget and for what is carried: 59,000 in the worst of the 15 studies.
@@ -53,7 +57,7 @@ class Cost:
     wave_bytes: int  # the largest wave's hidden states, store, carried keys and values, and a batch's arrays, at most
 
 
-def cost(plan: Plan, spec: ModelSpec, dtype: torch.dtype) -> Cost:
+def cost(plan: Plan, spec: DecoderSpec, dtype: torch.dtype) -> Cost:
     """The arithmetic and memory of running ``plan``; weights are not counted."""
     flops = [layer.flops() for layer in spec.layers]
     # The last layer computes an output of the response rows alone.
@@ -71,51 +75,58 @@ def cost(plan: Plan, spec: ModelSpec, dtype: torch.dtype) -> Cost:
     )
 
 
-def _wave_numbers(plan: Plan, spec: ModelSpec) -> int:
+def _wave_numbers(plan: Plan, spec: DecoderSpec) -> int:
     """Numbers that the largest wave holds."""
     rows, carried = plan.wave_rows, plan.carried_rows
     hidden = (rows + 2 * plan.response_rows) * spec.hidden_size
-    store = (rows + carried) * _store_numbers(spec)
+    store = (rows + carried) * spec.wave_numbers
     kept = (carried + np.append(carried[1:], 0)) * _carried_numbers(spec)  # from the last wave, and to the next
     batch = np.minimum(rows, plan.batch_tokens) * _batch_numbers(spec)
     return int((hidden + store + kept + batch).max(initial=0))
 
 
-def _carried_price(spec: ModelSpec) -> float:
+def _carried_price(spec: DecoderSpec) -> float:
     """A carried row is kept in all layers, twice while a wave hands it on; one of a wave is there for one layer. Free
     memory needs no say in it: where a longer wave does not fit, what it spares the next to carry would do so less."""
-    carried = 2 * _carried_numbers(spec) + _store_numbers(spec)
-    return carried / (spec.hidden_size + _store_numbers(spec))
+    if not spec.wave_numbers:  # what is carried is computed again
+        return _PRICE_WITHOUT_STORE
+    carried = 2 * _carried_numbers(spec) + spec.wave_numbers
+    return carried / (spec.hidden_size + spec.wave_numbers)
 
 
-def budgets(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Budgets:
+def budgets(spec: DecoderSpec, device: torch.device, dtype: torch.dtype) -> Budgets:
     """Budgets that fit ``device`` as it is now: on a device with memory of its own, waves as large as that allows when
     a long transcript makes one larger."""
     if device.type == "cpu":
-        return replace(CPU_BUDGETS, batch_tokens=_cpu_batch(spec), carried_price=_carried_price(spec))
+        batch = _cpu_batch(spec)
+        wave = _cpu_wave(spec, dtype, batch)
+        return Budgets(wave, batch, _carried_price(spec))
     free = _WAVE_SHARE * (free_bytes(device) or 0) - _HEAD_TILES
-    row = 2 * spec.hidden_size + _store_numbers(spec)
+    row = 2 * spec.hidden_size + spec.wave_numbers
     rows = int((free / dtype.itemsize - _DEVICE_BATCH * _batch_numbers(spec)) // row) - _BEYOND
     least, most = _DEVICE_WAVE
     rows = max(least, min(rows - rows % _DEVICE_BATCH, most))
     return Budgets(rows, min(_DEVICE_BATCH, rows), _carried_price(spec))
 
 
-def _cpu_batch(spec: ModelSpec) -> int:
-    spread = max(layer.ffn.spread for layer in spec.layers)
+def _cpu_wave(spec: DecoderSpec, dtype: torch.dtype, batch_tokens: int) -> int:
+    """Fewer rows where those of all layers are held at a time."""
+    if not spec.wave_numbers:
+        return _MOST_WITHOUT_STORE
+    rows = _CPU_STORE // (spec.wave_numbers * dtype.itemsize)
+    return max(batch_tokens, min(CPU_BUDGETS.wave_tokens, rows - rows % batch_tokens))
+
+
+def _cpu_batch(spec: DecoderSpec) -> int:
+    spread = max(layer.spread for layer in spec.layers)
     return max(CPU_BUDGETS.batch_tokens, min(int(_EXPERT_ROWS * spread), _MOST_CPU_BATCH))
 
 
-def _store_numbers(spec: ModelSpec) -> int:
-    """Keys and values of a row in the layer that has most of them: the store is that of one layer."""
-    return max(2 * layer.mixer.kv_size for layer in spec.layers)
-
-
-def _carried_numbers(spec: ModelSpec) -> int:
+def _carried_numbers(spec: DecoderSpec) -> int:
     """Keys and values of a row in all layers."""
     return sum(2 * layer.mixer.kv_size for layer in spec.layers)
 
 
-def _batch_numbers(spec: ModelSpec) -> int:
+def _batch_numbers(spec: DecoderSpec) -> int:
     """What a row of a batch needs between a layer's operations, at most."""
     return max(layer.most_memory for layer in spec.layers)

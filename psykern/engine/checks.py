@@ -10,7 +10,7 @@ from torch import Tensor
 
 from psykern.core.errors import BackendError, NonFiniteError, OutOfMemoryError
 from psykern.engine.plan import Plan
-from psykern.models.model import Model
+from psykern.models.decoder import Decoder
 
 
 def check_fits(plan: Plan, needed: int, free: int | None) -> None:
@@ -47,7 +47,7 @@ def _what_to_lower(plan: Plan) -> str:
     )
 
 
-def check_finite(sums: Tensor, model: Model) -> None:
+def check_finite(sums: Tensor, model: Decoder) -> None:
     """``sums`` [1 + layers + 1]: of the hidden states after the embedding and after each layer, and of the scores.
     Raises NonFiniteError that names the first place, and the weights there that are not finite."""
     broken = torch.nonzero(~torch.isfinite(sums))

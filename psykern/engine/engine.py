@@ -23,14 +23,16 @@ from psykern.core.stages import ahead
 from psykern.core.types import NOTHING_MORE, Targeted, TargetScores, Wanted
 from psykern.engine.budgets import Budgets, cost
 from psykern.engine.checks import check_finite, check_fits, memory_errors
-from psykern.engine.extend import Extension
+from psykern.engine.extend import Extension, without_pages
+from psykern.engine.foreign import PathTokens, run_foreign_wave
 from psykern.engine.pages import LANDING_ROWS, Pages, suitable_bytes
 from psykern.engine.plan import Plan, Wave
 from psykern.engine.readout import Readout
-from psykern.engine.store import OneLayer, Store
+from psykern.engine.store import AllLayers, OneLayer, Store
 from psykern.engine.watch import DeviceClock, Watch
 from psykern.engine.wave import Launched, run_wave
 from psykern.models.batch import Scratch
+from psykern.models.foreign.model import ForeignModel
 from psykern.models.model import Model
 from psykern.models.slots import free_bytes
 
@@ -56,7 +58,7 @@ class Engine:
     Several threads may use it: their waves take turns, as a layer's weights and those arrays serve one wave at a time.
     """
 
-    def __init__(self, model: Model, *, session_bytes: int | None = None) -> None:
+    def __init__(self, model: Model | ForeignModel, *, session_bytes: int | None = None) -> None:
         """``session_bytes``: for the keys and values that :meth:`extend` keeps; None: what ``pages`` finds suitable."""
         self.model = model
         self.most_in_flight = 0 if model.device.type == "cpu" else 1  # waves computed while the host goes on
@@ -95,7 +97,7 @@ class Engine:
         Raises ``NonFiniteError`` (naming the layer) where a score is not finite, ``OutOfMemoryError`` where a wave does
         not fit the memory.
         """
-        store, clock = OneLayer(self.model), DeviceClock()
+        store, clock = self._store(), DeviceClock()
         begun: deque[_Run[T]] = deque()
         in_flight: deque[tuple[_Run[T], Launched]] = deque()
         self._clock = clock
@@ -123,19 +125,27 @@ class Engine:
         """The scores of each of ``trees``. Keys and values of their sequences are kept, as far as there is memory, and
         used where a sequence begins like one of before. Several threads take turns. ``stop`` is asked before each wave.
         Raises what :meth:`pairs` raises, and InterruptedRun where ``stop`` held."""
+        if isinstance(self.model, ForeignModel) and self.model.spec.mode == "whole":  # nothing could be kept
+            return without_pages(trees, partial(self.run, stop=stop), budgets, wanted)
         with self._lock, self.model.compute.current():
             if self._pages is None:
                 self._pages = self._make_pages(budgets)
             return Extension(self._pages, partial(self._run_with, stop), budgets, wanted).of(trees)
 
+    def _store(self) -> Store | PathTokens:
+        """Of a plan, or one plan after the other."""
+        if not isinstance(self.model, ForeignModel):
+            return OneLayer(self.model)
+        return AllLayers(self.model) if self.model.spec.mode == "shared" else PathTokens()
+
     def _make_pages(self, budgets: Budgets) -> Pages:
         num_bytes = suitable_bytes(self.model) if self._session_bytes is None else self._session_bytes
         return Pages(self.model, num_bytes, min(LANDING_ROWS, budgets.wave_tokens))
 
-    def _run_with(self, stop: Callable[[], bool], plan: Plan, store: Store | None) -> TargetScores:
+    def _run_with(self, stop: Callable[[], bool], plan: Plan, store: Store | PathTokens | None) -> TargetScores:
         """Wave by wave, each waited for."""
         run = _Run.of(_Alone(plan, lambda share: None), self.model.spec.vocab_size)
-        store = OneLayer(self.model) if store is None else store
+        store = self._store() if store is None else store
         for wave in plan.waves():
             if stop():
                 raise InterruptedRun(_STOPPED)
@@ -145,13 +155,16 @@ class Engine:
             run.put(launched)
         return run.scores
 
-    def _launch(self, run: _Run[T], wave: Wave, store: Store) -> Launched:
+    def _launch(self, run: _Run[T], wave: Wave, store: Store | PathTokens) -> Launched:
         plan = run.item.plan
         watch = Watch(self.model.device, lambda share: run.tell(share * len(wave.token_ids)))
         with self._lock, self.model.compute.current(), memory_errors(plan), torch.inference_mode():
             if wave.index == 0 and not isinstance(store, Pages):  # whose waves are bounded, and small most often
                 needed = cost(plan, self.model.spec, self.model.dtype).wave_bytes
                 check_fits(plan, needed, free_bytes(self.model.device))
+            if isinstance(self.model, ForeignModel):
+                return run_foreign_wave(self.model, wave, store, watch)
+            assert not isinstance(store, PathTokens)
             if isinstance(store, Pages) or plan.num_computed <= _FEW_ROWS:
                 self.model.hold()
             rows = min(plan.batch_tokens, plan.max_wave_rows)

@@ -91,6 +91,20 @@ class Extension:
         )
 
 
+def without_pages(
+    trees: Sequence[Targeted], run: Callable[[Plan], TargetScores], budgets: Budgets, wanted: Wanted
+) -> list[TargetScores]:
+    """The scores of each of ``trees``, computed as any plan: of a model that keeps nothing."""
+    planned = plan(
+        trees,
+        wave_tokens=budgets.wave_tokens,
+        batch_tokens=budgets.batch_tokens,
+        carried_price=budgets.carried_price,
+        wanted=wanted,
+    )
+    return list(scores_of_each(trees, run(planned)))
+
+
 def _parts(tree: Targeted, most: int) -> Iterator[Targeted]:
     """The tree with its branches in parts of at most ``most`` tokens; a longer branch is one alone."""
     offsets = tree.branch_offsets

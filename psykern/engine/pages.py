@@ -16,9 +16,8 @@ from psykern.engine.page_tree import PAGE_TOKENS, PageTree
 from psykern.engine.plan import Wave
 from psykern.engine.upload import upload
 from psykern.models.batch import LayerState
-from psykern.models.model import Model
+from psykern.models.decoder import Decoder, DecoderSpec
 from psykern.models.slots import free_bytes
-from psykern.models.spec import ModelSpec
 
 LANDING_ROWS = 4096  # at most: prompts are computed in waves of these, and one step of many sessions is one of them
 _SHARE = {"cpu": 0.4, "cuda": 0.25}  # of the free memory; a CPU's is taken page by page, as it is written to
@@ -26,12 +25,12 @@ _MOST_TOKENS = 262_144  # a hundred participants of a long experiment
 _LEAST_TOKENS = 4096  # or as many as the model takes
 
 
-def row_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
+def row_bytes(spec: DecoderSpec, dtype: torch.dtype) -> int:
     """Of a token's keys and values in all layers."""
     return sum(2 * layer.mixer.kv_size for layer in spec.layers) * dtype.itemsize
 
 
-def suitable_bytes(model: Model) -> int:
+def suitable_bytes(model: Decoder) -> int:
     """For pages, where nobody says: 40 % of what is free on a CPU, a quarter on a device, but no more than 262,144
     tokens need, and no less than a text as long as the model takes, or one of 4,096 tokens."""
     row = row_bytes(model.spec, model.dtype)
@@ -43,7 +42,7 @@ def suitable_bytes(model: Model) -> int:
 class Pages:
     """A ``Store``; see the module. Its rows are those of the pages, then the landing rows."""
 
-    def __init__(self, model: Model, num_bytes: int, landing_rows: int) -> None:
+    def __init__(self, model: Decoder, num_bytes: int, landing_rows: int) -> None:
         """``num_bytes``: for pages; the landing rows come on top."""
         num_pages = num_bytes // (row_bytes(model.spec, model.dtype) * PAGE_TOKENS)
         self.num_rows = num_pages * PAGE_TOKENS  # without the landing rows

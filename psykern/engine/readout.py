@@ -14,14 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from psykern import kernels
 from psykern.core.types import NOTHING_MORE, Wanted
 from psykern.engine.plan import Wave
-from psykern.models.model import Model
-from psykern.models.spec import ModelSpec
+from psykern.models.decoder import Decoder, DecoderSpec
+from psykern.models.head import head_logits_bytes
 
 _TABLE = 2**23  # numbers of a table: 32 MiB
-_HEAD_TILE = 8192  # rows of the head that are widened to fp32 together
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,15 +52,15 @@ class Readout:
                 values[target_ids] = getattr(part, field.name)
 
 
-def readout_bytes(wanted: Wanted, spec: ModelSpec) -> int:
+def readout_bytes(wanted: Wanted, spec: DecoderSpec) -> int:
     """Of the device's memory, at most: a table, what ranks are compared in, and a tile of the head."""
     if wanted == NOTHING_MORE:
         return 0
     table = 4 * max(_TABLE, spec.vocab_size)
-    return (3 if wanted.rank else 1) * table + 4 * _HEAD_TILE * spec.hidden_size
+    return (3 if wanted.rank else 1) * table + head_logits_bytes(spec.hidden_size)
 
 
-def read_out(model: Model, wave: Wave, hidden: Tensor, lse: Tensor, is_argmax: Tensor) -> Readout:
+def read_out(model: Decoder, wave: Wave, hidden: Tensor, lse: Tensor, is_argmax: Tensor) -> Readout:
     """By target of ``wave``, of its response rows ``hidden`` [R, D] before the final norm, their ``lse`` [R] and
     ``is_argmax`` [nnz]. On a device the host waits for it."""
     wanted = wave.wanted
@@ -85,19 +83,16 @@ def read_out(model: Model, wave: Wave, hidden: Tensor, lse: Tensor, is_argmax: T
     return out
 
 
-def _tables(model: Model, wave: Wave, hidden: Tensor, lse: Tensor) -> Iterator[tuple[Tensor, np.ndarray, slice]]:
+def _tables(model: Decoder, wave: Wave, hidden: Tensor, lse: Tensor) -> Iterator[tuple[Tensor, np.ndarray, slice]]:
     """Log-probabilities [r, V] of a few rows, and their targets: which of these rows [t] each is of, and a slice."""
-    normed, head, offsets = model.final_norm(hidden).float(), model.head(), wave.target_offsets
-    at_once = max(1, _TABLE // len(head))
-    table = normed.new_empty((min(at_once, len(normed)), len(head)))
+    normed, vocab_size, offsets = model.final_norm(hidden), model.spec.vocab_size, wave.target_offsets
+    at_once = max(1, _TABLE // vocab_size)
+    table = normed.new_empty((min(at_once, len(normed)), vocab_size), dtype=torch.float32)
     for first in range(0, len(normed), at_once):
         rows = normed[first : first + at_once]
         own = slice(int(offsets[first]), int(offsets[first + len(rows)]))
         of = table[: len(rows)]
-        for begin in range(0, len(head), _HEAD_TILE):
-            tile = head[begin : begin + _HEAD_TILE]
-            out = of[:, begin : begin + len(tile)]
-            kernels.linear(rows, ((tile, None),), (out,), backend=model.compute.backend)
+        model.logits(rows, of)
         of -= lse[first : first + len(rows), None]
         yield of, np.repeat(np.arange(len(rows)), np.diff(offsets[first : first + len(rows) + 1])), own
 

@@ -14,7 +14,7 @@ from psykern import kernels
 from psykern.engine.plan import Wave
 from psykern.engine.upload import upload
 from psykern.models.batch import LayerState
-from psykern.models.model import Model
+from psykern.models.decoder import Decoder
 
 
 class Store(Protocol):
@@ -35,7 +35,7 @@ class OneLayer:
     the prefixes that go on in the next wave. Of one plan after the other, each from its first wave to its last.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Decoder) -> None:
         self._num_layers, self._heads = model.num_layers, model.spec.layers[0].mixer.kv_shape
         self._empty = torch.empty(0, dtype=model.dtype, device=model.device)
         self._backend = model.compute.backend
@@ -61,3 +61,31 @@ class OneLayer:
         self._rows = self._empty.new_empty((2, wave.num_carried + len(wave.token_ids), *self._heads))
         self._keep_rows = upload(wave.keep_rows, self._empty.device)
         self._kept = self._empty.new_empty((self._num_layers, 2, len(wave.keep_rows), *self._heads))
+
+
+class AllLayers:
+    """Rows of all layers for the time of a wave, which passes through them batch by batch. Otherwise as
+    :class:`OneLayer`."""
+
+    def __init__(self, model: Decoder) -> None:
+        self._heads = [layer.mixer.kv_shape for layer in model.spec.layers]
+        self._empty = torch.empty(0, dtype=model.dtype, device=model.device)
+        self._backend = model.compute.backend
+        self._rows: list[torch.Tensor] = []  # [2, C + N, Hkv, Dh] of each layer
+        self._carried: list[torch.Tensor] = []  # [2, C, Hkv, Dh] of each layer, from the wave before
+
+    def enter(self, layer: int, wave: Wave) -> LayerState:
+        if layer == 0:
+            self._rows = []
+        rows = self._empty.new_empty((2, wave.num_carried + len(wave.token_ids), *self._heads[layer]))
+        if wave.num_carried:
+            rows[:, : wave.num_carried] = self._carried[layer]
+        self._rows.append(rows)
+        return LayerState(*rows)
+
+    def leave(self, layer: int, wave: Wave) -> None:
+        if layer == 0:
+            self._carried = []
+        keep = upload(wave.keep_rows, self._empty.device)
+        self._carried.append(kernels.gather_rows(self._rows[layer], keep, backend=self._backend))
+        self._rows[layer] = self._empty

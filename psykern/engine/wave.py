@@ -27,6 +27,7 @@ from psykern.engine.upload import upload
 from psykern.engine.watch import Span, Watch, now
 from psykern.kernels.segments import Segments
 from psykern.models.batch import Batch, Scratch
+from psykern.models.decoder import Decoder
 from psykern.models.model import Model
 
 
@@ -51,6 +52,11 @@ class Launched:
 def run_wave(model: Model, wave: Wave, store: Store, scratch: Scratch, watch: Watch) -> Launched:
     """Launches all of ``wave``; on a device nothing here waits for it. Waves of a store come in their order."""
     out, sums = _layers(model, wave, store, scratch, watch)
+    return launched(model, wave, out, sums, watch)
+
+
+def launched(model: Decoder, wave: Wave, out: Tensor, sums: list[Tensor], watch: Watch) -> Launched:
+    """The scores of the response rows, whose hidden states are ``out`` [R, D]."""
     with watch.part():
         logprob, is_argmax, entropy, total, readout = _head(model, wave, out)
     return Launched(
@@ -100,13 +106,7 @@ def _all_rows(wave: Wave, hidden: Tensor) -> list[_Call]:
     positions = upload(wave.positions, hidden.device)
     calls = []
     for b, (begin, end) in enumerate(pairwise(wave.batch_offsets.tolist())):
-        batch = Batch(
-            positions=positions[begin:end],
-            store_row=wave.num_carried + begin,
-            query_rows=None,
-            query_positions=positions[begin:end],
-            segments=segments_of(wave, b),
-        )
+        batch = Batch.of_all(positions[begin:end], wave.num_carried + begin, segments_of(wave, b))
         calls.append(_Call(hidden[begin:end], hidden[begin:end], batch))
     return calls
 
@@ -148,7 +148,7 @@ def _tensor(array: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array))
 
 
-def _head(model: Model, wave: Wave, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Readout]:
+def _head(model: Decoder, wave: Wave, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Readout]:
     """Of the response rows [R, D], by target of the wave, its logprob, whether it is the argmax, and the entropy, [nnz]
     each; the sum of the rows' lse and entropy; and what else is wanted."""
     offsets, token_ids = upload(wave.target_offsets, model.device), upload(wave.target_token_ids, model.device)

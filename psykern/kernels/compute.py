@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from psykern import _cpu
 from psykern.core.errors import BackendError
-from psykern.core.settings import Backend, Device, Dtype, Settings
+from psykern.core.settings import Backend, Device, Dtype, Settings, check_loaded
 from psykern.kernels import resolve
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -24,16 +24,17 @@ class Compute:
     device: torch.device
     dtype: torch.dtype
     backend: Backend  # never "auto"
+    is_own: bool = True  # all arithmetic is that of the kernels; False: a library computes beside them
 
     @property
     def is_company_free(self) -> bool:
         """Whether a row's bits depend on no other row, on threads or on blocks: all arithmetic is psykern's own."""
-        return self.backend == "cpu"
+        return self.backend == "cpu" and self.is_own
 
     @property
     def arithmetic(self) -> str | None:
         """What is multiplied and summed, in words; None where a library's products decide that."""
-        if self.backend != "cpu":
+        if not self.is_company_free:
             return None
         widened = self._is_widened
         products = _SHORT[torch.float32 if widened else self.dtype]
@@ -69,18 +70,14 @@ class Compute:
 
     def check(self, settings: Settings) -> None:
         """Raises ValueError where ``settings`` name another device, dtype or kernels."""
-        device = "cuda" if str(self.device) == "cuda:0" else str(self.device)  # torch has two names for the first one
-        asked_device = "cuda" if settings.device == "cuda:0" else settings.device
-        for name, asked, have in (
-            ("device", asked_device, device),
-            ("dtype", settings.dtype, str(self.dtype).removeprefix("torch.")),
-            ("backend", settings.backend, self.backend),
-        ):
-            if asked not in ("auto", have):
-                raise ValueError(
-                    f"{name}: expected 'auto' or {have!r}, as the model is loaded, got {asked!r}; load it so, or leave "
-                    f"{name} out of the settings"
-                )
+        first = {"cuda:0": "cuda"}  # torch has two names for it
+        device, asked = str(self.device), settings.device
+        loaded = {
+            "device": first.get(device, device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "backend": self.backend,
+        }
+        check_loaded(replace(settings, device=first.get(asked, asked)), loaded)
 
     @classmethod
     def resolve(cls, device: Device = "auto", dtype: Dtype = "auto", backend: Backend = "auto") -> Compute:

@@ -29,6 +29,13 @@ class Batch:
     query_positions: Tensor  # [m] int32
     segments: Segments  # of the m queries
 
+    @classmethod
+    def of_all(cls, positions: Tensor, store_row: int, segments: Segments) -> Batch:
+        """One of which every row is a query."""
+        return cls(
+            positions=positions, store_row=store_row, query_rows=None, query_positions=positions, segments=segments
+        )
+
     def pick(self, x: Tensor, out: Tensor) -> Tensor:
         """The rows of x [n, D] that need an output, written to ``out`` [m, D]; x itself where all do."""
         return x if self.query_rows is None else torch.index_select(x, 0, self.query_rows, out=out)

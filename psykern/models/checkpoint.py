@@ -31,7 +31,7 @@ _ADAPTER = "adapter_config.json"
 # How weights are quantised, beside a config.json that does not say it: early AutoGPTQ and AutoAWQ.
 LEGACY_CONFIGS: Mapping[str, str] = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 _PICKLED = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
-_HUB_FILES = ["*.json", "chat_template.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+_HUB_FILES = ["*.json", "chat_template.jinja", "*.model", "merges.txt", "vocab.txt"]
 _HASH_BYTES = 1 << 20  # read at a time
 
 
@@ -213,6 +213,12 @@ class Checkpoint(Source):
         return self._tensors[name]
 
 
+def check_weights(folder: Path) -> None:
+    """Raises :class:`CheckpointError` where the folder has no weights in safetensors, or an adapter beside them."""
+    _weight_files(folder)
+    _check_no_adapter(folder)
+
+
 def hash_model(folder: Path) -> str:
     """``sha256:…`` over ``config.json`` (and what says how weights are quantised beside it) and the weight files: the
     content, size and name of each."""
@@ -286,8 +292,7 @@ def _indexed_files(folder: Path) -> dict[Path, set[str] | None]:
 
 def _check_other_sources(folder: Path, shards: Mapping[Path, dict[str, torch.Tensor]], names: Names) -> None:
     """Raises :class:`CheckpointError` where the folder holds other weights too, which another reader would take."""
-    if (folder / _ADAPTER).exists():
-        raise CheckpointError(f"{folder}: {_ADAPTER}: an adapter beside the weights is not applied; merge or remove it")
+    _check_no_adapter(folder)
     seen: dict[str, Path] = {}
     for path, tensors in shards.items():
         for name in tensors:
@@ -306,6 +311,11 @@ def _check_other_sources(folder: Path, shards: Mapping[Path, dict[str, torch.Ten
                     f"{folder}: {_SINGLE} and {path.name} of {_INDEX} are two sources of weights and differ in {name}: "
                     "remove one"
                 )
+
+
+def _check_no_adapter(folder: Path) -> None:
+    if (folder / _ADAPTER).exists():
+        raise CheckpointError(f"{folder}: {_ADAPTER}: an adapter beside the weights is not applied; merge or remove it")
 
 
 def _map_file(path: Path, names: Names) -> dict[str, torch.Tensor]:

@@ -71,6 +71,11 @@ class LayerSpec:
         A bound: the size of a device's waves follows from it, so that a closer one would change runs."""
         return 5 * self.norms.hidden_size + self.mixer.most_memory + self.ffn.most_memory
 
+    @property
+    def spread(self) -> float:
+        """Over so many products the rows of a batch are spread."""
+        return self.ffn.spread
+
     def layer(self, tensors: Mapping[str, Tensor], tables: RotaryTables, num_positions: int, backend: Backend) -> Layer:
         """With a layer's weights, by their names within it; fused products are used where ``tensors`` have them."""
         rotary = tables.of(self.mixer.rope, num_positions)

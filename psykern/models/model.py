@@ -19,6 +19,7 @@ from psykern.kernels.compute import Compute
 from psykern.models.adapters import Adapter, Merged
 from psykern.models.batch import Scratch
 from psykern.models.checkpoint import widen
+from psykern.models.head import head_logits
 from psykern.models.layer import Layer, LayerSpec
 from psykern.models.readahead import ReadAhead
 from psykern.models.rope import RotaryTables
@@ -148,6 +149,10 @@ class Model:
         """The head's weight [V, D], on a CPU in the checkpoint's own dtype: ``option_logprobs`` widens it by tiles."""
         self._leave_layers()
         return self._on_device(self.spec.head_name)
+
+    def logits(self, normed: Tensor, out: Tensor) -> None:
+        """Of all tokens behind rows [r, D] that are normed, to ``out`` [r, V] fp32."""
+        head_logits(normed, self.head(), out, self.compute.backend)
 
     def scratch(self, rows: int) -> Scratch:
         """Room for batches of up to ``rows`` rows."""

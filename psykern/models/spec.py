@@ -26,8 +26,19 @@ class ModelSpec:
     skipped: tuple[str, ...] = ()  # patterns of tensors of layers that a text does not pass through
 
     @property
+    def implementation(self) -> str:
+        """Whose modules compute the layers, in words."""
+        return "native"
+
+    @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def wave_numbers(self) -> int:
+        """Keys and values of a row that a wave holds at a time: those of the layer that has most, as they are computed
+        one after the other."""
+        return max(2 * layer.mixer.kv_size for layer in self.layers)
 
     @property
     def head_name(self) -> str:

@@ -20,18 +20,10 @@ from psykern.models.stacked import Stacked
 
 
 @dataclass(frozen=True, eq=False)
-class Base:
-    """A model folder that is open: mapped, checked and hashed once, whatever adapters are merged into it."""
+class ModelFolder:
+    """A model folder, which is hashed once, whatever adapters are merged into it."""
 
     folder: Path
-    spec: ModelSpec
-    source: Source
-
-    @classmethod
-    def open(cls, folder: Path) -> Base:
-        """Raises ``CheckpointError`` where the folder's config, tensors or shapes are not as they must be."""
-        spec = read_spec(folder)
-        return cls(folder, spec, open_weights(folder, spec))
 
     @cached_property
     def hash(self) -> str:
@@ -41,6 +33,20 @@ class Base:
     def hash_with(self, adapter_hash: str) -> str:
         """The same of the base with an adapter."""
         return f"sha256:{hashlib.sha256(f'{self.hash} {adapter_hash}'.encode()).hexdigest()}"
+
+
+@dataclass(frozen=True, eq=False)
+class Base(ModelFolder):
+    """One that is open: mapped and checked."""
+
+    spec: ModelSpec
+    source: Source
+
+    @classmethod
+    def open(cls, folder: Path) -> Base:
+        """Raises ``CheckpointError`` where the folder's config, tensors or shapes are not as they must be."""
+        spec = read_spec(folder)
+        return cls(folder, spec, open_weights(folder, spec))
 
 
 def open_weights(folder: Path, spec: ModelSpec) -> Source:

@@ -82,7 +82,7 @@ def score_on_cluster(
         if not ray.is_initialized():
             _connect(ray, workers.address)
             stack.callback(ray.shutdown)
-        _, language = load_language(model, adapter=adapter, clock=clock)
+        _, language = load_language(model, adapter=adapter, implementation=settings.implementation, clock=clock)
         with clock("hash"):
             dataset = Dataset.find(data)
         pool = _Pool(ray, workers, (str(model), adapter and str(adapter), settings, dataset, str(out)))
@@ -129,6 +129,7 @@ class _Worker:
             device=settings.device,
             dtype=settings.dtype,
             backend=settings.backend,
+            implementation=settings.implementation,
             chat=settings.condition == "chat",
         )
         self._settings = with_unit_tokens(settings, self._scorer.model.compute)

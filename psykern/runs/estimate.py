@@ -16,6 +16,7 @@ from psykern.core.types import EncodedTranscript
 from psykern.data.dataset import Dataset
 from psykern.data.feed import Feed
 from psykern.engine.budgets import Cost, budgets, cost
+from psykern.engine.foreign import rows_computed
 from psykern.engine.plan import Plan
 from psykern.kernels.compute import Compute
 from psykern.models.checkpoint import stored_dtype
@@ -46,18 +47,19 @@ class StudyPlan:
     wave_bytes: int  # memory of the largest wave, beyond the weights
 
     @classmethod
-    def of(cls, study: str, plan: Plan, cost: Cost, recurring: int) -> StudyPlan:
-        """Of one plan of the study's transcripts, and its cost. ``recurring``: rows that earlier plans have, too."""
+    def of(cls, study: str, plan: Plan, cost: Cost, computed: int, recurring: int) -> StudyPlan:
+        """Of one plan of the study's transcripts, and its cost. ``computed``: rows that go through the model, of which
+        so many are ``recurring``: earlier plans have them, too."""
         return cls(
             study=study,
             transcripts=plan.num_transcripts,
             responses=plan.num_responses,
             tokens=plan.num_tokens,
-            computed_tokens=plan.num_computed,
-            bound_tokens=plan.num_computed - recurring,
+            computed_tokens=computed,
+            bound_tokens=computed - recurring,
             scored_rows=plan.num_response_rows,
             branches=plan.num_branches,
-            flops_body=cost.flops_body,
+            flops_body=cost.flops_body * computed // max(plan.num_computed, 1),
             flops_attention=cost.flops_attention,
             flops_head=cost.flops_head,
             wave_bytes=cost.wave_bytes,
@@ -104,6 +106,7 @@ class Estimate:
     studies: tuple[StudyPlan, ...]
     rejects: tuple[RowError, ...]
     weights: WeightsPlan
+    implementation: str = "native"  # whose modules compute the layers and how; else "transformers: …"
 
 
 def estimate(
@@ -122,7 +125,8 @@ def estimate(
     settings, clock = settings or Settings(), Clock()
     compute = Compute.resolve(settings.device, settings.dtype)
     settings = replace(with_unit_tokens(settings, compute), date=settings.date or clock.day)
-    spec, language = load_language(model, adapter=adapter, revision=revision, clock=clock)
+    how = settings.implementation
+    spec, language = load_language(model, adapter=adapter, revision=revision, implementation=how, clock=clock)
     chosen = budgets(spec, compute.device, compute.dtype).under(settings)
     feed = Feed(Dataset.find(data, hashed=False), language.encoder(settings), clock=clock)
     units = feed.units()
@@ -135,9 +139,10 @@ def estimate(
             rejects.extend(item.unit.rejects)
             study = item.unit.info.study
             if item.transcripts:
-                again = recurring.add(study, item.transcripts)
-                one = StudyPlan.of(study, item.plan, cost(item.plan, spec, compute.dtype), again)
+                rows = rows_computed(item.plan, spec)
+                again = recurring.add(study, item.transcripts) if rows == item.plan.num_computed else 0
+                one = StudyPlan.of(study, item.plan, cost(item.plan, spec, compute.dtype), rows, again)
                 plans[study] = plans[study] + one if study in plans else one
             item.progress(1.0)
     weights = WeightsPlan.of(spec, compute.dtype, stored_dtype(language.folder))
-    return Estimate(tuple(plans[study] for study in sorted(plans)), tuple(rejects), weights)
+    return Estimate(tuple(plans[study] for study in sorted(plans)), tuple(rejects), weights, spec.implementation)

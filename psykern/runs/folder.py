@@ -168,7 +168,7 @@ def _check_same(folder: Folder, mine: dict[str, Any], any_date: bool) -> dict[st
     if any_date and "date" in one and "date" in two:  # where one has none, what its prompts hold is not known
         two["date"] = one["date"]
     differences = [
-        f"{name}: {_short(one.get(name))} there, {_short(two.get(name))} here"
+        f"{name}: {_short(one.get(name, there.get(name)))} there, {_short(two.get(name, mine.get(name)))} here"
         for name in IDENTITY
         if one.get(name) != two.get(name)
     ]

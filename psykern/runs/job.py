@@ -24,6 +24,8 @@ from psykern.core.settings import Settings, Shard
 from psykern.core.stages import ahead, behind
 from psykern.core.types import EncodedUnit, TargetScores, UnitInfo
 from psykern.data.dataset import Dataset
+from psykern.engine.foreign import rows_computed
+from psykern.models.decoder import DecoderSpec
 from psykern.runs.folder import RunFolder, UnitReport, date_in
 from psykern.runs.manifest import (
     Counts,
@@ -96,6 +98,7 @@ def recipe_of(scorer: Scorer, dataset: Dataset, out: str | Path, settings: Setti
         versions=library_versions(__version__),
         device=torch.cuda.get_device_name(compute.device) if compute.device.type == "cuda" else "cpu",
         dtype=str(compute.dtype).removeprefix("torch."),
+        implementation=scorer.model.spec.implementation,
         backend=compute.backend,
         arithmetic=compute.arithmetic,
         company_free=compute.is_company_free,
@@ -148,20 +151,23 @@ class RunJob:
         with (
             ahead(units) as encoded,
             ahead(planned(encoded, self.settings, max_positions, budgets, begin=start, clock=clock)) as ready,
-            behind(partial(self._write, clock, done)) as put,
+            behind(partial(self._write, clock, scorer.model.spec, done)) as put,
             closing(scorer.engine.pairs(ready, stop=stop)) as pairs,
         ):
             for pair in timed(pairs, clock, "run"):
                 put(pair)
         return sum(done, Counts())
 
-    def _write(self, clock: Clock, done: list[Counts], pair: tuple[PlannedUnit, TargetScores]) -> None:
+    def _write(
+        self, clock: Clock, spec: DecoderSpec, done: list[Counts], pair: tuple[PlannedUnit, TargetScores]
+    ) -> None:
         item, scores = pair
         with clock("write"):
             table = to_table(item.transcripts, scores)
             summary = SummaryAccumulator()
             summary.add(table)
-            counts = _counts(item, table.num_rows - table.column("logprob").null_count)
+            scored = table.num_rows - table.column("logprob").null_count
+            counts = _counts(item, scored, rows_computed(item.plan, spec))
             report = UnitReport(counts, item.unit.rejects, summary.sums)
             self.folder.write_part(item.unit.info, table, report, _order(item))
         done.append(counts)
@@ -214,13 +220,13 @@ def _order(item: PlannedUnit) -> PartOrder | None:
     return PartOrder(item.unit.info.group, places, [len(transcript.responses) for transcript in item.transcripts])
 
 
-def _counts(item: PlannedUnit, scored_responses: int) -> Counts:
+def _counts(item: PlannedUnit, scored_responses: int, computed_tokens: int) -> Counts:
     return Counts(
         transcripts=item.plan.num_transcripts,
         responses=item.plan.num_responses,
         scored_responses=scored_responses,
         tokens=item.plan.num_tokens,
-        computed_tokens=item.plan.num_computed,
+        computed_tokens=computed_tokens,
         rejects=len(item.unit.rejects),
         over_length_transcripts=len(item.unit.transcripts) - len(item.transcripts),
         dropped_responses=sum(transcript.num_dropped for transcript in item.transcripts),

@@ -98,6 +98,7 @@ class Recipe:
     versions: Mapping[str, str]  # see library_versions
     device: str
     dtype: str
+    implementation: str  # of the layers: "native", or "transformers: …" and how; a manifest without it: native
     backend: str
     arithmetic: (
         str | None
@@ -141,12 +142,15 @@ IDENTITY = ("model_hash", "tokenizer_hash", "data", "chat_template_hash", "date"
 
 
 def identity(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a manifest as JSON; files of data count by their content, a date only where there is one, and marks only where
-    they are dropped, so that else names of parts are as ever. Raises KeyError, TypeError for what is none."""
+    """Of a manifest as JSON; files of data count by their content. A date counts only where there is one, marks where
+    they are dropped, and the implementation (without its reasons) where it is not psykern's own, so that else names of
+    parts are as ever. Raises KeyError, TypeError for what is none."""
     values = {name: manifest.get(name) for name in IDENTITY}
-    for name, usual in (("date", None), ("marks", "keep")):
+    for name, usual in (("date", None), ("marks", "keep"), ("implementation", "native")):
         if values[name] in (None, usual):
             del values[name]
+    if "implementation" in values:
+        values["implementation"] = str(values["implementation"]).partition(", because ")[0]
     values["data"] = sorted(file["hash"] for file in manifest["data"])
     return values
 

@@ -25,7 +25,9 @@ def format_estimate(estimate: Estimate) -> str:
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
         for row in rows
     ]
-    return "\n".join([*table, _weights(estimate.weights), _streamed(estimate.weights.gpu)])
+    gpu = estimate.weights.gpu
+    where = f"implementation {estimate.implementation}" if gpu is None else _streamed(gpu)
+    return "\n".join([*table, _weights(estimate.weights), where])
 
 
 def _row(name: str, studies: Sequence[StudyPlan]) -> list[str]:

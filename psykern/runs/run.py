@@ -21,12 +21,13 @@ from psykern.data.token_cache import TokenCache
 from psykern.kernels.compute import Compute
 from psykern.models.checkpoint import at_revision
 from psykern.models.locate import Located, folder_names, locate
-from psykern.models.weights import Base
+from psykern.models.weights import ModelFolder
 from psykern.runs.job import Options, Run, RunJob, recipe_of
 from psykern.runs.manifest import Recipe, tokens_depend_on
 from psykern.runs.progress import Progress
 from psykern.scoring.language import Language
 from psykern.scoring.loading import check_model, open_scorer
+from psykern.scoring.records import check_settings
 from psykern.scoring.scorer import Scorer
 from psykern.scoring.units import with_unit_tokens
 
@@ -139,7 +140,7 @@ def _score_each(
     if isinstance(model, Scorer):
         if set(runs) != {None}:
             raise ValueError("adapter: expected none, as the model is loaded; load it with the adapter")
-        model.model.compute.check(settings)
+        check_settings(model, settings)
     else:
         Compute.resolve(settings.device, settings.dtype, settings.backend)
     for own in runs.values():
@@ -162,7 +163,9 @@ def _score_each(
     return tuple(done)
 
 
-def _loaded(model: Located | Scorer, settings: Settings, base: Base | None, clock: Clock, *, chat: bool) -> Scorer:
+def _loaded(
+    model: Located | Scorer, settings: Settings, base: ModelFolder | None, clock: Clock, *, chat: bool
+) -> Scorer:
     """``chat``: a chat template will be needed."""
     if isinstance(model, Located):
         with clock("load"):

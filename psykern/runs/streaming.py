@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from psykern.models.decoder import DecoderSpec
 from psykern.models.model import RESIDENT_SHARE
 from psykern.models.parts import Shapes
 from psykern.models.spec import ModelSpec
@@ -46,10 +47,10 @@ class WeightsPlan:
     stored_bytes: int | None
     compute_dtype: str
     compute_bytes: int
-    gpu: GpuWeights
+    gpu: GpuWeights | None  # None: the modules of transformers compute, whose weights are never streamed
 
     @classmethod
-    def of(cls, spec: ModelSpec, compute_dtype: torch.dtype, stored_dtype: torch.dtype | None) -> WeightsPlan:
+    def of(cls, spec: DecoderSpec, compute_dtype: torch.dtype, stored_dtype: torch.dtype | None) -> WeightsPlan:
         """From what a config says of the tensors' shapes; no weights are read."""
         numbers = _numbers(spec.tensors())
         return cls(
@@ -57,7 +58,7 @@ class WeightsPlan:
             stored_bytes=None if stored_dtype is None else numbers * stored_dtype.itemsize,
             compute_dtype=_name(compute_dtype),
             compute_bytes=numbers * compute_dtype.itemsize,
-            gpu=_on_gpu(spec),
+            gpu=_on_gpu(spec) if isinstance(spec, ModelSpec) else None,
         )
 
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-from psykern.core.errors import SlowDtypeWarning
-from psykern.core.settings import Backend, Device, Dtype, Settings
+from psykern.core.errors import NoSharingWarning, SlowDtypeWarning
+from psykern.core.settings import Backend, Device, Dtype, Implementation, Settings
 from psykern.engine.budgets import budgets
 from psykern.engine.engine import Engine
 from psykern.kernels.compute import Compute
-from psykern.models.families import read_spec
+from psykern.models.foreign.model import ForeignModel
 from psykern.models.locate import Located, locate
 from psykern.models.model import Model
-from psykern.models.weights import Base
-from psykern.scoring.language import Language
+from psykern.models.weights import Base, ModelFolder
+from psykern.scoring.language import Language, decoder_spec
 from psykern.scoring.scorer import Scorer
 
 
@@ -39,6 +39,7 @@ def load(
     batch_tokens: int | None = None,
     session_bytes: int | None = None,
     chat: bool = False,
+    implementation: Implementation = "auto",
 ) -> Scorer:
     """A checkpoint, loaded to score whatever it is given, as often as wanted.
 
@@ -55,7 +56,12 @@ def load(
     On a CPU, weights that no file has as they are (quantised, or with an adapter) are made anew for each wave. From the
     first small call or session on they are kept, where they take no more than 40 % of what is free.
 
-    Warns (SlowDtypeWarning) where the processor has no fast products of bfloat16 and that is asked for.
+    implementation: ``native`` (as ``auto`` is), or ``transformers``: the library's own modules compute the layers of
+    any causal language model that it has, with psykern's attention in them, so that common beginnings are computed
+    once; where that cannot stand in, one pass for each sequence. The whole model is on the device then.
+
+    Warns: SlowDtypeWarning where the processor has no fast products of bfloat16 and that is asked for, NoSharingWarning
+    where transformers computes one pass for each sequence.
     Raises CheckpointError for a folder that cannot be used, BackendError for a device or backend that is not there,
     ValueError for a word that is none of these, TypeError for what is no name of a model.
     """
@@ -64,7 +70,14 @@ def load(
         raise TypeError(f"model: {model.name} is loaded; use it as it is")
     if session_bytes is not None and session_bytes < 0:
         raise ValueError(f"session_bytes: expected a number of bytes, at least 0, got {session_bytes}")
-    settings = Settings(device=device, dtype=dtype, backend=backend, wave_tokens=wave_tokens, batch_tokens=batch_tokens)
+    settings = Settings(
+        device=device,
+        dtype=dtype,
+        backend=backend,
+        wave_tokens=wave_tokens,
+        batch_tokens=batch_tokens,
+        implementation=implementation,
+    )
     return open_scorer(locate(model, adapter, revision=revision), settings, session_bytes=session_bytes, chat=chat)
 
 
@@ -72,7 +85,7 @@ def open_scorer(
     located: Located,
     settings: Settings,
     *,
-    base: Base | None = None,
+    base: ModelFolder | None = None,
     session_bytes: int | None = None,
     chat: bool = False,
 ) -> Scorer:
@@ -80,11 +93,23 @@ def open_scorer(
     compute = Compute.resolve(settings.device, settings.dtype, settings.backend)
     if caveat := compute.caveat:
         warnings.warn(caveat, SlowDtypeWarning, stacklevel=3)
-    spec = read_spec(located.base) if base is None else base.spec
+    opened = base if isinstance(base, Base) else None
+    spec = decoder_spec(located.base, settings.implementation) if opened is None else opened.spec
     language = Language.load(located.tokenizer, spec.vocab_size)
     if chat:
         language.chat  # noqa: B018
-    decoder = Model(base or located.base, compute, adapter=located.adapter)  # last, as it takes longest
+    decoder: Model | ForeignModel  # last, as it takes longest
+    if settings.implementation == "transformers":
+        decoder = ForeignModel(base or ModelFolder(located.base), compute, adapter=located.adapter)
+        if decoder.spec.reason:
+            warnings.warn(
+                f"{located.name}: one pass per sequence, common beginnings again and again, because "
+                f"{decoder.spec.reason}",
+                NoSharingWarning,
+                stacklevel=3,
+            )
+    else:
+        decoder = Model(opened or located.base, compute, adapter=located.adapter)
     suitable = budgets(decoder.spec, compute.device, compute.dtype).under(settings)
     engine = Engine(decoder, session_bytes=session_bytes)
     return Scorer(located.name, located.base, decoder, language, engine, suitable, located.adapter)

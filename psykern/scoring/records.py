@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from psykern.core.clock import Clock
 from psykern.core.errors import DataError, RejectedRowsWarning, RowError
-from psykern.core.settings import Settings
+from psykern.core.settings import Settings, check_loaded
 from psykern.core.stages import ahead
 from psykern.core.types import EncodedUnit, Transcript
 from psykern.data.encode import Encoder
@@ -41,7 +41,7 @@ def to_score(scorer: Scorer, rows: object, settings: Settings | None, study: str
     """``rows`` that ``scorer`` can score under ``settings``; raises what :meth:`.Scorer.score` says of its arguments,
     before anything is computed. ``stream``: they are to be gone through without being kept."""
     settings = settings or Settings()
-    scorer.model.compute.check(settings)
+    check_settings(scorer, settings)
     if not study:
         raise ValueError("study: expected a name for rows that do not name theirs, got an empty string")
     own = replace(with_unit_tokens(settings, scorer.model.compute), date=settings.date or Clock().day)
@@ -54,6 +54,12 @@ def to_score(scorer: Scorer, rows: object, settings: Settings | None, study: str
             )
         held = held.kept()
     return Records(scorer, held, study, scorer.language.encoder(own))
+
+
+def check_settings(scorer: Scorer, settings: Settings) -> None:
+    """Raises ValueError where ``settings`` contradict the model that is loaded."""
+    scorer.model.compute.check(settings)
+    check_loaded(settings, {"implementation": scorer.model.spec.implementation.partition(":")[0]})
 
 
 @dataclass(frozen=True, slots=True, eq=False)

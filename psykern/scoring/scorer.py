@@ -20,6 +20,7 @@ from psykern.core.settings import Boundary, Settings
 from psykern.engine.budgets import Budgets
 from psykern.engine.engine import Engine
 from psykern.models.adapters import hash_adapter
+from psykern.models.foreign.model import ForeignModel
 from psykern.models.model import Model
 from psykern.scoring.asking import Further, Whole
 from psykern.scoring.choices import choose_question
@@ -48,7 +49,7 @@ class Scorer:
 
     name: str  # as the user gave it, with the revision; with an adapter "BASE + ADAPTER"
     folder: Path
-    model: Model
+    model: Model | ForeignModel
     language: Language
     engine: Engine
     budgets: Budgets  # that suit the device, as it was when the model had been loaded and nothing else
@@ -306,11 +307,12 @@ class Scorer:
         space; a token counts to the word in which its last such character stands.
 
         ``first``: ``"auto"`` reads the special tokens that the tokenizer puts in front; ``"bos"`` its bos_token, else
-        its eos_token, also where it puts none; ``"null"`` none: the first token has NaN. ``start``: a text in front
-        that is read and not reported. ``ranks``: of every token, 1: none is likelier. ``trailing_space``: words are
-        corrected for the white space that the tokens of the word behind them begin with: with B(c) the probability that
-        the next token begins with white space or is a special one, the surprisal of a word w gains
-        log B(text before w) and loses log B(text with w); :mod:`psykern.scoring.surprisal` says of which words.
+        its eos_token, else the bos_token_id of config.json, also where it puts none; ``"null"`` none: the first token
+        has NaN. ``start``: a text in front that is read and not reported. ``ranks``: of every token, 1: none is
+        likelier. ``trailing_space``: words are corrected for the white space that the tokens of the word behind them
+        begin with: with B(c) the probability that the next token begins with white space or is a special one, the
+        surprisal of a word w gains log B(text before w) and loses log B(text with w); :mod:`psykern.scoring.surprisal`
+        says of which words.
 
         Raises TypeError for what is no text, ValueError for ``"bos"`` without such a token, ``trailing_space`` with a
         tokenizer whose words do not begin with a space, and a text that the model cannot read.

@@ -54,7 +54,7 @@ class Reader:
     """Makes tokens of texts for one model."""
 
     tokenizer: Tokenizer
-    bos: int | None  # the tokenizer's bos_token, else its eos_token; None: it has neither
+    bos: int | None  # the tokenizer's bos_token, else its eos_token, else that of config.json; None: there is none
     vocab_size: int  # rows of the model's embedding
     max_positions: int  # tokens of its context
     known: Mapping[str, Context] = field(default_factory=dict)  # texts that are tokens already

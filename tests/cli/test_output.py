@@ -190,7 +190,10 @@ SCORE_OPTIONS = {
     "--strict": [],
     "--quiet": [],
 }
-LITERALS = ("protocol", "boundary", "options", "over_length", "same_participants", "backend", "dtype", "marks")
+LITERALS = (
+    *("protocol", "boundary", "options", "over_length", "same_participants", "implementation", "backend", "dtype"),
+    "marks",
+)
 
 
 def option_choices(command: str, capsys: pytest.CaptureFixture[str]) -> dict[str, list[str]]:

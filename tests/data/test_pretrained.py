@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.tiny import build_tiny, encode, transcript
+from support.tiny import build_tiny, encode, transcript, words
 from transformers import AutoTokenizer
 
 from psykern.core.errors import CheckpointError
@@ -180,3 +182,47 @@ def test_real_folders_add_nothing(shared: Path, name: str, tmp_path: Path) -> No
         config = json.loads(path.read_text())
         path.write_text(json.dumps({**config, "chat_template": CHAT, "model_max_length": 3}))
     assert Pretrained.load(folder).hash == Pretrained.load(shared / "tokenizers" / name).hash
+
+
+def sentencepiece_folder(folder: Path, kind: str, model_type: str, tokenizer_class: str) -> Path:
+    """With SentencePiece's file alone; its texts begin with a space that is put there."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    file = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        **{"sentence_iterator": iter([TEXT, "You see machines. You press <<J>>. You win 10 points."] * 5)},
+        **{"model_writer": file, "vocab_size": 320, "model_type": kind, "byte_fallback": True, "minloglevel": 2},
+        **{"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "hard_vocab_limit": False},
+    )
+    (folder / "tokenizer.model").write_bytes(file.getvalue())
+    config = {"tokenizer_class": tokenizer_class, "add_bos_token": True, "bos_token": "<s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    return folder
+
+
+def test_a_sentencepiece_file_alone(tmp_path: Path) -> None:
+    folder = sentencepiece_folder(tmp_path, "bpe", "llama", "LlamaTokenizer")
+    import sentencepiece
+
+    row = transcript("You press <<J>>. Caf\u00e9,  two <<10>>\nYou win.", ("J", "10"))
+    ours = Tokenizer.load(folder)
+    encoded = encode(ours, row)
+    expected = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")).encode(row.text)
+    assert encoded.token_ids.tolist() == [1, *expected][: len(encoded.token_ids)]
+    assert [words(ours, encoded.token_ids[a:b]) for a, b in encoded.spans_tok] == [["J"], ["10"]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "model_type"), [("bpe", "mistral"), ("unigram", "llama")], ids=["a text's beginning", "another kind"]
+)
+def test_a_sentencepiece_file_that_transformers_takes_for_another(kind: str, model_type: str, tmp_path: Path) -> None:
+    folder = sentencepiece_folder(tmp_path, kind, model_type, "LlamaTokenizer")
+    with pytest.raises(CheckpointError, match=r"tokenizer.model: transformers makes another tokenizer of it: .*\u2581"):
+        Tokenizer.load(folder)
+
+
+def test_a_sentencepiece_file_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(CheckpointError, match=r"tokenizer.model: a SentencePiece file .*pip install sentencepiece pro"):
+        Tokenizer.load(tmp_path)

@@ -17,6 +17,7 @@ from psykern.engine import readout
 from psykern.engine.engine import Engine
 from psykern.engine.plan import plan, scores_of_each
 from psykern.kernels.compute import Compute
+from psykern.models import head
 from psykern.models.model import Model
 
 V = 320
@@ -33,7 +34,7 @@ def group() -> list[EncodedTranscript]:
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three rows at a time, and a head of four tiles."""
     monkeypatch.setattr(readout, "_TABLE", 3 * V)
-    monkeypatch.setattr(readout, "_HEAD_TILE", 90)
+    monkeypatch.setattr(head, "_TILE", 90)
 
 
 def run(folder: Path, group: list[EncodedTranscript], wanted: Wanted) -> TargetScores:

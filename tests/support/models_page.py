@@ -1,26 +1,31 @@
 """Writes what is tested of each ``model_type``: ``PYTHONPATH=.:tests python tests/support/models_page.py``.
 
-From CONFIGS to psykern/models/tested.tsv, which ``psykern models`` prints, and to README between two markers.
-``test_tested.py`` fails where they are not what this writes.
+From CONFIGS to psykern/models/tested.tsv, and from CASES of ``foreign_cases`` to psykern/models/foreign/tested.tsv,
+which ``psykern models`` prints; README has both between markers. ``test_tested.py`` fails where they are others.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import re
+import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from support.checkpoints import CONFIGS, SIZES, config_of
+from support.foreign_cases import CASES, VOCABULARY, Case
 
 from psykern.models.families import FAMILIES, parse_spec
+from psykern.models.foreign.probe import read_foreign_spec
 from psykern.models.layer import LayerSpec
 from psykern.models.mlp import MlpSpec
 from psykern.models.spec import ModelSpec
 
 ROOT = Path(__file__).resolve().parents[2]
-TABLE, README = ROOT / "psykern" / "models" / "tested.tsv", ROOT / "README.md"
-BEGIN, END = "<!-- written by tests/support/models_page.py -->\n", "<!-- end -->\n"
+README = ROOT / "README.md"
+TABLE, FOREIGN_TABLE = (ROOT / "psykern" / "models" / name for name in ("tested.tsv", "foreign/tested.tsv"))
+BEGIN, END = "<!-- written by tests/support/models_page.py -->\n", "<!-- end -->\n"  # around each of both tables
 
 HEADINGS = ("model_type", "checkpoints", "rotary embedding", "windows", "head", "layers")
 CHECKPOINTS = {
@@ -37,9 +42,51 @@ CHECKPOINTS = {
 }
 
 
-def table() -> list[tuple[str, ...]]:
+FOREIGN_HEADINGS = ("model_type", "checkpoints", "common beginnings")
+FOREIGN_CHECKPOINTS = {
+    "gpt2": "GPT-2, DistilGPT-2",
+    "gpt_neox": "Pythia, GPT-NeoX",
+    "opt": "OPT",
+    "mistral": "Mistral 7B",
+    "phi3": "Phi-3, Phi-4-mini",
+    "gemma3_text": "Gemma 3",
+    "olmoe": "OLMoE, mixtures of experts",
+    "cohere": "Command R",
+    "phi": "Phi-1.5, Phi-2",
+    "llama": "what is native, too",
+    "gemma2": "Gemma 2",
+    "bloom": "BLOOM (ALiBi)",
+    "mamba": "Mamba",
+    "gpt_oss": "gpt-oss",
+}
+Table = Sequence[tuple[str, ...]]
+
+
+def table() -> Table:
     """The headings and a row for each family."""
     return [HEADINGS, *(row(kind) for kind in FAMILIES)]
+
+
+def foreign_table() -> Table:
+    """The same of what transformers computes."""
+    kinds = dict.fromkeys(case.config["model_type"] for case in CASES.values())
+    assert set(kinds) == set(FOREIGN_CHECKPOINTS), f"expected checkpoints of {list(kinds)}"
+    rows = []
+    for kind in kinds:
+        how = (beginnings(case) for case in CASES.values() if case.config["model_type"] == kind)
+        rows.append((kind, FOREIGN_CHECKPOINTS[kind], listed(how, "; ")))
+    return [FOREIGN_HEADINGS, *sorted(rows, key=lambda row: not row[2].startswith("computed once"))]
+
+
+def beginnings(case: Case) -> str:
+    """What becomes of them, as psykern sees it by the config alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = {"vocab_size": VOCABULARY, "pad_token_id": None, **case.config}
+        (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        spec = read_foreign_spec(Path(folder))
+    if spec.reason is not None:
+        return f"one pass per sequence: {re.sub('^layer 0 has ', '', spec.reason)}"
+    return "computed once" + (", by its own attention" if any(layer.mixer.is_own for layer in spec.layers) else "")
 
 
 def row(kind: str) -> tuple[str, ...]:
@@ -90,18 +137,21 @@ def listed(found: Iterable[str], between: str = ", ") -> str:
     return between.join(dict.fromkeys(found)) or "–"
 
 
-def as_tsv() -> str:
-    return "".join("\t".join(cells) + "\n" for cells in table())
+def as_tsv(table: Table) -> str:
+    return "".join("\t".join(cells) + "\n" for cells in table)
 
 
 def in_readme(text: str) -> str:
-    """``text`` with the table between the markers."""
-    head, *rows = [f"| {' | '.join(cells)} |\n" for cells in table()]
-    before, _, rest = text.partition(BEGIN)
-    _, _, behind = rest.partition(END)
-    return before + BEGIN + head + "|---" * len(HEADINGS) + "|\n" + "".join(rows) + END + behind
+    """``text`` with the tables between the markers, the native one first."""
+    before, *parts = text.split(BEGIN)
+    for which, part in zip((table(), foreign_table()), parts, strict=True):
+        head, *rows = [f"| {' | '.join(cells)} |\n" for cells in which]
+        _, _, behind = part.partition(END)
+        before += BEGIN + head + "|---" * len(which[0]) + "|\n" + "".join(rows) + END + behind
+    return before
 
 
 if __name__ == "__main__":
-    TABLE.write_text(as_tsv(), encoding="utf-8")
+    TABLE.write_text(as_tsv(table()), encoding="utf-8")
+    FOREIGN_TABLE.write_text(as_tsv(foreign_table()), encoding="utf-8")
     README.write_text(in_readme(README.read_text(encoding="utf-8")), encoding="utf-8")

@@ -107,6 +107,7 @@ def recipe(**changes: Any) -> Recipe:
         versions=library_versions("0.1.0"),
         device="cpu",
         dtype="float32",
+        implementation="native",
         backend="reference",
         arithmetic=None,
         company_free=False,

@@ -52,9 +52,10 @@ def _trained(tokenizer: Tokenizer, corpus: list[str], size: int = 700) -> str:
     """The definition with a vocabulary from ``corpus``."""
     alphabet = pre_tokenizers.ByteLevel.alphabet() if "ByteLevel" in str(tokenizer.pre_tokenizer) else []
     model = type(tokenizer.model).__name__
+    by_byte = [f"<0x{i:02X}>" for i in range(256)] if getattr(tokenizer.model, "byte_fallback", False) else []
     trainer: Any = {
         "BPE": lambda: trainers.BpeTrainer(
-            vocab_size=size, special_tokens=["<unk>"], initial_alphabet=alphabet, show_progress=False
+            vocab_size=size, special_tokens=["<unk>", *by_byte], initial_alphabet=alphabet, show_progress=False
         ),
         "Unigram": lambda: trainers.UnigramTrainer(
             vocab_size=200, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False
@@ -63,7 +64,9 @@ def _trained(tokenizer: Tokenizer, corpus: list[str], size: int = 700) -> str:
         "WordPiece": lambda: trainers.WordPieceTrainer(vocab_size=size, special_tokens=["<unk>"], show_progress=False),
     }[model]()
     tokenizer.train_from_iterator(corpus, trainer)
-    return str(tokenizer.to_str())
+    definition = json.loads(tokenizer.to_str())
+    added = [token for token in definition["added_tokens"] if token["content"] not in by_byte]
+    return json.dumps(definition | {"added_tokens": added})
 
 
 def _finished(tokenizer: Tokenizer) -> Tokenizer:
@@ -100,6 +103,13 @@ def _prepend(tokenizer: Tokenizer, in_front: bool) -> None:
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), replace] if in_front else [replace])
 
 
+def _gemma(tokenizer: Tokenizer, in_front: bool) -> None:
+    """As Gemma's tokenizer.json: a space is a letter, and nothing is put in front."""
+    del in_front
+    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+
+
 def _plain(pre_tokenizer: Any, normalizer: Any = None) -> Change:
     def change(tokenizer: Tokenizer, in_front: bool) -> None:
         del in_front
@@ -111,6 +121,7 @@ def _plain(pre_tokenizer: Any, normalizer: Any = None) -> Change:
     return change
 
 
+_BYTES = partial(models.BPE, unk_token="<unk>", fuse_unk=True, byte_fallback=True)  # of what it has no token for
 _WORD_LEVEL = partial(models.WordLevel, unk_token="<unk>")
 _WORD_PIECE = partial(models.WordPiece, unk_token="<unk>")
 
@@ -130,6 +141,8 @@ KINDS: Mapping[str, Kind] = {
     "Metaspace never": Kind(_metaspace("never")),
     "Metaspace always, not split": Kind(_metaspace("always", split=False)),
     "Prepend": Kind(_prepend),
+    "Llama 2": Kind(_prepend, _BYTES, without="\u00e9\U0001f642\u4f60"),
+    "Gemma": Kind(_gemma, _BYTES, without="\u00e9\U0001f642\u4f60"),
     "Unigram": Kind(_metaspace("always"), models.Unigram),
     "Unigram first": Kind(_metaspace("first"), models.Unigram),
     "Unigram, NFKC": Kind(_plain(pre_tokenizers.Metaspace(prepend_scheme="never"), normalizers.NFKC()), models.Unigram),
