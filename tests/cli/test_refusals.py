@@ -16,6 +16,7 @@ import psykern
 from psykern import kernels
 from psykern.engine import engine
 from psykern.engine.engine import Engine
+from psykern.kernels import dispatch
 
 
 def test_a_run_is_never_overwritten(toy: Toy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,7 +70,7 @@ def test_a_backend_that_is_missing_says_how_to_get_it(
     try:
         kernels.resolve(backend, torch.device("cpu"))
     except kernels.BackendError:
-        assert_error(capsys, status, f"backend '{backend}' is not available on cpu", kernels._HOW_TO_GET[backend])
+        assert_error(capsys, status, f"backend '{backend}' is not available on cpu", dispatch._HOW_TO_GET[backend])
         assert not (tmp_path / "run").exists()
     else:
         assert status == 0

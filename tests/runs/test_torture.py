@@ -15,7 +15,7 @@ def test_a_killed_run_goes_on_to_the_same_records(tmp_path: Path) -> None:
     script = (
         "import json, pathlib, sys\n"
         "from support.killing import torture\n"
-        "o = torture(8, 1, pathlib.Path(sys.argv[1]))\n"
+        "o = torture(5, 1, pathlib.Path(sys.argv[1]))\n"
         "print(json.dumps([o.equal, o.rounds, sum(o.kills.values())]))\n"
     )
     done = subprocess.run(
@@ -23,5 +23,5 @@ def test_a_killed_run_goes_on_to_the_same_records(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     equal, rounds, kills = json.loads(done.stdout.splitlines()[-1])
-    assert kills >= 4
-    assert equal == rounds == 8
+    assert kills >= 3
+    assert equal == rounds == 5
